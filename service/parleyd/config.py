@@ -1,0 +1,89 @@
+"""Settings, frozen at start. Each field is at once a flag, an environment variable and a row of docs/configuration.md.
+
+cli.py fills them from argv and the environment; nobody else reads those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A settings field with what cli.py and the documentation need to know about it."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model to load, how, and which engine drives it. Sent to the worker as a whole."""
+
+    model: str = _option(
+        EMBEDDED_MODEL,
+        "What to serve: a local folder, a .gguf file, or a Hub id such as Qwen/Qwen2.5-7B-Instruct.",
+        metavar="MODEL",
+    )
+    revision: str | None = _option(None, "Branch, tag or commit of a Hub model.", metavar="REV")
+    engine: str = _option("generate", "The engine that generates.", choices=("generate",))
+    dtype: str = _option("auto", "Type of the weights; auto is the checkpoint's own.", choices=("auto", "float32", "bfloat16", "float16"))
+    device_map: str = _option("auto", "Where accelerate places the model, such as auto, cpu or cuda:0.", metavar="MAP")
+    attn_implementation: str = _option(
+        "auto",
+        "Attention implementation of transformers; auto lets it choose.",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    trust_remote_code: bool = _option(False, "Run Python code that comes with the model. Only for models you trust.")
+    cache: str | None = _option(None, "Folder for converted models. Default: $XDG_CACHE_HOME/parley or ~/.cache/parley.", metavar="DIR")
+    max_running: int = _option(1, "Most requests that generate at the same time; the engine may cap it.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """The gateway's own settings. Times are in seconds."""
+
+    host: str = _option("127.0.0.1", "Address to listen on.", metavar="HOST")
+    port: int = _option(50051, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
+    served_model_name: str | None = _option(
+        None, "Name under which the model is served. Default: the Hub id, or the folder's or file's base name.", metavar="NAME"
+    )
+    max_queue: int = _option(256, "Most requests that wait; 0 refuses whatever cannot start at once.", minimum=0)
+    default_max_new_tokens: int = _option(512, "max_new_tokens of requests that set none, where the model sets none.", minimum=1)
+    drain_delay: float = _option(
+        1.0, "After SIGTERM, seconds in which new calls are still served, for load balancers to notice.", minimum=0
+    )
+    drain_timeout: float = _option(30.0, "After that, seconds for open streams to finish.", minimum=0)
+    max_message_bytes: int = _option(4 * 1024 * 1024, "Largest request message.", minimum=1024, maximum=2**31 - 1)
+    keepalive_time: float = _option(30.0, "Seconds without traffic until the server pings a connection.", minimum=1)
+    keepalive_timeout: float = _option(10.0, "Seconds until an unanswered ping closes the connection.", minimum=1)
+    max_worker_restarts: int = _option(
+        5, "Workers lost one after the other, without a token in between, until the service gives up.", minimum=0
+    )
+    log_level: str = _option("info", "How much to log on stderr.", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All of `parleyd serve`."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+
+    @property
+    def served_model_name(self) -> str:
+        """The name clients see: the one given, else the Hub id, else the folder's or file's base name."""
+        if self.server.served_model_name:
+            return self.server.served_model_name
+        path = Path(self.model.model)
+        return path.resolve().name if path.exists() else self.model.model

@@ -1,0 +1,89 @@
+"""What gateway and worker say to each other about generation: token ids in, token ids out. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to draw the tokens of one request; every value resolved and in range (see `GenerationConfig` in the protos)."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """One sequence to generate. `key` is made by the gateway and unique for its lifetime, unlike clients' request ids.
+
+    `output_ids` are ids already generated and delivered: a request handed to another worker goes on after them.
+    """
+
+    key: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    output_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one step made for one request. The last one for a request has a `finish_reason` or an `error`."""
+
+    key: int
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """The sampling values of a model's `generation_config.json`; None where it sets none."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the gateway must know about the loaded model.
+
+    `tokenizer_dir` is a local folder with `tokenizer.json` and the tokenizer's configuration and chat template.
+    """
+
+    tokenizer_dir: str
+    max_context_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    engine: str
+    max_running: int
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)

@@ -1,0 +1,52 @@
+"""The messages between gateway and worker, and their encoding (MessagePack). One `Step` carries all of a step's tokens."""
+
+from __future__ import annotations
+
+import msgspec
+
+from parleyd.config import ModelSettings
+from parleyd.generation import EngineRequest, ModelInfo, Output
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """Gateway to worker, first: what to load."""
+
+    settings: ModelSettings
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    """Gateway to worker: generate this."""
+
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """Gateway to worker: stop generating this. Answered by nothing: outputs already on their way are to be ignored."""
+
+    key: int
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """Worker to gateway: the model is loaded and warm."""
+
+    info: ModelInfo
+
+
+class LoadFailed(msgspec.Struct, tag=True, frozen=True):
+    """Worker to gateway, last: the model cannot be loaded; `message` is one line."""
+
+    message: str
+
+
+class Step(msgspec.Struct, tag=True, frozen=True):
+    """Worker to gateway: what one step made, for all requests together."""
+
+    outputs: list[Output]
+
+
+ToWorker = Start | Submit | Abort
+ToGateway = Ready | LoadFailed | Step
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_gateway = msgspec.msgpack.Decoder(ToGateway).decode
