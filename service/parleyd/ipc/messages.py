@@ -12,6 +12,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     """Gateway to worker, first: what to load."""
 
     settings: ModelSettings
+    log_level: str = "info"
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

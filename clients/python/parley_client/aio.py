@@ -1,0 +1,190 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
+from parley_client import request, status
+from parley_client.accumulator import Accumulator
+from parley_client.channel import CallDefaults, channel_options
+from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
+from parley_client.model_info import ModelInfo
+from parley_client.options import ChatOptions
+from parley_client.piece import Piece
+from parley_client.reply import Reply
+from parley_client.request import AnyMessage
+
+
+class AsyncClient:
+    """As `Client`, for asyncio: the same arguments, methods, answers and errors.
+
+    Make it and use it inside one running event loop. Cancelling a task cancels the call it waits for.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Mapping[str, str] | None = None,
+        max_attempts: int = 4,
+    ) -> None:
+        self._defaults = CallDefaults.create(timeout, metadata)
+        options = channel_options(max_attempts)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options)
+        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it."""
+        await self._channel.close()
+
+    async def chat(
+        self, messages: Iterable[AnyMessage], *, timeout: float | None = None, **options: Unpack[ChatOptions]
+    ) -> Reply:
+        """Answers a conversation and waits for the whole answer. As `Client.chat`."""
+        return Reply(await self._call(self._chat.Generate, request.generate("chat", messages, options), timeout))
+
+    def stream(
+        self, messages: Iterable[AnyMessage], *, timeout: float | None = None, **options: Unpack[ChatOptions]
+    ) -> AsyncStream:
+        """Gives the answer as it is made: `async for piece in client.stream(...)`. As `Client.stream`."""
+        message = request.generate("stream", messages, options)
+        return AsyncStream(self._chat.GenerateStream, message, self._defaults.args(timeout))
+
+    async def count_tokens(
+        self,
+        messages: Iterable[AnyMessage],
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Tokens of the conversation as the model would read it. As `Client.count_tokens`."""
+        counted = request.count_tokens(messages, model, tools, chat_template_kwargs, continue_final_message)
+        response: chat_pb2.CountTokensResponse = await self._call(self._chat.CountTokens, counted, timeout)
+        return response.prompt_tokens
+
+    async def model_info(self, model: str | None = None, *, timeout: float | None = None) -> ModelInfo:
+        """What is served, its limits and its defaults."""
+        return ModelInfo(await self._call(self._chat.GetModel, request.get_model(model), timeout))
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
+        """Whether the server takes calls, now. As `Client.health`."""
+        check = health_pb2.HealthCheckRequest(service=service)
+        return HealthStatus.from_proto(await self._call(self._health.Check, check, timeout))
+
+    async def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Waits until the server is there and its model is loaded. As `Client.wait_until_ready`."""
+        wait = ReadinessWait(timeout)
+        while not await self._watch_until_serving(wait):
+            await asyncio.sleep(RETRY_DELAY_S)
+
+    async def _watch_until_serving(self, wait: ReadinessWait) -> bool:
+        call = self._health.Watch(
+            health_pb2.HealthCheckRequest(),
+            timeout=wait.remaining_s(),
+            metadata=self._defaults.metadata,
+            wait_for_ready=True,
+        )
+        try:
+            async for response in call:
+                if wait.saw(HealthStatus.from_proto(response)):
+                    return True
+        except grpc.RpcError as error:
+            wait.saw_error(status.from_rpc_error(error))
+        finally:
+            call.cancel()
+        return False
+
+    async def _call(self, method: Any, message: object, timeout: float | None) -> Any:
+        try:
+            return await method(message, **self._defaults.args(timeout))
+        except grpc.RpcError as error:
+            raise status.from_rpc_error(error) from error
+
+
+class AsyncStream(AsyncIterator[Piece]):
+    """As `Stream`, for `async for`.
+
+    Leaving the iteration early and dropping the stream, `cancel()`, leaving an `async with` block, or cancelling the
+    task cancels the call, which frees the model.
+    """
+
+    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
+        self._accumulator = Accumulator(message)
+        self._cancelled = False
+        self._call = method(message, **args)
+        # Not read(): that one answers "end" as soon as the status is there, with messages still waiting to be read.
+        self._responses = aiter(self._call)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """The next piece. Raises as `Stream.__next__`."""
+        if self._cancelled:
+            self._accumulator.check_cancelled()
+            raise StopAsyncIteration
+        try:
+            return self._accumulator.add(await anext(self._responses))
+        except StopAsyncIteration:
+            self._accumulator.check_ended()
+            raise
+        except grpc.RpcError as error:
+            raise status.from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            # gRPC says it this way whether this task or only the call was cancelled; tasks must see the former.
+            task = asyncio.current_task()
+            if self._cancelled and not (task and task.cancelling()):
+                self._accumulator.check_cancelled()
+            self.cancel()
+            raise
+
+    @property
+    def reply(self) -> Reply:
+        """The answer so far; the whole one once the iteration is over. A new Reply each time."""
+        return self._accumulator.reply
+
+    def cancel(self) -> None:
+        """Ends the call. What has arrived stays in `reply`."""
+        self._cancelled = True
+        self._call.cancel()
+
+    async def close(self) -> None:
+        """As `cancel`."""
+        self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        # The call and its iterator refer to each other, so gRPC's own clean-up would wait for the garbage collector.
+        if hasattr(self, "_call") and not self._call.done():
+            self._call.cancel()

@@ -1,0 +1,76 @@
+"""How the clients connect: channel options and the service config with its retries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
+
+
+def channel_options(max_attempts: int) -> list[tuple[str, str | int]]:
+    """Options of a channel on which a call is tried `max_attempts` times (1 to 5; 1 is no retry).
+
+    Raises:
+        ValueError: `max_attempts` is out of range.
+    """
+    if not 1 <= max_attempts <= MAX_ATTEMPTS_LIMIT:
+        raise ValueError(f"max_attempts must be 1 to {MAX_ATTEMPTS_LIMIT}, not {max_attempts}")
+    return [
+        # Log-probabilities of a long answer pass gRPC's default of 4 MiB.
+        ("grpc.max_receive_message_length", -1),
+        # A connection that died without a word (a pulled cable, a forgetful NAT) is noticed within 40 s, also while a
+        # long prompt keeps the stream silent. Idle connections are not pinged: servers count that as abuse.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # The default backs off up to two minutes, far longer than a server takes to come back.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.enable_retries", int(max_attempts > 1)),
+        ("grpc.service_config", service_config(max_attempts)),
+    ]
+
+
+def service_config(max_attempts: int) -> str:
+    """The gRPC service config, as JSON: which calls are tried again, and when.
+
+    gRPC tries again only until the answer's headers arrive, and a Parley server sends these with the first message: so
+    no part of an answer is ever seen twice. The throttle stops retries once more than about a third of all calls fail, so that they
+    do not add load to a server in trouble.
+    """
+    if max_attempts == 1:
+        return "{}"
+    retry_policy = {
+        "maxAttempts": max_attempts,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "2s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    return json.dumps(
+        {
+            # Not the health service: its answer is about now.
+            "methodConfig": [{"name": [{"service": "parley.v1.ChatService"}], "retryPolicy": retry_policy}],
+            "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.5},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class CallDefaults:
+    """What each call of a client carries: its timeout in seconds (None: no limit) and metadata."""
+
+    timeout: float | None
+    metadata: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def create(cls, timeout: float | None, metadata: Mapping[str, str] | None) -> CallDefaults:
+        """Defaults from the arguments of a client. gRPC wants metadata keys in lower case."""
+        return cls(timeout, tuple((key.lower(), value) for key, value in (metadata or {}).items()))
+
+    def args(self, timeout: float | None) -> dict[str, Any]:
+        """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""
+        return {"timeout": self.timeout if timeout is None else timeout, "metadata": self.metadata}

@@ -1,0 +1,121 @@
+"""The `parley` command: reads argv and the environment, runs a command of commands.py, turns failures into one line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+from parley_client import commands, conversation
+from parley_client.errors import ParleyError
+
+EXIT_FAILED = 1  # argparse exits with 2 for wrong usage
+EXIT_INTERRUPTED = 130  # what shells give for a program that Ctrl-C ended
+
+DEFAULT_TARGET = "localhost:50051"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `parley` with these arguments (default: the process's own) and returns its exit code."""
+    args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # An answer may hold characters that a terminal cannot show; that is no reason to die in its middle.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except ParleyError as error:
+        commands.print_error(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone. The interpreter flushes once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of `parley`."""
+    parser = argparse.ArgumentParser(prog="parley", description="Chat with the model of a Parley server.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    chat = subparsers.add_parser(
+        "chat",
+        help="talk with the model",
+        description="Talk with the model: a line is a message, the answer appears as it is made. Ctrl-C stops an "
+        "answer, Ctrl-D or /exit ends the program, /reset forgets the conversation. Reads from a pipe too.",
+    )
+    _add_connection(chat, timeout_help="seconds that each answer may take (default: no limit)")
+    _add_generation(chat)
+    chat.set_defaults(run=conversation.chat)
+
+    generate = subparsers.add_parser(
+        "generate",
+        help="answer one prompt",
+        description="Answer one prompt, printing the text as it is made.",
+    )
+    generate.add_argument("prompt", metavar="PROMPT", help='what to answer; "-" reads it from stdin')
+    _add_connection(generate, timeout_help="seconds that the answer may take (default: no limit)")
+    _add_generation(generate)
+    _add_json(generate, "print the whole answer as one JSON object, with token ids, usage and timings")
+    generate.set_defaults(run=commands.generate)
+
+    model = subparsers.add_parser("model", help="tell what is served", description="Tell what is served.")
+    _add_connection(model, timeout_help="seconds to wait (default: %(default)g)", timeout=10.0)
+    _add_json(model, "print one JSON object")
+    model.set_defaults(run=commands.model)
+
+    health = subparsers.add_parser(
+        "health",
+        help="tell whether the server takes calls",
+        description="Tell whether the server takes calls. The exit code is 0 only if it is SERVING.",
+    )
+    _add_connection(health, timeout_help="seconds to wait (default: %(default)g)", timeout=10.0)
+    _add_json(health, "print one JSON object")
+    health.set_defaults(run=commands.health)
+    return parser
+
+
+def _add_connection(parser: argparse.ArgumentParser, timeout_help: str, timeout: float | None = None) -> None:
+    group = parser.add_argument_group("connection")
+    group.add_argument(
+        "--target",
+        metavar="HOST:PORT",
+        default=os.environ.get("PARLEY_TARGET") or DEFAULT_TARGET,
+        help=f"where the server listens (default: $PARLEY_TARGET, else {DEFAULT_TARGET})",
+    )
+    group.add_argument("--timeout", metavar="SECONDS", type=_seconds, default=timeout, help=timeout_help)
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation", "Left out: the model's own defaults (`parley model` shows them).")
+    group.add_argument("--system", metavar="TEXT", help="instructions to the model")
+    group.add_argument("--model", metavar="NAME", help="the served model's name (default: whatever is served)")
+    group.add_argument("--max-new-tokens", metavar="N", type=int, help="the most tokens to generate")
+    group.add_argument("--temperature", metavar="X", type=float, help="0 to 10; 0 takes the most likely token always")
+    group.add_argument("--top-p", metavar="X", type=float, help="draw among the most likely tokens up to this sum")
+    group.add_argument("--top-k", metavar="N", type=int, help="draw among this many most likely tokens; 0 is off")
+    group.add_argument("--min-p", metavar="X", type=float, help="draw among tokens at least this relatively likely")
+    group.add_argument("--repetition-penalty", metavar="X", type=float, help="above 1 avoids repetition")
+    group.add_argument("--seed", metavar="N", type=int, help="makes the draws repeatable")
+    group.add_argument("--stop", metavar="TEXT", action="append", help="ends the answer; may be given several times")
+
+
+def _add_json(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--json", action="store_true", help=help_text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
+    return seconds

@@ -1,0 +1,211 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
+from parley_client import request, status
+from parley_client.accumulator import Accumulator
+from parley_client.channel import CallDefaults, channel_options
+from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
+from parley_client.model_info import ModelInfo
+from parley_client.options import ChatOptions
+from parley_client.piece import Piece
+from parley_client.reply import Reply
+from parley_client.request import AnyMessage
+
+
+class Client:
+    """A connection to a Parley server; threads may share it. Close it, or use it as a context manager.
+
+    Args:
+        target: where the server listens, "HOST:PORT" or any other gRPC target.
+        timeout: seconds that each call may take, unless the call says otherwise; None is no limit.
+        credentials: channel credentials, such as `grpc.ssl_channel_credentials()`; None connects in plain text.
+        metadata: metadata for each call, such as {"authorization": "Bearer …"}.
+        max_attempts: how often a call is tried while the server is unavailable, 1 (no retry) to 5. Only until the
+            first part of the answer arrives, so nothing is ever seen twice.
+
+    The connection is made with the first call. Every call raises a subclass of `ParleyError` when it fails.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Mapping[str, str] | None = None,
+        max_attempts: int = 4,
+    ) -> None:
+        self._defaults = CallDefaults.create(timeout, metadata)
+        options = channel_options(max_attempts)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options)
+        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection and every call on it."""
+        self._channel.close()
+
+    def chat(
+        self, messages: Iterable[AnyMessage], *, timeout: float | None = None, **options: Unpack[ChatOptions]
+    ) -> Reply:
+        """Answers a conversation and waits for the whole answer.
+
+        Args:
+            messages: the conversation, oldest first; earlier replies may stand in it as they are.
+            timeout: seconds that queueing and generation may take; None is the client's own.
+            **options: see `ChatOptions`.
+
+        Raises:
+            ParleyError: InvalidRequest, PromptTooLong, ModelNotFound, QueueFull, DeadlineExceeded, NotReady, Draining,
+                WorkerLost, Unsupported, ConnectionFailed, …
+            TypeError: an option that does not exist, or something that is no message.
+        """
+        return Reply(self._call(self._chat.Generate, request.generate("chat", messages, options), timeout))
+
+    def stream(
+        self, messages: Iterable[AnyMessage], *, timeout: float | None = None, **options: Unpack[ChatOptions]
+    ) -> Stream:
+        """As `chat`, but gives the answer as it is made: `for piece in client.stream(...)`.
+
+        The call starts at once; what `chat` raises, the iteration raises (except for requests that cannot be built).
+        """
+        return Stream(self._chat.GenerateStream, request.generate("stream", messages, options), self._defaults.args(timeout))
+
+    def count_tokens(
+        self,
+        messages: Iterable[AnyMessage],
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Tokens of the conversation as the model would read it, after the chat template. Counts over-long ones too."""
+        counted = request.count_tokens(messages, model, tools, chat_template_kwargs, continue_final_message)
+        response: chat_pb2.CountTokensResponse = self._call(self._chat.CountTokens, counted, timeout)
+        return response.prompt_tokens
+
+    def model_info(self, model: str | None = None, *, timeout: float | None = None) -> ModelInfo:
+        """What is served, its limits and its defaults."""
+        return ModelInfo(self._call(self._chat.GetModel, request.get_model(model), timeout))
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
+        """Whether the server takes calls, now. `service`: "" is the server as a whole."""
+        check = health_pb2.HealthCheckRequest(service=service)
+        return HealthStatus.from_proto(self._call(self._health.Check, check, timeout))
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Waits until the server is there and its model is loaded, at most `timeout` seconds (None: for ever).
+
+        Raises:
+            DeadlineExceeded: it is not, after that time.
+            Unimplemented: the server has no health service.
+        """
+        wait = ReadinessWait(timeout)
+        while not self._watch_until_serving(wait):
+            time.sleep(RETRY_DELAY_S)
+
+    def _watch_until_serving(self, wait: ReadinessWait) -> bool:
+        call = self._health.Watch(
+            health_pb2.HealthCheckRequest(),
+            timeout=wait.remaining_s(),
+            metadata=self._defaults.metadata,
+            wait_for_ready=True,
+        )
+        try:
+            return any(wait.saw(HealthStatus.from_proto(response)) for response in call)
+        except grpc.RpcError as error:
+            wait.saw_error(status.from_rpc_error(error))
+            return False
+        finally:
+            call.cancel()
+
+    def _call(self, method: Any, message: object, timeout: float | None) -> Any:
+        future = method.future(message, **self._defaults.args(timeout))
+        try:
+            return future.result()
+        except grpc.RpcError as error:
+            raise status.from_rpc_error(error) from error
+        finally:
+            # Ctrl-C ends the waiting, and this the call. A no-op for calls that have ended.
+            future.cancel()
+
+
+class Stream(Iterator[Piece]):
+    """An answer being made: iterate over its pieces.
+
+    Leaving the iteration early (`break`, an exception, Ctrl-C), `cancel()`, leaving a `with` block, or dropping the
+    stream cancels the call, which frees the model. Only the iteration itself must stay in one thread.
+    """
+
+    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
+        self._accumulator = Accumulator(message)
+        self._cancelled = False
+        self._call = method(message, **args)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        """The next piece.
+
+        Raises:
+            ParleyError: the call failed; IncompleteStream if it ended without a finish reason; Cancelled after
+                `cancel`, unless the answer was complete by then.
+        """
+        if self._cancelled:
+            self._accumulator.check_cancelled()
+            raise StopIteration
+        try:
+            return self._accumulator.add(next(self._call))
+        except StopIteration:
+            self._accumulator.check_ended()
+            raise
+        except grpc.RpcError as error:
+            raise status.from_rpc_error(error) from error
+        except BaseException:
+            self.cancel()
+            raise
+
+    @property
+    def reply(self) -> Reply:
+        """The answer so far; the whole one once the iteration is over. A new Reply each time."""
+        return self._accumulator.reply
+
+    def cancel(self) -> None:
+        """Ends the call, from any thread. What has arrived stays in `reply`."""
+        self._cancelled = True
+        self._call.cancel()
+
+    close = cancel
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        # Without a call (the method refused its arguments) there is nothing to end.
+        if hasattr(self, "_call"):
+            self._call.cancel()

@@ -1,0 +1,102 @@
+"""The commands of `parley` that do one thing and end: generate, model, health."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import Message as ProtoMessage
+
+from parley_client.client import Client
+from parley_client.errors import ParleyError
+from parley_client.health import HealthStatus
+from parley_client.messages import Message, system, user
+from parley_client.options import ChatOptions
+
+
+def generate(args: Namespace) -> int:
+    """`parley generate PROMPT`: the answer's text as it is made, or the whole answer as JSON."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    messages = [*opening(args), user(prompt)]
+    with Client(args.target, timeout=args.timeout) as client:
+        if args.json:
+            print_json(to_json(client.chat(messages, **chat_options(args)).proto))
+            return 0
+        with client.stream(messages, **chat_options(args)) as stream:
+            for piece in stream:
+                print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def model(args: Namespace) -> int:
+    """`parley model`: what is served."""
+    with Client(args.target, timeout=args.timeout) as client:
+        info = client.model_info()
+    if args.json:
+        print_json(to_json(info.proto))
+        return 0
+    defaults = ", ".join(f"{name}={value}" for name, value in info.default_generation_config.items())
+    for label, value in (
+        ("model", info.model),
+        ("engine", info.engine),
+        ("dtype", info.dtype),
+        ("device", info.device),
+        ("max context tokens", info.max_context_tokens),
+        ("vocabulary size", info.vocab_size),
+        ("capabilities", ", ".join(info.capabilities)),
+        ("generation defaults", defaults),
+    ):
+        print(f"{label + ':':<20} {value}")
+    return 0
+
+
+def health(args: Namespace) -> int:
+    """`parley health`: whether the server takes calls; the exit code is 0 only then."""
+    with Client(args.target, timeout=args.timeout) as client:
+        status = client.health()
+    if args.json:
+        print_json({"status": status.value})
+    else:
+        print(status)
+    return 0 if status is HealthStatus.SERVING else 1
+
+
+def opening(args: Namespace) -> list[Message]:
+    """The messages that a conversation starts with."""
+    return [] if args.system is None else [system(args.system)]
+
+
+def chat_options(args: Namespace) -> ChatOptions:
+    """The options of `chat` and `stream` from the generation flags."""
+    return {
+        "model": args.model,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "seed": args.seed,
+        "stop_strings": args.stop,
+    }
+
+
+def to_json(proto: ProtoMessage) -> dict[str, Any]:
+    """Protobuf's own JSON mapping under the contract's field names, so that any language's protobuf reads it back."""
+    return json_format.MessageToDict(
+        proto, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Prints one line of JSON."""
+    print(json.dumps(value))
+
+
+def print_error(error: ParleyError) -> None:
+    """Tells on stderr, in one line, what went wrong."""
+    print("parley: error:", " ".join(error.message.split()), file=sys.stderr)

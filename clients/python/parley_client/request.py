@@ -1,0 +1,172 @@
+"""Builds the protobuf requests from Python arguments, for both clients. Only what cannot be encoded is refused here;
+whether a value makes sense is for the server to say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from google.protobuf.message import Message as ProtoMessage
+
+from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from parley_client.encoding import extend_field, join, set_field, update_field
+from parley_client.errors import InvalidRequest
+from parley_client.messages import Message
+from parley_client.options import ChatOptions, GenerationOptions
+from parley_client.reply import Reply
+
+AnyMessage: TypeAlias = Message | Reply | message_pb2.Message
+"""What stands in a conversation: a built message, a Reply to go on from, or a protobuf message."""
+
+_MODES = {
+    "auto": message_pb2.ToolChoice.MODE_AUTO,
+    "none": message_pb2.ToolChoice.MODE_NONE,
+    "required": message_pb2.ToolChoice.MODE_REQUIRED,
+}
+
+
+def generate(method: str, messages: Iterable[AnyMessage], options: ChatOptions) -> chat_pb2.GenerateRequest:
+    """The request for `options`, the keyword arguments of the client's `method`.
+
+    Raises:
+        InvalidRequest: a value cannot be encoded.
+        TypeError: a keyword argument that does not exist, or something that is no message.
+    """
+    unknown = sorted(options.keys() - ChatOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"{method}() got an unexpected keyword argument {unknown[0]!r}")
+    request = chat_pb2.GenerateRequest()
+    _set_prompt(
+        request,
+        messages,
+        options.get("model"),
+        options.get("tools"),
+        options.get("chat_template_kwargs"),
+        options.get("continue_final_message"),
+    )
+    config = {name: value for name, value in options.items() if name in GenerationOptions.__annotations__}
+    _set_config(request.generation_config, config)
+    _set_tool_choice(request, options.get("tool_choice"))
+    _set_response_format(request, options.get("response_format"))
+    for name in ("request_id", "priority"):
+        if options.get(name) is not None:
+            set_field(request, name, options.get(name), "")
+    return request
+
+
+def count_tokens(
+    messages: Iterable[AnyMessage],
+    model: str | None,
+    tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    continue_final_message: bool | None,
+) -> chat_pb2.CountTokensRequest:
+    """The request to count a prompt. Raises as `generate`."""
+    request = chat_pb2.CountTokensRequest()
+    _set_prompt(request, messages, model, tools, chat_template_kwargs, continue_final_message)
+    return request
+
+
+def get_model(model: str | None) -> chat_pb2.GetModelRequest:
+    """The request for a model's description. Raises InvalidRequest if the name cannot be encoded."""
+    request = chat_pb2.GetModelRequest()
+    set_field(request, "model", model or "", "")
+    return request
+
+
+def _set_prompt(
+    request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest,
+    messages: Iterable[AnyMessage],
+    model: str | None,
+    tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    continue_final_message: bool | None,
+) -> None:
+    if isinstance(messages, (str, Message, Reply, ProtoMessage)):
+        raise TypeError(f"messages: expected a sequence of messages, not one {type(messages).__name__}")
+    request.messages.extend(_to_proto(message, f"messages[{i}]") for i, message in enumerate(messages))
+    request.tools.extend(_to_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools or ()))
+    if model is not None:
+        set_field(request, "model", model, "")
+    if chat_template_kwargs:
+        update_field(request, "chat_template_kwargs", chat_template_kwargs, "")
+    if continue_final_message is not None:
+        set_field(request, "continue_final_message", continue_final_message, "")
+
+
+def _to_proto(message: AnyMessage, path: str) -> message_pb2.Message:
+    if isinstance(message, message_pb2.Message):
+        return message
+    if isinstance(message, Reply):
+        message = message.message
+    if isinstance(message, Message):
+        return message.to_proto(path)
+    raise TypeError(f"{path}: expected a message such as user('Hello'), not {type(message).__name__}")
+
+
+def _set_config(config: generation_pb2.GenerationConfig, options: Mapping[str, Any]) -> None:
+    path = "generation_config"
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name == "logit_bias":
+            update_field(config, name, value, path)
+        elif name in ("stop_strings", "stop_token_ids"):
+            # A lone string would otherwise be taken apart into characters.
+            extend_field(config, name, [value] if isinstance(value, str) else value, path)
+        else:
+            set_field(config, name, value, path)
+
+
+def _to_tool(tool: Mapping[str, Any] | message_pb2.Tool, path: str) -> message_pb2.Tool:
+    if isinstance(tool, message_pb2.Tool):
+        return tool
+    if tool.get("type") == "function" and isinstance(tool.get("function"), Mapping):
+        tool, path = tool["function"], join(path, "function")
+    proto = message_pb2.Tool()
+    for name, value in tool.items():
+        if name not in message_pb2.Tool.DESCRIPTOR.fields_by_name:
+            raise InvalidRequest.at(join(path, name), "is no field of a tool")
+        set_field(proto, name, _to_json(value) if name == "parameters" else value, path)
+    return proto
+
+
+def _set_tool_choice(request: chat_pb2.GenerateRequest, choice: str | message_pb2.ToolChoice | None) -> None:
+    if isinstance(choice, message_pb2.ToolChoice):
+        request.tool_choice.CopyFrom(choice)
+    elif choice in _MODES:
+        request.tool_choice.mode = _MODES[choice]
+    elif choice is not None:
+        set_field(request.tool_choice, "name", choice, "tool_choice")
+
+
+def _set_response_format(
+    request: chat_pb2.GenerateRequest, form: str | Mapping[str, Any] | generation_pb2.ResponseFormat | None
+) -> None:
+    if form is None:
+        return
+    path, proto = "response_format", request.response_format
+    if isinstance(form, generation_pb2.ResponseFormat):
+        proto.CopyFrom(form)
+        return
+    form = {form: None} if isinstance(form, str) else form
+    if len(form) != 1:
+        raise InvalidRequest.at(path, f"takes exactly one form, not {len(form)}")
+    [(kind, value)] = form.items()
+    if kind == "text":
+        proto.text.SetInParent()
+    elif kind == "json_object":
+        proto.json_object.SetInParent()
+    elif kind == "choice":
+        proto.choice.SetInParent()
+        extend_field(proto.choice, "choices", value, join(path, kind))
+    elif kind in ("json_schema", "regex", "grammar"):
+        set_field(proto, kind, _to_json(value) if kind == "json_schema" else value, path)
+    else:
+        raise InvalidRequest.at(path, f"{kind!r} is no form; forms: {', '.join(proto.DESCRIPTOR.fields_by_name)}")
+
+
+def _to_json(value: object) -> object:
+    """JSON text of a JSON Schema that is given as a dict (or True); text stays as it is."""
+    return json.dumps(value) if isinstance(value, (Mapping, bool)) else value

@@ -1,0 +1,114 @@
+"""Rebuilds typed errors from failed RPCs. The clients call it wherever gRPC raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from parley_client import errors
+
+DOMAIN = "parley.v1"
+DETAILS_KEY = "grpc-status-details-bin"
+REQUEST_ID_KEY = "x-request-id"
+
+# Statuses without our ErrorInfo come from the gRPC library or from a proxy; only their code tells anything.
+BY_CODE: dict[grpc.StatusCode, type[errors.ParleyError]] = {
+    grpc.StatusCode.CANCELLED: errors.Cancelled,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.INTERNAL: errors.Internal,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.MessageTooLarge,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.UNAVAILABLE: errors.ConnectionFailed,
+    grpc.StatusCode.UNIMPLEMENTED: errors.Unimplemented,
+}
+
+_Detail = TypeVar("_Detail", bound=Message)
+_Metadata = Iterable[tuple[str, str | bytes]] | None
+
+
+class _FailedCall(Protocol):
+    """What the RpcErrors of grpc and grpc.aio have in common."""
+
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+    def initial_metadata(self) -> _Metadata: ...
+    def trailing_metadata(self) -> _Metadata: ...
+
+
+def from_rpc_error(error: grpc.RpcError) -> errors.ParleyError:
+    """The typed error for a failed RPC. To be raised `from` the RpcError."""
+    call = cast(_FailedCall, error)
+    trailers = _first_values(call.trailing_metadata())
+    request_id = _text(trailers.get(REQUEST_ID_KEY)) or _text(_first_values(call.initial_metadata()).get(REQUEST_ID_KEY))
+    details = _decode_status(trailers.get(DETAILS_KEY))
+    return _build(call.code(), details.message or call.details() or "", details, request_id)
+
+
+def _build(
+    code: grpc.StatusCode, message: str, details: status_pb2.Status, request_id: str | None
+) -> errors.ParleyError:
+    info = _detail(details, error_details_pb2.ErrorInfo)
+    bad_request = _detail(details, error_details_pb2.BadRequest)
+    retry = _detail(details, error_details_pb2.RetryInfo)
+    violations = bad_request.field_violations if bad_request else ()
+    common: dict[str, Any] = {
+        "code": code,
+        "metadata": info.metadata if info else None,
+        "request_id": request_id,
+        "violations": [errors.Violation(violation.field, violation.description) for violation in violations],
+        "retry_after_s": retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
+    }
+    if info is None or info.domain != DOMAIN:
+        return _build_from_code(code, message, common)
+    # A reason that this version does not know must not pass for one of its code's other causes.
+    fallback = errors.Unavailable if code is grpc.StatusCode.UNAVAILABLE else errors.ParleyError
+    return errors.BY_REASON.get(info.reason, fallback)(message, reason=info.reason, **common)
+
+
+def _build_from_code(code: grpc.StatusCode, message: str, common: dict[str, Any]) -> errors.ParleyError:
+    cls = BY_CODE.get(code, errors.ParleyError)
+    if cls is errors.ConnectionFailed:
+        message = f"connection failed: {message}"
+    error = cls(message or code.value[1], **common)
+    error.reason = None
+    return error
+
+
+def _decode_status(value: str | bytes | None) -> status_pb2.Status:
+    details = status_pb2.Status()
+    if isinstance(value, bytes):
+        try:
+            details.ParseFromString(value)
+        except DecodeError:
+            # A mangled trailer must not hide the status itself.
+            details.Clear()
+    return details
+
+
+def _detail(details: status_pb2.Status, kind: type[_Detail]) -> _Detail | None:
+    """The first detail of that kind, if there is one that decodes."""
+    for packed in details.details:
+        if packed.Is(kind.DESCRIPTOR):
+            detail = kind()
+            try:
+                packed.Unpack(detail)
+            except DecodeError:
+                continue
+            return detail
+    return None
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _first_values(metadata: _Metadata) -> dict[str, str | bytes]:
+    values: dict[str, str | bytes] = {}
+    for key, value in metadata or ():
+        values.setdefault(key, value)
+    return values

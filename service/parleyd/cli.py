@@ -1,0 +1,138 @@
+"""`parleyd serve`: flags and environment to settings, then the gateway. The only reader of argv and environment."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from parleyd.config import ModelSettings, ServerSettings, Settings
+from parleyd.errors import StartupError
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns the exit code: 0 after a clean shutdown, 1 if the service could not run, 2 for usage."""
+    arguments = vars(build_parser(os.environ).parse_args(argv))
+    arguments["cache"] = arguments["cache"] or _default_cache_dir(os.environ)
+    settings = Settings(server=_pick(ServerSettings, arguments), model=_pick(ModelSettings, arguments))
+    try:
+        _run(settings)
+    except StartupError as error:
+        print(f"parleyd: error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
+    return 0
+
+
+def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The parser; defaults come from `environ` where it has them. A bad value there is a usage error as on the command line."""
+    parser = argparse.ArgumentParser(prog="parleyd", description="Serves chat with a Hugging Face model over gRPC.")
+    parser.add_argument("--version", action="version", version=f"parleyd {metadata.version('parley')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model",
+        description="Serves a model until SIGTERM. Prints one line, `listening on HOST:PORT`, once the port is bound; "
+        "whether the model is loaded is the health service's to tell.",
+        epilog="Every flag can also be given as an environment variable: --max-queue as PARLEY_MAX_QUEUE.",
+    )
+    for title, settings in (("model", ModelSettings), ("server", ServerSettings)):
+        group = serve.add_argument_group(title)
+        for option in fields(settings):
+            _add_option(group, serve, option, get_type_hints(settings)[option.name], environ)
+    return parser
+
+
+def _add_option(
+    group: Any, parser: argparse.ArgumentParser, option: Field[Any], hint: Any, environ: Mapping[str, str]
+) -> None:
+    flag, variable = flag_of(option.name), variable_of(option.name)
+    about = dict(option.metadata)
+    parse = _parser_of(hint, about)
+    default = option.default
+    if variable in environ:
+        try:
+            default = parse(environ[variable])
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"environment variable {variable}: {error}")
+    text = about["help"].replace("%", "%%") + ("" if default is None else f" (default: {default})")
+    if hint is bool:
+        group.add_argument(flag, dest=option.name, action=argparse.BooleanOptionalAction, default=default, help=text)
+    else:
+        metavar = "|".join(about["choices"]) if about["choices"] else about["metavar"] or "N"
+        group.add_argument(flag, dest=option.name, type=parse, default=default, metavar=metavar, help=text)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a settings field."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a settings field."""
+    return "PARLEY_" + name.upper()
+
+
+def _parser_of(hint: Any, about: dict[str, Any]) -> Any:
+    """A function from text to the option's value, which raises ArgumentTypeError with the allowed range."""
+    if hint is bool:
+        return _parse_bool
+    if hint in (int, float):
+        return lambda text: _parse_number(text, hint, about["minimum"], about["maximum"])
+    if about["choices"]:
+        return lambda text: _parse_choice(text, about["choices"])
+    return str
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_TRUE + _FALSE)}")
+    return text.lower() in _TRUE
+
+
+def _parse_number(text: str, kind: type, minimum: float | None, maximum: float | None) -> float:
+    low = -math.inf if minimum is None else minimum
+    high = math.inf if maximum is None else maximum
+    allowed = f"{kind.__name__} of {low} to {high}" if high < math.inf else f"{kind.__name__} of at least {low}"
+    try:
+        value: float = kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {allowed}") from error
+    if not (low <= value <= high) or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text} is no {allowed}")
+    return value
+
+
+def _parse_choice(text: str, choices: Sequence[str]) -> str:
+    if text not in choices:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+    return text
+
+
+def _pick(settings: type[Any], arguments: dict[str, Any]) -> Any:
+    return settings(**{option.name: arguments[option.name] for option in fields(settings)})
+
+
+def _default_cache_dir(environ: Mapping[str, str]) -> str:
+    return str(Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parley")
+
+
+def _run(settings: Settings) -> None:
+    try:
+        from parleyd.gateway.server import serve
+    except ModuleNotFoundError as error:
+        raise StartupError(f"module {error.name} is missing: install parley[service]") from error
+    from parleyd.telemetry import logging as telemetry_logging
+
+    telemetry_logging.configure(settings.server.log_level)
+    asyncio.run(serve(settings, announce=lambda line: print(line, flush=True)))

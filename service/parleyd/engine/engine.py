@@ -1,0 +1,23 @@
+"""What every engine offers the generate thread. An engine knows token ids only: no text, no gRPC."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from parleyd.generation import EngineRequest, Output
+
+
+class Engine(Protocol):
+    """Generates for the requests submitted to it.
+
+    `submit` and `abort` may be called from another thread than `step`.
+    """
+
+    def submit(self, request: EngineRequest) -> None:
+        """Takes a request into the queue."""
+
+    def abort(self, key: int) -> None:
+        """Stops generating for a request within one token. Unknown keys are ignored: the request may just have ended."""
+
+    def step(self) -> list[Output]:
+        """What has been made since the last call, for all requests together; waits until there is something."""

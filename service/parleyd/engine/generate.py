@@ -1,0 +1,185 @@
+"""Engine `generate`: `model.generate` in one thread, a request at a time.
+
+It drives whatever architecture transformers can generate with, and is the oracle for faster engines.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import queue
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessor, MinNewTokensLengthLogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteria
+
+from parleyd.engine.token_streamer import TokenStreamer
+from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams
+
+_logger = logging.getLogger("parleyd.engine")
+
+# Below these the division of a float32 logit overflows; what they ask for is the greedy choice anyway.
+_MIN_TEMPERATURE = 1e-5
+_MIN_REPETITION_PENALTY = 1e-3
+
+
+@dataclass
+class _Sequence:
+    """A request in the queue or being generated. Either flag ends it at the next id."""
+
+    request: EngineRequest
+    is_cancelled: bool = False
+    is_finished: bool = False
+    num_generated: int = 0
+
+
+class GenerateEngine:
+    """See `Engine`. The executor's queue is the request queue, its one thread the generate thread."""
+
+    def __init__(self, model: PreTrainedModel, eos_token_ids: tuple[int, ...], max_context_tokens: int) -> None:
+        self._model = model
+        self._eos_token_ids = eos_token_ids
+        self._max_context_tokens = max_context_tokens
+        self._base_config = _without_governed_fields(model.generation_config)
+        # generate() fills what a request leaves unset from here; requests leave unset on purpose.
+        model.generation_config = GenerationConfig()
+        self._sequences: dict[int, _Sequence] = {}
+        self._outputs: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+
+    def submit(self, request: EngineRequest) -> None:
+        """See Engine."""
+        sequence = self._sequences[request.key] = _Sequence(request, num_generated=len(request.output_ids))
+        self._executor.submit(self._generate, sequence)
+
+    def abort(self, key: int) -> None:
+        """See Engine."""
+        if sequence := self._sequences.get(key):
+            sequence.is_cancelled = True
+
+    def step(self) -> list[Output]:
+        """See Engine. Raises what broke the device, after which no further step can succeed."""
+        outputs = [self._next_output()]
+        while not self._outputs.empty():
+            outputs.append(self._next_output())
+        return outputs
+
+    def _next_output(self) -> Output:
+        output = self._outputs.get()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    def _generate(self, sequence: _Sequence) -> None:
+        """Runs in the generate thread."""
+        try:
+            if not sequence.is_cancelled:
+                self._call_model(sequence)
+        except torch.AcceleratorError as error:
+            self._outputs.put(error)
+        except Exception as error:
+            _logger.exception("generating for request %d failed", sequence.request.key)
+            self._outputs.put(Output(key=sequence.request.key, error=f"{type(error).__name__}: {error}"))
+        finally:
+            del self._sequences[sequence.request.key]
+
+    def _call_model(self, sequence: _Sequence) -> None:
+        request, params = sequence.request, sequence.request.params
+        stop_ids = self._stop_ids(params)
+        room = self._max_context_tokens - len(request.prompt_ids)
+        max_new_tokens = min(params.max_new_tokens, room)
+
+        def on_token(token_id: int) -> None:
+            if sequence.is_cancelled:
+                return
+            sequence.num_generated += 1
+            reason = None
+            if token_id in stop_ids:
+                reason = FinishReason.STOP
+            elif sequence.num_generated >= max_new_tokens:
+                reason = FinishReason.LENGTH
+            sequence.is_finished = reason is not None
+            self._outputs.put(Output(key=request.key, token_ids=(token_id,), finish_reason=reason))
+
+        input_ids = torch.tensor([[*request.prompt_ids, *request.output_ids]], device=self._model.device)
+        self._model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=self._config(params, max_new_tokens - len(request.output_ids), stop_ids),
+            logits_processor=self._processors(params, len(request.prompt_ids), stop_ids),
+            stopping_criteria=[_Ended(sequence)],
+            streamer=TokenStreamer(on_token),
+        )
+
+    def _stop_ids(self, params: SamplingParams) -> list[int]:
+        return [*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)]
+
+    def _config(self, params: SamplingParams, max_new_tokens: int, stop_ids: list[int]) -> GenerationConfig:
+        config = copy.deepcopy(self._base_config)
+        config.max_new_tokens = max_new_tokens
+        config.eos_token_id = stop_ids or None
+        config.pad_token_id = config.pad_token_id or 0  # unused: a batch of one is never padded
+        config.repetition_penalty = max(params.repetition_penalty, _MIN_REPETITION_PENALTY)
+        config.do_sample = params.do_sample
+        if params.do_sample:
+            config.temperature = max(params.temperature, _MIN_TEMPERATURE)
+            config.top_k = params.top_k
+            config.top_p = params.top_p
+            config.min_p = params.min_p
+        return config
+
+    def _processors(self, params: SamplingParams, prompt_length: int, stop_ids: list[int]) -> list[LogitsProcessor]:
+        processors: list[LogitsProcessor] = []
+        masked_ids = sorted({*self._eos_token_ids, *stop_ids})
+        if params.min_new_tokens and masked_ids:
+            # Not through the config: there it would mask only ids that end the answer, and so not EOS under ignore_eos.
+            processors.append(
+                MinNewTokensLengthLogitsProcessor(
+                    prompt_length, params.min_new_tokens, masked_ids, device=str(self._model.device)
+                )
+            )
+        if params.do_sample:
+            processors.append(_PositionSeed(params.seed, prompt_length))
+        return processors
+
+
+def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
+    """The model's own configuration less what every request sets, and less the search methods that cannot stream."""
+    config = copy.deepcopy(config)
+    neutral = GenerationConfig()
+    for name in (
+        "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p",
+        "repetition_penalty", "eos_token_id", "num_beams", "num_return_sequences", "stop_strings", "max_time",
+    ):  # fmt: skip
+        setattr(config, name, getattr(neutral, name))
+    return config
+
+
+class _Ended(StoppingCriteria):  # type: ignore[misc]
+    """Ends `generate` at the next id of a sequence that was cancelled or has finished."""
+
+    def __init__(self, sequence: _Sequence) -> None:
+        self._sequence = sequence
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        ended = self._sequence.is_cancelled or self._sequence.is_finished
+        return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)
+
+
+class _PositionSeed(LogitsProcessor):  # type: ignore[misc]
+    """Seeds torch anew before each draw, by (seed, position): a draw depends on nothing else, and can be taken up anywhere."""
+
+    def __init__(self, seed: int, prompt_length: int) -> None:
+        self._seed = seed
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        choice, position = 0, input_ids.shape[1] - self._prompt_length
+        digest = hashlib.blake2b(struct.pack("<QQQ", self._seed, choice, position), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little"))
+        return scores

@@ -1,0 +1,63 @@
+"""From token ids to what a client sees of one answer: its text, stop strings, why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from parleyd.gateway.streamer import Delta
+from parleyd.generation import FinishReason
+from parleyd.text.answer_text import AnswerText
+
+
+@dataclass
+class AnswerDelta:
+    """What is new of an answer: ids, and the text that is safe to send by now."""
+
+    token_ids: list[int] = field(default_factory=list)
+    content: str = ""
+    finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+
+    @classmethod
+    def merge(cls, deltas: Iterable[AnswerDelta]) -> AnswerDelta:
+        """The same as one delta."""
+        whole = cls()
+        contents = []
+        for delta in deltas:
+            whole.token_ids += delta.token_ids
+            contents.append(delta.content)
+            whole.finish_reason, whole.stop_string = delta.finish_reason, delta.stop_string
+        whole.content = "".join(contents)
+        return whole
+
+
+class Answer:
+    """One answer in the making. Fed with every id in order, so that what is sent depends on the ids alone, not on how
+    they were grouped on their way."""
+
+    def __init__(self, text: AnswerText, hidden_ids: frozenset[int], min_new_tokens: int) -> None:
+        self._text = text
+        self._hidden_ids = hidden_ids
+        self._min_new_tokens = min_new_tokens
+        self.num_tokens = 0
+
+    def push(self, delta: Delta) -> AnswerDelta:
+        """The client's delta for the engine's. Ids after a completed stop string are dropped, and the answer ends."""
+        result = AnswerDelta()
+        for token_id in delta.token_ids:
+            self.num_tokens += 1
+            result.token_ids.append(token_id)
+            text, stop_string = self._text.push(
+                token_id,
+                visible=token_id not in self._hidden_ids,
+                searching=self.num_tokens > self._min_new_tokens,
+            )
+            result.content += text
+            if stop_string is not None:
+                result.finish_reason, result.stop_string = FinishReason.STOP, stop_string
+                return result
+        if delta.finish_reason is not None:
+            result.content += self._text.finish()
+            result.finish_reason = delta.finish_reason
+        return result

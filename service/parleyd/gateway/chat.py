@@ -1,0 +1,144 @@
+"""The handlers of `parley.v1.ChatService`: check, admit, call, convert. Errors are the interceptor's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from parley.v1 import chat_pb2, chat_pb2_grpc
+from parleyd.errors import DeadlineExceeded, ModelNotFound, PromptTooLong
+from parleyd.gateway import convert
+from parleyd.gateway.admission import Admission
+from parleyd.gateway.answer import Answer, AnswerDelta
+from parleyd.gateway.prompt import PromptBuilder
+from parleyd.gateway.served_model import ServedModel
+from parleyd.gateway.supervisor import Supervisor
+from parleyd.gateway.worker_client import WorkerClient
+from parleyd.generation import SamplingParams
+from parleyd.telemetry.call import current_call
+from parleyd.text.answer_text import AnswerText
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass
+class _Generation:
+    """An admitted-to-be request: valid, tokenized, and what becomes of it."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    answer: Answer
+    priority: int
+    timings: convert.Timings | None = None
+
+
+class ChatService(chat_pb2_grpc.ChatServiceServicer):
+    """Serves one model. `model` is None until the first worker is ready; the interceptor lets no call in before."""
+
+    def __init__(self, prompts: PromptBuilder, admission: Admission, supervisor: Supervisor, worker: WorkerClient) -> None:
+        self.model: ServedModel | None = None
+        self._prompts = prompts
+        self._admission = admission
+        self._supervisor = supervisor
+        self._worker = worker
+
+    async def Generate(self, request: chat_pb2.GenerateRequest, context: Context) -> chat_pb2.GenerateResponse:
+        """See chat.proto."""
+        generation = await self._prepare(request, context)
+        async with aclosing(self._run(generation)) as deltas:
+            answer = AnswerDelta.merge([delta async for delta in deltas])
+        return chat_pb2.GenerateResponse(
+            request_id=current_call.get().request_id,
+            model=self._served.name,
+            seed=generation.params.seed,
+            choices=[convert.to_choice(answer)],
+            **_closing_fields(generation),
+        )
+
+    async def GenerateStream(
+        self, request: chat_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[chat_pb2.GenerateStreamResponse]:
+        """See chat.proto."""
+        generation = await self._prepare(request, context)
+        first = {"request_id": current_call.get().request_id, "model": self._served.name, "seed": generation.params.seed}
+        async with aclosing(self._run(generation)) as deltas:
+            async for delta in deltas:
+                response = convert.to_stream_response(delta)
+                response.MergeFrom(chat_pb2.GenerateStreamResponse(**first))
+                first = {}
+                if delta.finish_reason is not None:
+                    response.MergeFrom(chat_pb2.GenerateStreamResponse(**_closing_fields(generation)))
+                yield response
+
+    async def CountTokens(self, request: chat_pb2.CountTokensRequest, context: Context) -> chat_pb2.CountTokensResponse:
+        """See chat.proto."""
+        self._served.check_conversation(request)
+        self._check_model(request.model)
+        return chat_pb2.CountTokensResponse(prompt_tokens=len(await self._prompts.build(self._served, request)))
+
+    async def GetModel(self, request: chat_pb2.GetModelRequest, context: Context) -> chat_pb2.GetModelResponse:
+        """See chat.proto."""
+        self._check_model(request.model)
+        return self._served.description
+
+    @property
+    def _served(self) -> ServedModel:
+        assert self.model is not None
+        return self.model
+
+    def _check_model(self, name: str) -> None:
+        if name not in ("", self._served.name):
+            raise ModelNotFound(name, [self._served.name])
+
+    async def _prepare(self, request: chat_pb2.GenerateRequest, context: Context) -> _Generation:
+        """Checks in the contract's order: fields, model, prompt length."""
+        served = self._served
+        params = served.check_request(request)
+        self._check_model(request.model)
+        prompt_ids = await self._prompts.build(served, request)
+        if len(prompt_ids) >= served.info.max_context_tokens:
+            raise PromptTooLong(len(prompt_ids), served.info.max_context_tokens)
+        remaining_s = context.time_remaining()
+        if remaining_s is not None and remaining_s <= 0:
+            raise DeadlineExceeded
+        return _Generation(prompt_ids, params, self._answer(request, params), request.priority)
+
+    def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> Answer:
+        config = request.generation_config
+        skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
+        text = AnswerText(
+            self._served.tokenizer,
+            skip_special_tokens=skip_special_tokens,
+            stop_strings=config.stop_strings,
+            include_stop_string=config.include_stop_string,
+        )
+        hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
+        return Answer(text, hidden_ids, params.min_new_tokens)
+
+    async def _run(self, generation: _Generation) -> AsyncGenerator[AnswerDelta]:
+        """The answer's deltas; the last one has a finish reason, and the timings are known by then."""
+        call = current_call.get()
+        async with self._admission.slot(generation.priority):
+            link = await self._supervisor.link()
+            queue_s, first_token_s = call.elapsed(), None
+            async with aclosing(self._worker.generate(link, generation.prompt_ids, generation.params)) as steps:
+                async for step in steps:
+                    first_token_s = first_token_s or call.elapsed()
+                    delta = generation.answer.push(step)
+                    if delta.finish_reason is not None:
+                        generation.timings = convert.Timings(queue_s, first_token_s, call.elapsed())
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+
+
+def _closing_fields(generation: _Generation) -> dict[str, Any]:
+    assert generation.timings is not None
+    return {
+        "usage": convert.to_usage(len(generation.prompt_ids), generation.answer.num_tokens),
+        "timings": convert.to_timings(generation.timings),
+    }

@@ -1,0 +1,162 @@
+"""Between the contract's messages and our own: sampling parameters in, answers out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
+
+from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from parleyd.errors import InvalidRequest, Violation
+from parleyd.gateway.answer import AnswerDelta
+from parleyd.generation import FinishReason, ModelInfo, SamplingDefaults, SamplingParams
+
+_ROLE_NAMES = {
+    message_pb2.ROLE_SYSTEM: "system",
+    message_pb2.ROLE_USER: "user",
+    message_pb2.ROLE_ASSISTANT: "assistant",
+    message_pb2.ROLE_TOOL: "tool",
+}
+_FINISH_REASONS = {
+    None: generation_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from the request's arrival."""
+
+    queue_s: float
+    first_token_s: float
+    total_s: float
+
+
+def to_template_messages(messages: Any) -> list[dict[str, str]]:
+    """A conversation as chat templates take it."""
+    return [{"role": _ROLE_NAMES[message.role], "content": message.content} for message in messages]
+
+
+def to_template_kwargs(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> dict[str, Any]:
+    """The chat template's further variables; whole numbers become ints, which templates may compare or print."""
+    try:
+        values = json_format.MessageToDict(request.chat_template_kwargs)
+    except json_format.SerializeToJsonError as error:  # NaN or an infinity somewhere in it
+        raise InvalidRequest([Violation("chat_template_kwargs", str(error))]) from error
+    return {key: _whole_numbers_to_int(value) for key, value in values.items()}
+
+
+def effective_defaults(info: ModelInfo, default_max_new_tokens: int) -> SamplingParams:
+    """What unset fields mean here: the model's own defaults, then the neutral ones."""
+    defaults = info.defaults
+    given = {name: value for name in SamplingDefaults.__dataclass_fields__ if (value := getattr(defaults, name)) is not None}
+    wanted = given.pop("max_new_tokens", default_max_new_tokens)
+    return SamplingParams(max_new_tokens=min(wanted, info.max_context_tokens), **given)
+
+
+def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: SamplingParams) -> SamplingParams:
+    """A valid configuration with every unset field resolved; the seed drawn here if none is given."""
+
+    def value(name: str) -> Any:
+        return getattr(config, name) if config.HasField(name) else getattr(defaults, name)
+
+    temperature = value("temperature")
+    return SamplingParams(
+        max_new_tokens=value("max_new_tokens"),
+        min_new_tokens=value("min_new_tokens"),
+        do_sample=_do_sample(config, defaults) and temperature > 0,
+        temperature=temperature,
+        top_p=value("top_p"),
+        top_k=value("top_k"),
+        min_p=value("min_p"),
+        repetition_penalty=value("repetition_penalty"),
+        seed=config.seed if config.HasField("seed") else secrets.randbits(64),
+        stop_token_ids=tuple(config.stop_token_ids),
+        ignore_eos=config.ignore_eos,
+    )
+
+
+def resolved_violations(config: generation_pb2.GenerationConfig, params: SamplingParams) -> Iterator[Violation]:
+    """What contradicts itself once defaults are filled in."""
+    if params.min_new_tokens > params.max_new_tokens:
+        yield Violation(
+            "generation_config.min_new_tokens",
+            f"must be 0 to max_new_tokens ({params.max_new_tokens}), not {params.min_new_tokens}",
+        )
+    if config.num_return_sequences > 1 and not params.do_sample:
+        yield Violation("generation_config.num_return_sequences", "more than 1 needs sampling, and this request is greedy")
+
+
+def to_generation_config(params: SamplingParams) -> generation_pb2.GenerationConfig:
+    """Defaults, as GetModel tells them."""
+    config = generation_pb2.GenerationConfig(num_return_sequences=1, top_logprobs=0, logprobs=False)
+    for name in ("max_new_tokens", "min_new_tokens", "do_sample", *_SAMPLING_FIELDS, "repetition_penalty", "ignore_eos"):
+        setattr(config, name, getattr(params, name))
+    config.presence_penalty = config.frequency_penalty = 0
+    config.skip_special_tokens, config.include_stop_string = True, False
+    return config
+
+
+def to_stream_response(delta: AnswerDelta) -> chat_pb2.GenerateStreamResponse:
+    """One delta of an answer's only choice."""
+    return chat_pb2.GenerateStreamResponse(
+        index=0,
+        content=delta.content,
+        token_ids=delta.token_ids,
+        finish_reason=_FINISH_REASONS[delta.finish_reason],
+        stop_string=delta.stop_string or "",
+    )
+
+
+def to_choice(delta: AnswerDelta) -> chat_pb2.Choice:
+    """A whole answer, given as one delta."""
+    return chat_pb2.Choice(
+        index=0,
+        message=message_pb2.Message(role=message_pb2.ROLE_ASSISTANT, content=delta.content),
+        finish_reason=_FINISH_REASONS[delta.finish_reason],
+        stop_string=delta.stop_string or "",
+        token_ids=delta.token_ids,
+    )
+
+
+def to_usage(prompt_tokens: int, completion_tokens: int) -> chat_pb2.Usage:
+    """Token counts."""
+    return chat_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+
+def to_timings(timings: Timings) -> chat_pb2.Timings:
+    """Where the time went."""
+    return chat_pb2.Timings(
+        queue=_duration(timings.queue_s),
+        time_to_first_token=_duration(timings.first_token_s),
+        total=_duration(timings.total_s),
+    )
+
+
+def _do_sample(config: generation_pb2.GenerationConfig, defaults: SamplingParams) -> bool:
+    if config.HasField("do_sample"):
+        return config.do_sample
+    return defaults.do_sample or any(config.HasField(name) for name in _SAMPLING_FIELDS)
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration
+
+
+def _whole_numbers_to_int(value: Any) -> Any:
+    """A Struct knows only doubles: 3 arrives as 3.0."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole_numbers_to_int(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _whole_numbers_to_int(item) for key, item in value.items()}
+    return value

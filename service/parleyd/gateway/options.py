@@ -1,0 +1,23 @@
+"""Options of the gRPC server. gRPC ignores misspelt names without a word, so each has a test that it takes effect."""
+
+from __future__ import annotations
+
+from parleyd.config import ServerSettings
+
+
+def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
+    """Channel arguments, as grpc/impl/channel_arg_names.h lists them."""
+    return [
+        # Else a second server could bind the same port and take half of the connections.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # Answers are bounded by max_new_tokens already.
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_time * 1000)),
+        ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout * 1000)),
+        # Clients may ping as they like, also between calls. By default a few pings count as abuse, and the GOAWAY that
+        # follows kills every RPC of the channel.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]

@@ -1,0 +1,39 @@
+"""Rendering and tokenizing prompts, in threads of their own: a long one must not hold up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from parley.v1 import chat_pb2
+from parleyd.gateway import convert
+from parleyd.gateway.served_model import ServedModel
+
+# Two, so that one huge prompt does not hold up all others; more would only take cores from the model.
+_NUM_THREADS = 2
+
+
+class PromptBuilder:
+    """Makes prompt token ids out of conversations."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompt")
+
+    async def build(
+        self, served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
+    ) -> list[int]:
+        """The conversation's token ids after the chat template. Raises InvalidRequest if the template refuses it."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, _build, served, request)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> list[int]:
+    text = served.template.render(
+        convert.to_template_messages(request.messages),
+        continue_final_message=request.continue_final_message,
+        kwargs=convert.to_template_kwargs(request),
+    )
+    return served.tokenizer.encode(text)

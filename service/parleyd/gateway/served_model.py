@@ -1,0 +1,75 @@
+"""The served model as the gateway sees it: name, limits, defaults, tokenizer and chat template; checks requests by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from parley.v1 import chat_pb2
+from parleyd.errors import InvalidRequest, Violation
+from parleyd.gateway import convert, validation
+from parleyd.generation import ModelInfo, SamplingParams
+from parleyd.text.chat_template import ChatTemplate
+from parleyd.text.tokenizer import Tokenizer
+
+_CAPABILITIES = ("chat", "stream", "count_tokens", "continue_final_message", "stop_strings", "seed")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Made once the worker tells what it has loaded."""
+
+    name: str
+    info: ModelInfo
+    defaults: SamplingParams
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    description: chat_pb2.GetModelResponse
+
+    @classmethod
+    def load(cls, name: str, info: ModelInfo, default_max_new_tokens: int) -> ServedModel:
+        """Reads tokenizer and chat template from the model's folder."""
+        folder = Path(info.tokenizer_dir)
+        defaults = convert.effective_defaults(info, default_max_new_tokens)
+        description = chat_pb2.GetModelResponse(
+            model=name,
+            max_context_tokens=info.max_context_tokens,
+            vocab_size=info.vocab_size,
+            default_generation_config=convert.to_generation_config(defaults),
+            capabilities=_CAPABILITIES,
+            engine=info.engine,
+            dtype=info.dtype,
+            device=info.device,
+        )
+        return cls(name, info, defaults, Tokenizer.load(folder), ChatTemplate.load(folder), description)
+
+    def ending_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The ids that end an answer."""
+        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.info.eos_token_ids)
+
+    def check_request(self, request: chat_pb2.GenerateRequest) -> SamplingParams:
+        """The request's sampling parameters. Raises InvalidRequest with every violation, or Unsupported."""
+        params = convert.to_sampling_params(request.generation_config, self.defaults)
+        violations = [
+            *validation.request_violations(request, self.info),
+            *convert.resolved_violations(request.generation_config, params),
+            *self._kwarg_violations(request),
+        ]
+        if violations:
+            raise InvalidRequest(violations)
+        for unsupported in validation.unsupported_in_request(request):
+            raise unsupported
+        return params
+
+    def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
+        """Raises InvalidRequest with every violation, or Unsupported."""
+        violations = [*validation.conversation_violations(request), *self._kwarg_violations(request)]
+        if violations:
+            raise InvalidRequest(violations)
+        for unsupported in validation.unsupported_in_conversation(request):
+            raise unsupported
+
+    def _kwarg_violations(
+        self, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
+    ) -> list[Violation]:
+        return self.template.kwarg_violations(request.chat_template_kwargs.fields.keys())

@@ -1,0 +1,141 @@
+"""The gateway, assembled: gRPC server, chat service, health, reflection, and the worker behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+
+from parley.v1 import chat_pb2, chat_pb2_grpc
+from parleyd.config import Settings
+from parleyd.errors import Draining, StartupError
+from parleyd.gateway.admission import Admission
+from parleyd.gateway.chat import ChatService
+from parleyd.gateway.doorkeeper import Doorkeeper
+from parleyd.gateway.health import Health
+from parleyd.gateway.options import server_options
+from parleyd.gateway.prompt import PromptBuilder
+from parleyd.gateway.reflection import add_reflection
+from parleyd.gateway.served_model import ServedModel
+from parleyd.gateway.supervisor import State, Supervisor
+from parleyd.gateway.worker_client import WorkerClient
+from parleyd.gateway.worker_link import WORKER_COMMAND
+from parleyd.generation import ModelInfo
+from parleyd.rpc.interceptors import CallInterceptor
+
+_logger = logging.getLogger("parleyd")
+
+_CHAT_SERVICE = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name
+# For the last statuses to reach their clients, and for streams of other services, such as Health/Watch, to be cut.
+_STOP_GRACE_S = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Gateway:
+    """One replica. `start`, then `serve` until `begin_shutdown` is called or the service cannot go on."""
+
+    def __init__(self, settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) -> None:
+        server, model = settings.server, settings.model
+        self._settings = settings
+        self._shutdown = asyncio.Event()
+        self._prompts = PromptBuilder()
+        self.admission = Admission(model.max_running, server.max_queue)
+        self.worker = WorkerClient()
+        self.health = Health()
+        self.supervisor = Supervisor(
+            model,
+            self.worker,
+            max_restarts=server.max_worker_restarts,
+            log_level=server.log_level,
+            on_ready=self._on_worker_ready,
+            on_lost=lambda: self.health.set_serving(False),
+            command=worker_command,
+        )
+        self.doorkeeper = Doorkeeper(is_ready=lambda: self._chat.model is not None)
+        self._chat = ChatService(self._prompts, self.admission, self.supervisor, self.worker)
+        self._server = self._build_server()
+
+    async def start(self) -> str:
+        """Binds the port and starts answering. Returns HOST:PORT. Raises StartupError if the port cannot be bound."""
+        await self.health.set_serving(False)
+        host, port = self._settings.server.host, self._settings.server.port
+        bracketed = f"[{host}]" if ":" in host else host
+        try:
+            bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+        except RuntimeError as error:
+            raise StartupError(f"cannot listen on {bracketed}:{port}: is the port in use, or the host not ours?") from error
+        await self._server.start()
+        return f"{bracketed}:{bound}"
+
+    def begin_shutdown(self) -> None:
+        """Asks `serve` to drain and return."""
+        self._shutdown.set()
+
+    async def serve(self) -> None:
+        """Serves until asked to shut down, then drains. Raises StartupError if the model cannot be loaded."""
+        supervision = asyncio.create_task(self.supervisor.run())
+        shutdown = asyncio.create_task(self._shutdown.wait())
+        try:
+            await asyncio.wait([supervision, shutdown], return_when=asyncio.FIRST_COMPLETED)
+            if supervision.done():
+                await supervision  # raises what ended it
+            await self._drain()
+        finally:
+            shutdown.cancel()
+            await self._server.stop(_STOP_GRACE_S)
+            supervision.cancel()
+            await asyncio.gather(supervision, return_exceptions=True)
+            self._prompts.close()
+
+    async def _drain(self) -> None:
+        server = self._settings.server
+        _logger.info("shutting down: %d calls open", self.doorkeeper.num_open)
+        await self.health.shut_down()
+        await asyncio.sleep(server.drain_delay)
+        self.doorkeeper.close()
+        if not await self.doorkeeper.wait_empty(server.drain_timeout):
+            _logger.warning("ending %d calls that did not finish in time", self.doorkeeper.num_open)
+            self.admission.refuse_waiting(Draining())
+            self.worker.fail_all(Draining())
+            await self.doorkeeper.wait_empty(_STOP_GRACE_S)
+
+    async def _on_worker_ready(self, info: ModelInfo) -> None:
+        name, server = self._settings.served_model_name, self._settings.server
+        self._chat.model = await asyncio.to_thread(ServedModel.load, name, info, server.default_max_new_tokens)
+        if self._settings.model.max_running > info.max_running:
+            _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)
+        self.admission.max_running = min(self._settings.model.max_running, info.max_running)
+        await self.health.set_serving(True)
+        _logger.info("serving %s (%s, %s)", name, info.dtype, info.device)
+
+    def _build_server(self) -> grpc.aio.Server:
+        interceptor = CallInterceptor(_CHAT_SERVICE, self.doorkeeper.enter, self.doorkeeper.leave)
+        server = grpc.aio.server(interceptors=[interceptor], options=server_options(self._settings.server))
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+        add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])
+        return server
+
+
+async def serve(
+    settings: Settings, announce: Callable[[str], None], worker_command: Sequence[str] = WORKER_COMMAND
+) -> None:
+    """Runs a gateway until SIGTERM or SIGINT; a second one ends it at once. `announce` gets `listening on HOST:PORT`."""
+    gateway = Gateway(settings, worker_command)
+    address = await gateway.start()
+    announce(f"listening on {address}")
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def on_signal() -> None:
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, task.cancel)
+        gateway.begin_shutdown()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    await gateway.serve()

@@ -1,0 +1,56 @@
+"""One request's way back: token ids from the worker, waiting for the handler that answers its client."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from parleyd.errors import EngineFault, ParleyError
+from parleyd.generation import FinishReason, Output
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Token ids made since the last delta; the last one has a `finish_reason`."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+class Streamer:
+    """Collects a request's outputs. What a slow reader has not taken is merged, so at most one answer's ids wait here."""
+
+    def __init__(self) -> None:
+        self._token_ids: list[int] = []
+        self._finish_reason: FinishReason | None = None
+        self._error: ParleyError | None = None
+        self._news = asyncio.Event()
+
+    def put(self, output: Output) -> None:
+        """Adds what one step made."""
+        self._token_ids.extend(output.token_ids)
+        self._finish_reason = output.finish_reason
+        if output.error is not None:
+            self._error = EngineFault(output.error)
+        self._news.set()
+
+    def fail(self, error: ParleyError) -> None:
+        """Ends the request; ids already here are still handed out before the error is raised."""
+        if self._finish_reason is None and self._error is None:
+            self._error = error
+            self._news.set()
+
+    async def take(self) -> Delta:
+        """All ids not yet taken, at least one unless the request ended; raises the error that ended it."""
+        await self._news.wait()
+        self._news.clear()
+        if self._error is not None:
+            if not self._token_ids:
+                raise self._error
+            self._news.set()
+            return self._drain(None)
+        return self._drain(self._finish_reason)
+
+    def _drain(self, finish_reason: FinishReason | None) -> Delta:
+        token_ids, self._token_ids = self._token_ids, []
+        return Delta(token_ids, finish_reason)

@@ -1,0 +1,155 @@
+"""Checks of a request's fields: every violation at once, by field path, then what this build cannot do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from parleyd.errors import Unsupported, Violation
+from parleyd.generation import ModelInfo
+from parleyd.rpc.interceptors import REQUEST_ID_PATTERN
+
+_MAX_STOP_STRINGS = 16
+_MAX_STOP_STRING_CHARACTERS = 256
+_MAX_STOP_TOKEN_IDS = 64
+_MAX_LOGIT_BIAS = 1024
+
+# field: (lowest, is the lowest itself allowed, highest)
+_RANGES: dict[str, tuple[float, bool, float]] = {
+    "temperature": (0, True, 10),
+    "top_p": (0, False, 1),
+    "min_p": (0, True, 1),
+    "repetition_penalty": (0, False, 10),
+    "presence_penalty": (-2, True, 2),
+    "frequency_penalty": (-2, True, 2),
+    "num_return_sequences": (1, True, 16),
+    "top_logprobs": (0, True, 20),
+}
+
+_ROLES = frozenset(message_pb2.Role.values()) - {message_pb2.ROLE_UNSPECIFIED}
+
+
+def request_violations(request: chat_pb2.GenerateRequest, info: ModelInfo) -> Iterator[Violation]:
+    """What is wrong with a GenerateRequest, but for what needs the chat template or resolved defaults to tell."""
+    yield from conversation_violations(request)
+    yield from config_violations(request.generation_config, info)
+    yield from _tool_choice_violations(request)
+    if request.request_id and not REQUEST_ID_PATTERN.fullmatch(request.request_id):
+        yield Violation("request_id", "must be up to 128 of [A-Za-z0-9._:-]")
+    yield from _id_violations("resume.token_ids", request.resume.token_ids, info.vocab_size)
+
+
+def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> Iterator[Violation]:
+    """What is wrong with the messages, alone and together."""
+    if not request.messages:
+        yield Violation("messages", "must hold at least one message")
+    for i, message in enumerate(request.messages):
+        if message.role == message_pb2.ROLE_UNSPECIFIED:
+            yield Violation(f"messages[{i}].role", "must be set")
+        elif message.role not in _ROLES:
+            yield Violation(f"messages[{i}].role", f"is no role: {message.role}")
+    if request.continue_final_message and request.messages:
+        last = request.messages[-1]
+        if last.role != message_pb2.ROLE_ASSISTANT or not last.content:
+            yield Violation("continue_final_message", "needs a last message of ROLE_ASSISTANT that is not empty")
+
+
+def config_violations(config: generation_pb2.GenerationConfig, info: ModelInfo) -> Iterator[Violation]:
+    """What is out of range in a GenerationConfig."""
+    for name, (lowest, inclusive, highest) in _RANGES.items():
+        if config.HasField(name):
+            yield from _range_violation(name, getattr(config, name), lowest, inclusive, highest)
+    if config.HasField("max_new_tokens"):
+        yield from _range_violation("max_new_tokens", config.max_new_tokens, 1, True, info.max_context_tokens)
+    yield from _stop_string_violations(config.stop_strings)
+    yield from _too_many("generation_config.stop_token_ids", config.stop_token_ids, _MAX_STOP_TOKEN_IDS)
+    yield from _id_violations("generation_config.stop_token_ids", config.stop_token_ids, info.vocab_size)
+    yield from _logit_bias_violations(config, info.vocab_size)
+
+
+def unsupported_in_request(request: chat_pb2.GenerateRequest) -> Iterator[Unsupported]:
+    """What a valid GenerateRequest asks for that this build cannot do. Nothing is ever silently ignored."""
+    yield from unsupported_in_conversation(request)
+    config = request.generation_config
+    asked = {
+        "presence_penalty": config.presence_penalty != 0,
+        "frequency_penalty": config.frequency_penalty != 0,
+        "logit_bias": len(config.logit_bias) > 0,
+        "num_return_sequences": config.num_return_sequences > 1,
+        "logprobs": config.logprobs,
+        "top_logprobs": config.top_logprobs > 0,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            yield Unsupported(f"generation_config.{name}", "not supported by this server yet")
+    if request.response_format.WhichOneof("format") not in (None, "text"):
+        yield Unsupported("response_format", "this server answers in free text only, so far")
+    if request.resume.token_ids:
+        yield Unsupported("resume", "not supported by this server yet")
+
+
+def unsupported_in_conversation(
+    request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest,
+) -> Iterator[Unsupported]:
+    """What a valid conversation holds that this build cannot render."""
+    if request.tools:
+        yield Unsupported("tools", "not supported by this server yet")
+    for i, message in enumerate(request.messages):
+        if message.role == message_pb2.ROLE_TOOL:
+            yield Unsupported(f"messages[{i}].role", "tool results are not supported by this server yet")
+        for name in ("reasoning_content", "tool_calls", "tool_call_id", "name"):
+            if getattr(message, name):
+                yield Unsupported(f"messages[{i}].{name}", "not supported by this server yet")
+
+
+def _range_violation(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> Iterator[Violation]:
+    if not math.isfinite(value) or not (lowest <= value <= highest) or (value == lowest and not inclusive):
+        least = f"{lowest}" if inclusive else f"above {lowest}"
+        yield Violation(f"generation_config.{name}", f"must be {least} to {highest}, not {value:.6g}")
+
+
+def _stop_string_violations(stop_strings: Iterable[str]) -> Iterator[Violation]:
+    path = "generation_config.stop_strings"
+    stop_strings = list(stop_strings)
+    yield from _too_many(path, stop_strings, _MAX_STOP_STRINGS)
+    for i, stop_string in enumerate(stop_strings):
+        if not 1 <= len(stop_string) <= _MAX_STOP_STRING_CHARACTERS:
+            yield Violation(
+                f"{path}[{i}]", f"must have 1 to {_MAX_STOP_STRING_CHARACTERS} characters, not {len(stop_string)}"
+            )
+
+
+def _logit_bias_violations(config: generation_pb2.GenerationConfig, vocab_size: int) -> Iterator[Violation]:
+    path = "generation_config.logit_bias"
+    yield from _too_many(path, config.logit_bias, _MAX_LOGIT_BIAS)
+    for token_id, bias in config.logit_bias.items():
+        if token_id >= vocab_size:
+            yield Violation(f"{path}[{token_id}]", f"is no token id: the vocabulary has {vocab_size}")
+        if not -100 <= bias <= 100:
+            yield Violation(f"{path}[{token_id}]", f"must be -100 to 100, not {bias:.6g}")
+
+
+def _id_violations(path: str, token_ids: Iterable[int], vocab_size: int) -> Iterator[Violation]:
+    for i, token_id in enumerate(token_ids):
+        if token_id >= vocab_size:
+            yield Violation(f"{path}[{i}]", f"is no token id: the vocabulary has {vocab_size}, not {token_id}")
+
+
+def _too_many(path: str, values: Any, limit: int) -> Iterator[Violation]:
+    if len(values) > limit:
+        yield Violation(path, f"must hold at most {limit}, not {len(values)}")
+
+
+def _tool_choice_violations(request: chat_pb2.GenerateRequest) -> Iterator[Violation]:
+    choice = request.tool_choice
+    mode = message_pb2.ToolChoice.Mode
+    if choice.mode not in mode.values():
+        yield Violation("tool_choice.mode", f"is no mode: {choice.mode}")
+    if choice.name and choice.mode in (mode.MODE_AUTO, mode.MODE_NONE):
+        yield Violation("tool_choice.name", f"contradicts {mode.Name(choice.mode)}")
+    elif choice.name and choice.name not in {tool.name for tool in request.tools}:
+        yield Violation("tool_choice.name", "must be one of the tools")
+    if choice.mode == mode.MODE_REQUIRED and not request.tools:
+        yield Violation("tool_choice.mode", "MODE_REQUIRED needs tools")

@@ -1,0 +1,66 @@
+"""Requests to the worker and their outputs back: one streamer a request, found by the request's key."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from parleyd.errors import ParleyError
+from parleyd.gateway.streamer import Delta, Streamer
+from parleyd.generation import EngineRequest, Output, SamplingParams
+from parleyd.ipc.messages import Abort, Submit, ToWorker
+
+
+class Link(Protocol):
+    """What is needed of a worker here."""
+
+    def send(self, message: ToWorker) -> None: ...
+
+
+class WorkerClient:
+    """Generates through whichever worker is attached."""
+
+    def __init__(self) -> None:
+        self._keys = itertools.count()
+        self._streamers: dict[int, Streamer] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Requests that a worker is generating for."""
+        return len(self._streamers)
+
+    async def generate(
+        self, link: Link, prompt_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[Delta]:
+        """Yields the answer's token ids as they come. Closing the generator early stops the worker within one token.
+
+        Raises WorkerLost, EngineFault or whatever ended the request.
+        """
+        request = EngineRequest(key=next(self._keys), prompt_ids=tuple(prompt_ids), params=params)
+        streamer = self._streamers[request.key] = Streamer()
+        link.send(Submit(request))
+        try:
+            while True:
+                delta = await streamer.take()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            # Forgotten by then if the worker ended it; else nobody waits for it any more.
+            if self._streamers.pop(request.key, None) is not None:
+                link.send(Abort(request.key))
+
+    def dispatch(self, outputs: list[Output]) -> None:
+        """Hands one step's outputs to their streamers; those of requests aborted meanwhile have none."""
+        for output in outputs:
+            streamer = self._streamers.pop(output.key, None) if output.is_last else self._streamers.get(output.key)
+            if streamer is not None:
+                streamer.put(output)
+
+    def fail_all(self, error: ParleyError) -> None:
+        """Ends every open request."""
+        # The seam for handing streams over to a fresh worker: prompt and delivered ids of each are known here.
+        streamers, self._streamers = self._streamers, {}
+        for streamer in streamers.values():
+            streamer.fail(error)

@@ -1,0 +1,66 @@
+"""The worker process as the gateway holds it: started, spoken to over a socket pair, killed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Sequence
+
+from parleyd.ipc import messages
+from parleyd.ipc.framing import frame, read_frame_async
+
+WORKER_COMMAND = (sys.executable, "-m", "parleyd.worker")
+
+_STOP_TIMEOUT_S = 5.0
+_STDERR_FD = 2
+
+
+class WorkerLink:
+    """A live worker process. `receive` answers None once it is gone."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> WorkerLink:
+        """Starts a worker. Its last argument is the file descriptor of its end of the socket pair."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                # Stdout belongs to the gateway's one line; whatever a library prints in the worker goes to stderr.
+                stdout=_STDERR_FD,
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: messages.ToWorker) -> None:
+        """Queues a message. A worker that is gone takes it silently: `receive` tells."""
+        if not self._writer.is_closing():
+            self._writer.write(frame(messages.encode(message)))
+
+    async def receive(self) -> messages.ToGateway | None:
+        """The worker's next message, or None when it is gone."""
+        payload = await read_frame_async(self._reader)
+        return None if payload is None else messages.decode_to_gateway(payload)
+
+    async def stop(self) -> int:
+        """Ends the process, kindly at first (it exits when its socket closes). Returns its exit code."""
+        self._writer.close()
+        try:
+            return await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+        except TimeoutError:
+            self._process.kill()
+            return await self._process.wait()

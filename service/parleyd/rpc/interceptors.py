@@ -1,0 +1,145 @@
+"""What every ChatService call goes through: request id, admission of calls at all, errors to statuses, the log line.
+
+Handlers raise ParleyErrors and know nothing of gRPC statuses; any other exception is a fault of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, Violation
+from parleyd.rpc import status
+from parleyd.telemetry.call import Call, current_call
+
+REQUEST_ID_KEY = "x-request-id"
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+_logger = logging.getLogger("parleyd.rpc")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]
+
+
+class _Undecodable:
+    """Stands in for a request whose bytes are no message, so that the answer is ours and not the library's."""
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of one service. `enter` is called as each call begins and may refuse it; `leave` as it ends."""
+
+    def __init__(self, service: str, enter: Callable[[], None], leave: Callable[[], None]) -> None:
+        self._prefix = f"/{service}/"
+        self._enter = enter
+        self._leave = leave
+
+    async def intercept_service(  # type: ignore[override]
+        self, continuation: Continuation, details: grpc.HandlerCallDetails
+    ) -> Any:
+        """See grpc.aio.ServerInterceptor."""
+        handler: Any = await continuation(details)
+        if handler is None or not details.method.startswith(self._prefix):
+            return handler
+        method = details.method.removeprefix(self._prefix)
+        safe = handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
+        if handler.response_streaming:
+            return safe._replace(unary_stream=self._stream(method, handler.unary_stream))
+        return safe._replace(unary_unary=self._unary(method, handler.unary_unary))
+
+    def _unary(self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Any]:
+        async def handle(request: Any, context: Context) -> Any:
+            async def run(call: Call) -> Any:
+                response = await behaviour(request, context)
+                await _send_headers(context, call)
+                return response
+
+            return await self._guarded(method, request, context, run)
+
+        return handle
+
+    def _stream(
+        self, method: str, behaviour: Callable[[Any, Context], AsyncGenerator[Any]]
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        # Written as a coroutine that calls context.write, not as a generator: a cancelled write then raises in here, and
+        # the handler's generator is closed at once, not when it is collected.
+        async def handle(request: Any, context: Context) -> None:
+            async def run(call: Call) -> None:
+                is_first = True
+                async with aclosing(behaviour(request, context)) as responses:
+                    async for response in responses:
+                        if is_first:
+                            await _send_headers(context, call)
+                            is_first = False
+                        await context.write(response)
+
+            await self._guarded(method, request, context, run)
+
+        return handle
+
+    async def _guarded(
+        self, method: str, request: Any, context: Context, run: Callable[[Call], Awaitable[Any]]
+    ) -> Any:
+        call = Call(method, _request_id(request, context))
+        current_call.set(call)
+        entered = False
+        try:
+            self._enter()
+            entered = True
+            if isinstance(request, _Undecodable):
+                raise InvalidRequest([Violation("", "the bytes are no message of this type")])
+            result = await run(call)
+            _logger.info("%s OK in %.3f s", method, call.elapsed())
+            return result
+        except ParleyError as error:
+            _log_refusal(call, error)
+            await _abort(context, error, call)
+        except Exception:
+            _logger.exception("%s failed", method)
+            await _abort(context, EngineFault("unexpected exception"), call)
+        finally:
+            if entered:
+                self._leave()
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Undecodable()
+
+    return decode
+
+
+def _request_id(request: Any, context: Context) -> str:
+    """The request's own id, else a valid incoming one, else a new one."""
+    metadata = dict(context.invocation_metadata() or ())
+    for candidate in (getattr(request, "request_id", ""), metadata.get(REQUEST_ID_KEY, "")):
+        if isinstance(candidate, str) and REQUEST_ID_PATTERN.fullmatch(candidate):
+            return candidate
+    return uuid.uuid4().hex
+
+
+async def _send_headers(context: Context, call: Call) -> None:
+    # Only now, with the first message: until headers leave, service config and proxies may retry the call.
+    await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
+
+
+async def _abort(context: Context, error: ParleyError, call: Call) -> NoReturn:
+    details = status.to_status(error, call.request_id)
+    trailers = ((status.DETAILS_KEY, details.SerializeToString()), (REQUEST_ID_KEY, call.request_id))
+    await context.abort(status.code_of(error), details.message, trailers)
+
+
+def _log_refusal(call: Call, error: ParleyError) -> None:
+    level = logging.ERROR if error.reason is Reason.INTERNAL else logging.INFO
+    # An invalid request's message may quote what the client sent; the reason alone may not.
+    text = error.message if level == logging.ERROR else error.reason.value
+    _logger.log(level, "%s %s in %.3f s: %s", call.method, status.code_of(error).name, call.elapsed(), text)

@@ -1,0 +1,23 @@
+"""The call that the running task serves: its request id and clock, for logs and timings."""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Call:
+    """One RPC. `arrived` is on the monotonic clock, in seconds."""
+
+    method: str
+    request_id: str
+    arrived: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        """Seconds since arrival."""
+        return time.monotonic() - self.arrived
+
+
+current_call: ContextVar[Call] = ContextVar("current_call")

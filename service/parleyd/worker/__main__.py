@@ -1,0 +1,20 @@
+"""`python -m parleyd.worker FD`: the worker process, started by the gateway's supervisor."""
+
+import os
+import sys
+
+from parleyd.config import ModelSettings
+from parleyd.engine.engine import Engine
+from parleyd.generation import ModelInfo
+from parleyd.worker.process import run
+
+
+def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
+    """Imports torch only here, so that the process hears its gateway go away even during that second."""
+    from parleyd.worker.load import load
+
+    return load(settings)
+
+
+# Libraries leave threads behind, and none of them is worth waiting for: hence not sys.exit.
+os._exit(run(int(sys.argv[1]), load_engine))

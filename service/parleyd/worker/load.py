@@ -1,0 +1,35 @@
+"""From settings to a warm engine: the model loaded, the engine built on it, one short answer generated."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from parleyd.config import ModelSettings
+from parleyd.engine.engine import Engine
+from parleyd.engine.generate import GenerateEngine
+from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
+from parleyd.model.loader import load_model
+
+_logger = logging.getLogger("parleyd.worker")
+
+_WARM_UP_PROMPT_TOKENS = 64
+
+
+def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
+    """Raises StartupError if the model cannot be loaded."""
+    started = time.monotonic()
+    loaded = load_model(settings)
+    engine = GenerateEngine(loaded.model, loaded.info.eos_token_ids, loaded.info.max_context_tokens)
+    _warm_up(engine, loaded.info)
+    _logger.info("model ready on %s after %.1f s", loaded.info.device, time.monotonic() - started)
+    return engine, loaded.info
+
+
+def _warm_up(engine: Engine, info: ModelInfo) -> None:
+    """Lets the first real request find every lazily made thing made."""
+    num_prompt_tokens = min(_WARM_UP_PROMPT_TOKENS, info.max_context_tokens - 2)
+    params = SamplingParams(max_new_tokens=2, min_new_tokens=2)
+    engine.submit(EngineRequest(key=-1, prompt_ids=(0,) * num_prompt_tokens, params=params))
+    while not any(output.is_last for output in engine.step()):
+        pass

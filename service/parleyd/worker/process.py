@@ -1,0 +1,69 @@
+"""The worker process: reads requests off its socket, loads what `Start` names, then runs the generate thread's loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from parleyd.config import ModelSettings
+from parleyd.engine.engine import Engine
+from parleyd.errors import StartupError
+from parleyd.generation import ModelInfo
+from parleyd.ipc import messages
+from parleyd.ipc.framing import read_frame, send_frame
+from parleyd.telemetry import logging as telemetry_logging
+from parleyd.worker.loop import run_loop
+
+_logger = logging.getLogger("parleyd.worker")
+
+Load = Callable[[ModelSettings], tuple[Engine, ModelInfo]]
+
+
+def run(fd: int, load: Load) -> int:
+    """Serves the gateway on the other end of `fd` until it goes away. Returns the exit code."""
+    _ignore_signals()
+    sock = socket.socket(fileno=fd)
+    start: Future[messages.Start] = Future()
+    engine: Future[Engine] = Future()
+    threading.Thread(target=_receive, args=(sock, start, engine), name="receive", daemon=True).start()
+
+    message = start.result()
+    telemetry_logging.configure(message.log_level)
+    try:
+        loaded, info = load(message.settings)
+    except StartupError as error:
+        send_frame(sock, messages.encode(messages.LoadFailed(str(error))))
+        return 1
+    engine.set_result(loaded)
+    send_frame(sock, messages.encode(messages.Ready(info)))
+    try:
+        run_loop(loaded, lambda outputs: send_frame(sock, messages.encode(messages.Step(outputs))))
+    except Exception:
+        _logger.exception("the generate thread failed")
+    return 1
+
+
+def _ignore_signals() -> None:
+    # Ctrl-C and a service manager's SIGTERM reach the whole process group; streams are to finish first, so the gateway
+    # alone decides when the worker goes, by closing the socket.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _receive(sock: socket.socket, start: Future[messages.Start], engine: Future[Engine]) -> None:
+    """Reads the gateway's messages; leaves the process when the gateway is gone, whatever the other threads do."""
+    stream = sock.makefile("rb")
+    while (payload := read_frame(stream)) is not None:
+        match messages.decode_to_worker(payload):
+            case messages.Start() as message:
+                start.set_result(message)
+            case messages.Submit(request):
+                engine.result().submit(request)
+            case messages.Abort(key):
+                engine.result().abort(key)
+    os._exit(0)

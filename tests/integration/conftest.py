@@ -1,0 +1,49 @@
+"""Fixtures of the integration tests: the real gateway over loopback, with a worker process that answers by script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
+
+StartGateway = Callable[..., GatewayThread]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_tokenizer(tmp_path_factory.mktemp("scripted"))
+
+
+@pytest.fixture(scope="session")
+def shared_gateway(tokenizer_folder: Path) -> Iterator[GatewayThread]:
+    """One gateway for all tests that leave it as they found it."""
+    with GatewayThread(scripted_settings(max_running=4), scripted_command(tokenizer_folder)) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(shared_gateway: GatewayThread) -> Iterator[GatewayThread]:
+    """The shared gateway, found idle and left idle: no request, call or slot survives a test."""
+    shared_gateway.wait_idle()
+    yield shared_gateway
+    shared_gateway.wait_idle()
+
+
+@pytest.fixture
+def start_gateway(tokenizer_folder: Path) -> Iterator[StartGateway]:
+    """Starts gateways of a test's own; `worker` are the scripted worker's arguments, `folder` its tokenizer's."""
+    with ExitStack() as stack:
+
+        def start(
+            *, worker: tuple[str, ...] = (), folder: Path = tokenizer_folder, wait_ready: bool = True, **settings: Any
+        ) -> GatewayThread:
+            command = scripted_command(folder, *worker)
+            return stack.enter_context(GatewayThread(scripted_settings(**settings), command, wait_ready=wait_ready))
+
+        yield start

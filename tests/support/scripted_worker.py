@@ -1,0 +1,143 @@
+"""A worker process without torch or weights: the real process and IPC, an engine that answers by script.
+
+It answers with the last message of the conversation, a byte a token, then the end token. Some messages are orders:
+`!forever` never ends, `!die` kills the process, `!fail` makes the engine fail, `!ids 240 159` answers with these ids,
+`!wait` gives no token until it is aborted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from parleyd.config import ModelSettings
+from parleyd.engine.engine import Engine
+from parleyd.errors import StartupError
+from parleyd.generation import EngineRequest, FinishReason, ModelInfo, Output, SamplingDefaults
+from parleyd.worker.process import run
+from tests.support import tiny_tokenizer
+
+MAX_CONTEXT_TOKENS = 4096
+
+
+class ScriptedEngine:
+    """One step gives each running request its next id."""
+
+    def __init__(self, step_delay_s: float) -> None:
+        self._step_delay_s = step_delay_s
+        self._changed = threading.Condition()
+        self._running: dict[int, tuple[EngineRequest, Iterator[int]]] = {}
+        self._counts: dict[int, int] = {}
+
+    def submit(self, request: EngineRequest) -> None:
+        with self._changed:
+            self._running[request.key] = (request, script(request))
+            self._counts[request.key] = 0
+            self._changed.notify()
+
+    def abort(self, key: int) -> None:
+        with self._changed:
+            self._running.pop(key, None)
+
+    def step(self) -> list[Output]:
+        outputs: list[Output] = []
+        while not outputs:
+            with self._changed:
+                self._changed.wait_for(lambda: self._running)
+                outputs = [output for key in list(self._running) if (output := self._advance(key))]
+            time.sleep(self._step_delay_s)
+        return outputs
+
+    def _advance(self, key: int) -> Output | None:
+        request, ids = self._running[key]
+        try:
+            token_id = next(ids)
+        except RuntimeError as error:
+            del self._running[key]
+            return Output(key=key, error=str(error))
+        if token_id is None:
+            return None
+        self._counts[key] += 1
+        reason = None
+        stop_ids = {*request.params.stop_token_ids} | ({*()} if request.params.ignore_eos else {tiny_tokenizer.IM_END_ID})
+        if token_id in stop_ids:
+            reason = FinishReason.STOP
+        elif self._counts[key] >= min(request.params.max_new_tokens, MAX_CONTEXT_TOKENS - len(request.prompt_ids)):
+            reason = FinishReason.LENGTH
+        if reason:
+            del self._running[key]
+        return Output(key=key, token_ids=(token_id,), finish_reason=reason)
+
+
+def script(request: EngineRequest) -> Iterator[int]:
+    """The ids that answer a request."""
+    words = last_message(request).split(" ")
+    match words[0]:
+        case "!forever":
+            yield from itertools.cycle(b"all work and no play ")
+        case "!wait":
+            yield from itertools.repeat(None)
+        case "!die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "!fail":
+            raise_after_first_id = RuntimeError("scripted failure")
+            yield ord("x")
+            raise raise_after_first_id
+        case "!ids":
+            yield from map(int, words[1:])
+        case _:
+            yield from " ".join(words).encode()
+    while True:
+        yield tiny_tokenizer.IM_END_ID
+
+
+def last_message(request: EngineRequest) -> str:
+    """The content of the conversation's last message, from the prompt's ids."""
+    ids = list(request.prompt_ids)
+    assistant = list(b"assistant\n")
+    if ids[-len(assistant) :] == assistant:  # the generation prompt; else the message is to be continued
+        ids = ids[: -len(assistant) - 1]
+    start = len(ids) - 1 - ids[::-1].index(tiny_tokenizer.IM_START_ID)
+    text = bytes(i for i in ids[start + 1 :] if i < tiny_tokenizer.NUM_BYTES).decode(errors="replace")
+    return text.split("\n", 1)[1].removesuffix("\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--step-delay", type=float, default=0.0)
+    parser.add_argument("--load-delay", type=float, default=0.0)
+    parser.add_argument("--load-error")
+    parser.add_argument("--die-once-loaded", action="store_true")
+    parser.add_argument("--max-running", type=int, default=4)
+    parser.add_argument("fd", type=int)
+    arguments = parser.parse_args()
+
+    def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
+        time.sleep(arguments.load_delay)
+        if arguments.load_error:
+            raise StartupError(arguments.load_error)
+        info = ModelInfo(
+            tokenizer_dir=str(arguments.folder),
+            max_context_tokens=MAX_CONTEXT_TOKENS,
+            vocab_size=tiny_tokenizer.VOCAB_SIZE,
+            eos_token_ids=(tiny_tokenizer.IM_END_ID,),
+            dtype="float32",
+            device="cpu",
+            engine="scripted",
+            max_running=arguments.max_running,
+            defaults=SamplingDefaults(temperature=0.5),
+        )
+        return ScriptedEngine(arguments.step_delay), info
+
+    return run(arguments.fd, load)
+
+
+if __name__ == "__main__":
+    os._exit(main())
