@@ -1,4 +1,4 @@
-"""A byte-level tokenizer in a folder, made without network or weights: token id == UTF-8 byte, plus three special tokens."""
+"""A byte-level tokenizer in a folder, made without network or weights: id == UTF-8 byte, and three special tokens."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def service_config(max_attempts: int) -> str:
     """The gRPC service config, as JSON: which calls are tried again, and when.
 
     gRPC tries again only until the answer's headers arrive, and a Parley server sends these with the first message: so
-    no part of an answer is ever seen twice. The throttle stops retries once more than about a third of all calls fail, so that they
-    do not add load to a server in trouble.
+    no part of an answer is ever seen twice. The throttle stops retries once more than about a third of all calls fail,
+    so that they do not add load to a server in trouble.
     """
     if max_attempts == 1:
         return "{}"

@@ -21,10 +21,7 @@ DEFAULT_TARGET = "localhost:50051"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `parley` with these arguments (default: the process's own) and returns its exit code."""
     args = build_parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        # An answer may hold characters that a terminal cannot show; that is no reason to die in its middle.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    _tolerate_odd_characters()
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -38,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone. The interpreter flushes once more at exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+
+
+def _tolerate_odd_characters() -> None:
+    # An answer may hold characters that a terminal cannot show; that is no reason to die in its middle. Input that is
+    # no text is the request's fault, and said as such when the request is built.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def build_parser() -> argparse.ArgumentParser:

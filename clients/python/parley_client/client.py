@@ -88,7 +88,8 @@ class Client:
 
         The call starts at once; what `chat` raises, the iteration raises (except for requests that cannot be built).
         """
-        return Stream(self._chat.GenerateStream, request.generate("stream", messages, options), self._defaults.args(timeout))
+        message = request.generate("stream", messages, options)
+        return Stream(self._chat.GenerateStream, message, self._defaults.args(timeout))
 
     def count_tokens(
         self,

@@ -87,9 +87,7 @@ def chat_options(args: Namespace) -> ChatOptions:
 
 def to_json(proto: ProtoMessage) -> dict[str, Any]:
     """Protobuf's own JSON mapping under the contract's field names, so that any language's protobuf reads it back."""
-    return json_format.MessageToDict(
-        proto, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
+    return json_format.MessageToDict(proto, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

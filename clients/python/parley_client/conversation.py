@@ -27,26 +27,30 @@ def chat(args: Namespace) -> int:
         conversation = Conversation(client, args)
         while True:
             try:
-                line = input("> " if interactive else "").strip()
+                if not _take_turn(conversation, input("> " if interactive else "").strip()):
+                    return 0
             except EOFError:
-                break
-            except KeyboardInterrupt:
-                print("\n(/exit or Ctrl-D quits)" if interactive else "")
-                continue
-            if line == "/exit":
+                print(end="\n" if interactive else "")
                 return 0
-            if line == "/reset":
-                conversation.reset()
-            elif line:
-                try:
-                    conversation.answer(line)
-                except ParleyError as error:
-                    if not interactive:
-                        raise
-                    commands.print_error(error)
-        if interactive:
-            print()
-    return 0
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                print("\n(Ctrl-D or /exit quits)")
+            except ParleyError as error:
+                if not interactive:
+                    raise
+                commands.print_error(error)
+
+
+def _take_turn(conversation: Conversation, line: str) -> bool:
+    """Does what the line asks for; whether the conversation goes on."""
+    if line == "/exit":
+        return False
+    if line == "/reset":
+        conversation.reset()
+    elif line:
+        conversation.answer(line)
+    return True
 
 
 class Conversation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -34,7 +35,7 @@ def extend_field(proto: Message, name: str, values: Iterable[object], path: str)
             raise refused(f"{join(path, name)}[{i}]", error) from error
 
 
-def update_field(proto: Message, name: str, values: Mapping[object, object], path: str) -> None:
+def update_field(proto: Message, name: str, values: Mapping[Any, Any], path: str) -> None:
     """Adds to a map field or a Struct; errors name the key. Raises as `set_field`."""
     field = getattr(proto, name)
     for key, value in values.items():

@@ -50,7 +50,7 @@ class Message:
 
     def to_proto(self, path: str) -> message_pb2.Message:
         """As `proto`; errors name the field as below `path`."""
-        proto = message_pb2.Message(role=message_pb2.Role.Value(f"ROLE_{self.role.upper()}"))
+        proto = message_pb2.Message(role=f"ROLE_{self.role.upper()}")
         for field in ("content", "reasoning_content", "tool_call_id", "name"):
             set_field(proto, field, getattr(self, field), path)
         for i, call in enumerate(self.tool_calls):

@@ -34,14 +34,11 @@ class ModelInfo:
     @property
     def default_generation_config(self) -> dict[str, Any]:
         """What generation options mean when they are left out, by name; not listed is off."""
-        options: dict[str, Any] = {}
-        for field, value in self.proto.default_generation_config.ListFields():
-            if field.name == "logit_bias":
-                value = dict(value)
-            elif field.name in ("stop_strings", "stop_token_ids"):
-                value = list(value)
-            options[field.name] = value
-        return options
+        plain = {"logit_bias": dict, "stop_strings": list, "stop_token_ids": list}  # of protobuf's own containers
+        return {
+            field.name: plain[field.name](value) if field.name in plain else value
+            for field, value in self.proto.default_generation_config.ListFields()
+        }
 
     @property
     def capabilities(self) -> list[str]:

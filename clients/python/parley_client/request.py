@@ -122,10 +122,11 @@ def _set_config(config: generation_pb2.GenerationConfig, options: Mapping[str, A
 def _to_tool(tool: Mapping[str, Any] | message_pb2.Tool, path: str) -> message_pb2.Tool:
     if isinstance(tool, message_pb2.Tool):
         return tool
+    fields = tool
     if tool.get("type") == "function" and isinstance(tool.get("function"), Mapping):
-        tool, path = tool["function"], join(path, "function")
+        fields, path = tool["function"], join(path, "function")
     proto = message_pb2.Tool()
-    for name, value in tool.items():
+    for name, value in fields.items():
         if name not in message_pb2.Tool.DESCRIPTOR.fields_by_name:
             raise InvalidRequest.at(join(path, name), "is no field of a tool")
         set_field(proto, name, _to_json(value) if name == "parameters" else value, path)

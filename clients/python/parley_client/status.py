@@ -44,9 +44,10 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ParleyError:
     """The typed error for a failed RPC. To be raised `from` the RpcError."""
     call = cast(_FailedCall, error)
     trailers = _first_values(call.trailing_metadata())
-    request_id = _text(trailers.get(REQUEST_ID_KEY)) or _text(_first_values(call.initial_metadata()).get(REQUEST_ID_KEY))
+    headers = _first_values(call.initial_metadata())
+    request_id = trailers.get(REQUEST_ID_KEY) or headers.get(REQUEST_ID_KEY)
     details = _decode_status(trailers.get(DETAILS_KEY))
-    return _build(call.code(), details.message or call.details() or "", details, request_id)
+    return _build(call.code(), details.message or call.details() or "", details, _text(request_id))
 
 
 def _build(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from parleyd.gateway.streamer import Delta
 from parleyd.generation import FinishReason
-from parleyd.text.answer_text import AnswerText
+from parleyd.text.sequence_text import SequenceText
 
 
 @dataclass
@@ -36,10 +36,9 @@ class Answer:
     """One answer in the making. Fed with every id in order, so that what is sent depends on the ids alone, not on how
     they were grouped on their way."""
 
-    def __init__(self, text: AnswerText, hidden_ids: frozenset[int], min_new_tokens: int) -> None:
+    def __init__(self, text: SequenceText, hidden_ids: frozenset[int]) -> None:
         self._text = text
         self._hidden_ids = hidden_ids
-        self._min_new_tokens = min_new_tokens
         self.num_tokens = 0
 
     def push(self, delta: Delta) -> AnswerDelta:
@@ -48,11 +47,7 @@ class Answer:
         for token_id in delta.token_ids:
             self.num_tokens += 1
             result.token_ids.append(token_id)
-            text, stop_string = self._text.push(
-                token_id,
-                visible=token_id not in self._hidden_ids,
-                searching=self.num_tokens > self._min_new_tokens,
-            )
+            text, stop_string = self._text.push(token_id, visible=token_id not in self._hidden_ids)
             result.content += text
             if stop_string is not None:
                 result.finish_reason, result.stop_string = FinishReason.STOP, stop_string

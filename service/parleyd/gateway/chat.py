@@ -20,7 +20,7 @@ from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.generation import SamplingParams
 from parleyd.telemetry.call import current_call
-from parleyd.text.answer_text import AnswerText
+from parleyd.text.sequence_text import SequenceText
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -74,6 +74,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                     response.MergeFrom(chat_pb2.GenerateStreamResponse(**_closing_fields(generation)))
                 yield response
 
+    async def GenerateBatch(
+        self, request: chat_pb2.GenerateBatchRequest, context: Context
+    ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
+        """See chat.proto. Not built yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "GenerateBatch is not supported by this server yet")
+        yield chat_pb2.GenerateBatchResponse()  # never reached; makes this a generator
+
     async def CountTokens(self, request: chat_pb2.CountTokensRequest, context: Context) -> chat_pb2.CountTokensResponse:
         """See chat.proto."""
         self._served.check_conversation(request)
@@ -110,14 +117,15 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> Answer:
         config = request.generation_config
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
-        text = AnswerText(
+        text = SequenceText(
             self._served.tokenizer,
             skip_special_tokens=skip_special_tokens,
             stop_strings=config.stop_strings,
             include_stop_string=config.include_stop_string,
+            min_new_tokens=params.min_new_tokens,
         )
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
-        return Answer(text, hidden_ids, params.min_new_tokens)
+        return Answer(text, hidden_ids)
 
     async def _run(self, generation: _Generation) -> AsyncGenerator[AnswerDelta]:
         """The answer's deltas; the last one has a finish reason, and the timings are known by then."""

@@ -25,7 +25,7 @@ REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _logger = logging.getLogger("parleyd.rpc")
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
 class _Undecodable:
@@ -100,6 +100,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except ParleyError as error:
             _log_refusal(call, error)
             await _abort(context, error, call)
+        except grpc.aio.AbortError:
+            raise
         except Exception:
             _logger.exception("%s failed", method)
             await _abort(context, EngineFault("unexpected exception"), call)

@@ -1,0 +1,133 @@
+"""Messages to prompt text through the model's own chat template, exactly as `apply_chat_template` renders it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from transformers.utils import chat_template_utils
+
+from parleyd.errors import InvalidRequest, StartupError, Unsupported, Violation
+from parleyd.text.tokenizer_config import NAMED_SPECIAL_TOKENS, TokenizerConfig
+
+_MAX_QUOTED_CHARS = 300
+
+# What the request itself or the tokenizer gives the template; clients cannot set these beside it.
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self", *NAMED_SPECIAL_TOKENS}
+) | frozenset(inspect.signature(chat_template_utils.render_jinja_template).parameters)
+
+
+class ChatTemplate:
+    """One model's chat template. Safe for many threads; rendering is pure Python, so it belongs in a thread pool.
+
+    `variables` are the names that a client may set through `chat_template_kwargs`.
+    """
+
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        """`source=None`: the model has none. Raises StartupError where the template is not valid Jinja."""
+        self._source = source
+        self._special_tokens = dict(special_tokens)
+        self._reserved = _RESERVED | special_tokens.keys()
+        names = _variables(source) if source is not None else frozenset()
+        self.variables = names - self._reserved
+        self.reads_tools = "tools" in names
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate:
+        """Reads chat_template.jinja, else `chat_template` of tokenizer_config.json ("default" where it has several).
+
+        Raises StartupError where a file cannot be used.
+        """
+        config = TokenizerConfig.load(folder)
+        path = folder / "chat_template.jinja"
+        try:
+            source = path.read_text(encoding="utf-8") if path.is_file() else config.chat_template
+        except (OSError, ValueError) as error:
+            raise StartupError(f"{path} cannot be read: {error}") from error
+        return cls(source, config.special_tokens)
+
+    def kwarg_violations(self, names: Iterable[str]) -> list[Violation]:
+        """One for each name that is reserved or that the template never reads. None where there is no template."""
+        if self._source is None:
+            return []  # render() says what is wrong
+        known = ", ".join(sorted(self.variables)) or "none"
+        violations = []
+        for name in names:
+            if name in self._reserved:
+                why = "is set by the service itself"
+            elif name not in self.variables:
+                why = f"is not read by the model's chat template; it reads: {known}"
+            else:
+                continue
+            violations.append(Violation(f"chat_template_kwargs.{_one_line(name)}", why))
+        return violations
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text: up to where the assistant's next message begins or, with `continue_final_message`, up to
+        the last message's own end. Keys of messages whose value is None count as absent.
+
+        Raises Unsupported where the model has no chat template, InvalidRequest where the template refuses the messages
+        or drops the one to continue, and for `kwargs` that `kwarg_violations` objects to.
+        """
+        if self._source is None:
+            raise Unsupported("messages", "this model has no chat template, so it cannot answer conversations")
+        if violations := self.kwarg_violations(kwargs or {}):
+            raise InvalidRequest(violations)
+        variables: dict[str, Any] = {**self._special_tokens, **(kwargs or {})}
+        try:
+            # The first part of the result, whose annotation is wrong, holds one text for each conversation.
+            prompt = chat_template_utils.render_jinja_template(
+                [[_without_none(message) for message in messages]],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                chat_template=self._source,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=not continue_final_message,
+                **variables,
+            )[0][0]
+            prompt.encode()  # a lone surrogate, say from a JSON escape, has no tokens
+        except Exception as error:  # whatever a model's template raises is about what it was given
+            raise InvalidRequest([_refusal(error, continue_final_message)]) from error
+        return prompt
+
+
+def _variables(source: str) -> frozenset[str]:
+    """The names that a template looks up beyond those it sets itself and Jinja's own."""
+    try:
+        # transformers' own environment, private as it is: only it parses the tags that it adds to Jinja.
+        environment = chat_template_utils._compile_jinja_template(source).environment
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+    except jinja2.TemplateError as error:
+        raise StartupError(f"the model's chat template is not valid: {_one_line(str(error))}") from error
+
+
+def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _refusal(error: Exception, continue_final_message: bool) -> Violation:
+    if continue_final_message and type(error) is ValueError and "continue_final_message" in str(error):
+        # transformers' text quotes the whole conversation
+        return Violation(
+            "continue_final_message",
+            "the model's chat template alters or drops the last message's text",
+        )
+    reason = _one_line(str(error)) or type(error).__name__
+    return Violation("messages", f"the model's chat template refuses them: {reason}")
+
+
+def _one_line(text: str) -> str:
+    # cut first: what a template or a client wrote may be megabytes long
+    text = " ".join(text[: 2 * _MAX_QUOTED_CHARS].split())
+    return text if len(text) <= _MAX_QUOTED_CHARS else text[:_MAX_QUOTED_CHARS] + "…"

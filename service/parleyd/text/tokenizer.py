@@ -1,0 +1,144 @@
+"""Text to token ids and back, from a local tokenizer.json. The gateway calls `encode` in its thread pool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from parleyd.errors import StartupError
+from parleyd.text.tokenizer_config import TokenizerConfig
+
+
+class ByteCoding(Enum):
+    """How a tokenizer's ids can stand for less than a character."""
+
+    BYTE_LEVEL = "every id stands for bytes"
+    BYTE_FALLBACK = "ids of pieces such as <0xE2> stand for one byte each, all others for whole characters"
+    NONE = "every id stands for whole characters"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that neither truncates nor pads nor adds special tokens. Safe for many threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._bytes: dict[int, bytes] = {}
+        self.byte_coding = _byte_coding(backend)
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Reads tokenizer.json, tokenizer_config.json and, in older folders, special_tokens_map.json.
+
+        Raises StartupError where tokenizer.json is missing or a file cannot be used.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise StartupError(f"{folder} holds no tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise StartupError(f"{path} cannot be read: {error}") from error
+        _add_configured_tokens(backend, TokenizerConfig.load(folder))
+        return cls(backend)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, special tokens only where the text spells them: chat templates write those themselves."""
+        # A batch of one, because encode() holds the GIL to its end (0.5 s for 450,000 characters in tokenizers 0.23);
+        # the fast variant leaves out the character offsets that nobody here reads.
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that make no character become U+FFFD, ids outside the vocabulary nothing."""
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of an id, such as `Ġthe` or `▁the`; None outside the vocabulary."""
+        return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that an id adds to a text, in mid-text; empty outside the vocabulary.
+
+        Exact for byte coded ids. Others may gain or lose a space at the start of a text, which this leaves out.
+        """
+        value = self._bytes.get(token_id)
+        if value is None:
+            value = self._bytes[token_id] = self._find_bytes(token_id)
+        return value
+
+    def fallback_byte(self, token_id: int) -> bytes | None:
+        """The byte of a byte fallback piece such as `<0xE2>`; None for every other id."""
+        if self.byte_coding is not ByteCoding.BYTE_FALLBACK:
+            return None
+        return _parse_byte_piece(self._backend.id_to_token(token_id))
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if (byte := self.fallback_byte(token_id)) is not None:
+            return byte
+        text = self._backend.decode([token_id], skip_special_tokens=False)
+        if self.byte_coding is ByteCoding.BYTE_LEVEL and "\ufffd" in text and all(char in _BYTE_OF for char in token):
+            return bytes(_BYTE_OF[char] for char in token)
+        return text.encode()
+
+
+def _add_configured_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+    """Adds what the configuration names and tokenizer.json leaves out, as transformers does, so that ids agree."""
+    backend.encode_special_tokens = config.split_special_tokens
+    present = backend.get_added_tokens_decoder()
+    missing = [
+        token for token_id, token in sorted(config.added_tokens.items()) if repr(present.get(token_id)) != repr(token)
+    ]
+    backend.add_tokens(missing)
+    by_content = {token.content: token for token in (*present.values(), *config.added_tokens.values())}
+    backend.add_special_tokens(
+        [
+            by_content.get(content) or AddedToken(content, special=True, normalized=False)
+            for content in dict.fromkeys((*config.special_tokens.values(), *config.extra_special_tokens))
+        ]
+    )
+
+
+def _byte_coding(backend: tokenizers.Tokenizer) -> ByteCoding:
+    kinds = set(_decoder_kinds(json.loads(backend.decoder.__getstate__()))) if backend.decoder else set()
+    if "ByteLevel" in kinds:
+        return ByteCoding.BYTE_LEVEL
+    return ByteCoding.BYTE_FALLBACK if "ByteFallback" in kinds else ByteCoding.NONE
+
+
+def _decoder_kinds(decoder: dict[str, Any]) -> list[str]:
+    if decoder["type"] == "Sequence":
+        return [kind for part in decoder["decoders"] for kind in _decoder_kinds(part)]
+    return [decoder["type"]]
+
+
+def _parse_byte_piece(token: str | None) -> bytes | None:
+    if token is None or len(token) != 6 or not token.startswith("<0x") or token[5] != ">":
+        return None
+    try:
+        return bytes.fromhex(token[3:5])
+    except ValueError:
+        return None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte, in which byte-level vocabularies are written."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

@@ -1,0 +1,96 @@
+"""What a tokenizer's folder says beside tokenizer.json; tokenizer.py and chat_template.py read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from parleyd.errors import StartupError
+
+NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """tokenizer_config.json, with special_tokens_map.json merged in as transformers does it.
+
+    `special_tokens` maps names such as `bos_token`, and names of the model's own such as `image_token`, to their text;
+    chat templates see exactly these. `added_tokens` maps ids to the tokens that older tokenizer.json files left out.
+    """
+
+    special_tokens: Mapping[str, str]
+    extra_special_tokens: tuple[str, ...]
+    added_tokens: Mapping[int, AddedToken]
+    split_special_tokens: bool
+    chat_template: str | None
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenizerConfig:
+        """Reads the folder; a missing file counts as an empty one.
+
+        Raises StartupError where a file is there but not what it should be.
+        """
+        config = _read_object(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:
+            # Newer folders repeat everything in tokenizer_config.json; transformers ignores the map file there.
+            config |= _read_object(folder / "special_tokens_map.json")
+        try:
+            return cls._from_config(config)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise StartupError(f"{folder / 'tokenizer_config.json'} cannot be used: {error!r}") from error
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any]) -> TokenizerConfig:
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+        own = dict(config.get("model_specific_special_tokens") or {})
+        if isinstance(extra, dict):
+            own, extra = own | extra, ()
+        own |= {name: value for name, value in config.items() if name.endswith("_token")}
+        named = {name: own.pop(name, None) for name in NAMED_SPECIAL_TOKENS}
+        return cls(
+            special_tokens={
+                name: text for name, value in (named | own).items() if (text := _content(value)) is not None
+            },
+            extra_special_tokens=tuple(text for value in extra if (text := _content(value)) is not None),
+            added_tokens=_added_tokens(config.get("added_tokens_decoder") or {}),
+            split_special_tokens=bool(config.get("split_special_tokens", False)),
+            chat_template=_default_template(config.get("chat_template")),
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise StartupError(f"{path} holds no JSON object")
+    return value
+
+
+def _content(value: Any) -> str | None:
+    """The text of a special token: a string or a serialised AddedToken. Else None: `add_bos_token`, say, is a bool."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _added_tokens(decoder: Mapping[str, Mapping[str, Any]]) -> dict[int, AddedToken]:
+    return {
+        int(token_id): AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+        for token_id, token in decoder.items()
+    }
+
+
+def _default_template(value: str | Iterable[Mapping[str, str]] | None) -> str | None:
+    """`chat_template` is one template or, in older folders, a list of named ones."""
+    if value is None or isinstance(value, str):
+        return value
+    return {template["name"]: template["template"] for template in value}.get("default")

@@ -1,0 +1,166 @@
+"""Whoever stops listening ends the call, so that the model does not work for nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import threading
+
+import pytest
+
+from parley.v1 import chat_pb2
+from parley_client import AsyncClient, Cancelled, Client, user
+
+QUESTION = [user("Hello?")]
+
+
+@pytest.fixture(autouse=True)
+def endless(server):
+    """An answer of one piece that then waits for the client to end the call."""
+
+    def answer(request, context):
+        yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1], request_id="request-1")
+        server.hold(context)
+
+    server.script["GenerateStream"] = answer
+    server.script["Generate"] = lambda request, context: server.hold(context)
+
+
+def test_breaking_out_of_the_iteration_cancels_the_rpc(client, server):
+    for _piece in client.stream(QUESTION):
+        break
+    del _piece
+    gc.collect()
+    assert server.has_seen_the_end()
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_closing_the_iterator_early_cancels_the_rpc(client, server, how):
+    stream = client.stream(QUESTION)
+    next(stream)
+    getattr(stream, how)()
+    assert server.has_seen_the_end()
+    with pytest.raises(Cancelled) as caught:
+        next(stream)
+    assert caught.value.request_id == "request-1"
+    assert stream.reply.content == "Hello"
+
+
+def test_leaving_the_with_block_cancels_the_rpc(client, server):
+    with client.stream(QUESTION) as stream:
+        next(stream)
+    assert server.has_seen_the_end()
+
+
+def test_an_exception_in_the_loop_cancels_the_rpc(client, server):
+    with pytest.raises(ZeroDivisionError), client.stream(QUESTION) as stream:
+        for _ in stream:
+            raise ZeroDivisionError
+    assert server.has_seen_the_end()
+
+
+def test_closing_the_client_cancels_the_rpc(connect, server):
+    with connect(server.target) as client:
+        stream = client.stream(QUESTION)
+        next(stream)
+    assert server.has_seen_the_end()
+    with pytest.raises(Cancelled):
+        next(stream)
+
+
+def test_cancelling_a_complete_stream_changes_nothing(client, server):
+    server.says("Hello", " there")
+    with client.stream(QUESTION) as stream:
+        assert len(list(stream)) == 2
+    assert list(stream) == []
+    assert stream.reply.content == "Hello there"
+
+
+def test_ctrl_c_while_waiting_for_a_piece_cancels_the_rpc(server):
+    def answer(request, context):
+        yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1])
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        server.hold(context)
+
+    server.script["GenerateStream"] = answer
+    with Client(server.target) as client:
+        stream = client.stream(QUESTION)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in stream:
+                pass
+        # The stream is still referred to: it is the interrupt that ended the call, not the garbage collector.
+        assert server.has_seen_the_end()
+        assert stream.reply.content == "Hello"
+
+
+def test_ctrl_c_while_waiting_for_a_whole_answer_cancels_the_rpc(server):
+    def answer(request, context):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        server.hold(context)
+
+    server.script["Generate"] = answer
+    with Client(server.target) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.chat(QUESTION)
+        assert server.has_seen_the_end()
+
+
+def test_another_thread_may_cancel_the_stream(server):
+    with Client(server.target) as client:
+        stream = client.stream(QUESTION)
+        next(stream)
+        canceller = threading.Thread(target=stream.cancel)
+        canceller.start()
+        with pytest.raises(Cancelled):
+            next(stream)
+        canceller.join()
+        assert server.has_seen_the_end()
+
+
+@pytest.mark.parametrize("method", ["chat", "stream"])
+async def test_cancelling_the_task_cancels_the_rpc(server, method):
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def hold(request, context):
+        loop.call_soon_threadsafe(asked.set)
+        server.hold(context)
+
+    server.script["Generate"] = hold
+    server.script["GenerateStream"] = lambda request, context: iter(hold(request, context) or ())
+
+    async def ask(client):
+        if method == "chat":
+            await client.chat(QUESTION)
+        else:
+            async for _ in client.stream(QUESTION):
+                pass
+
+    async with AsyncClient(server.target) as client:
+        task = asyncio.create_task(ask(client))
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(server.has_seen_the_end)
+
+
+async def test_cancelling_an_async_stream_from_another_task_raises_cancelled(server):
+    async with AsyncClient(server.target) as client:
+        stream = client.stream(QUESTION)
+        await anext(stream)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)  # one turn of the loop: the task has begun to wait
+        stream.cancel()
+        with pytest.raises(Cancelled):
+            await waiting
+        assert await asyncio.to_thread(server.has_seen_the_end)
+
+
+async def test_breaking_out_of_an_async_iteration_cancels_the_rpc(server):
+    async with AsyncClient(server.target) as client:
+        async for _piece in client.stream(QUESTION):
+            break
+        del _piece
+        assert await asyncio.to_thread(server.has_seen_the_end)

@@ -1,0 +1,210 @@
+"""Bad input: a clear status with details, and the next good request succeeds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.struct_pb2 import Struct
+
+from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from tests.integration.conftest import StartGateway
+from tests.support.gateway import GatewayThread
+from tests.support.requests import ask, error_info_of, reason_of, violated_fields
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.fixture(autouse=True)
+def the_next_good_request_succeeds(gateway: GatewayThread) -> Any:
+    yield
+    assert gateway.stub.Generate(ask("still here"), timeout=20).choices[0].message.content == "still here"
+
+
+def refusal(gateway: GatewayThread, request: chat_pb2.GenerateRequest) -> grpc.RpcError:
+    """The error of a request, which unary and stream must share."""
+    with pytest.raises(grpc.RpcError) as unary:
+        gateway.stub.Generate(request, timeout=20)
+    with pytest.raises(grpc.RpcError) as stream:
+        list(gateway.stub.GenerateStream(request, timeout=20))
+    assert unary.value.code() == stream.value.code()
+    assert reason_of(unary.value) == reason_of(stream.value)
+    return unary.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1), ("temperature", math.nan), ("temperature", 1e30), ("temperature", math.inf),
+        ("top_p", 0), ("top_p", 1.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1),
+        ("max_new_tokens", 0), ("max_new_tokens", 10**9), ("max_new_tokens", 4097), ("min_new_tokens", 513),
+        ("repetition_penalty", 0), ("repetition_penalty", 11), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
+        ("num_return_sequences", 0), ("num_return_sequences", 17), ("top_logprobs", 21),
+        ("stop_strings", ["x"] * 17), ("stop_token_ids", [1] * 65),
+    ],
+)  # fmt: skip
+def test_a_field_out_of_range_is_named(gateway: GatewayThread, field: str, value: Any) -> None:
+    error = refusal(gateway, ask("x", **{field: value}))
+    assert (error.code(), reason_of(error)) == (INVALID, "INVALID_REQUEST")
+    assert violated_fields(error)[0] == f"generation_config.{field}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0), ("temperature", 10), ("top_p", 1), ("top_p", 1e-6), ("top_k", 0), ("top_k", 10**6), ("min_p", 1),
+        ("max_new_tokens", 1), ("max_new_tokens", 4096), ("min_new_tokens", 0), ("repetition_penalty", 10),
+        ("seed", 2**64 - 1), ("presence_penalty", 0), ("logprobs", False), ("num_return_sequences", 1),
+        ("stop_strings", ["x" * 256] * 16), ("stop_token_ids", [258] * 64),
+    ],
+)  # fmt: skip
+def test_the_ends_of_the_ranges_are_accepted(gateway: GatewayThread, field: str, value: Any) -> None:
+    assert gateway.stub.Generate(ask("y", **{field: value}), timeout=20).choices
+
+
+def test_every_violation_is_reported_at_once(gateway: GatewayThread) -> None:
+    request = ask("x", temperature=-1, top_p=2, stop_strings=["ok", ""], stop_token_ids=[5, 259], request_id="not valid")
+    request.messages.add(content="no role")
+    request.messages.add(role=99)  # type: ignore[arg-type]
+    assert violated_fields(refusal(gateway, request)) == [
+        "messages[1].role", "messages[2].role", "generation_config.temperature", "generation_config.top_p",
+        "generation_config.stop_strings[1]", "generation_config.stop_token_ids[1]", "request_id",
+    ]  # fmt: skip
+
+
+def test_empty_messages_are_refused(gateway: GatewayThread) -> None:
+    error = refusal(gateway, chat_pb2.GenerateRequest())
+    assert (error.code(), violated_fields(error)) == (INVALID, ["messages"])
+
+
+def test_many_violations_fit_into_the_trailers(gateway: GatewayThread) -> None:
+    request = chat_pb2.GenerateRequest(messages=[message_pb2.Message(content="数" * 10)] * 5000)
+    fields = violated_fields(refusal(gateway, request))
+    assert fields[0] == "messages[0].role"
+    assert len(fields) > 20
+
+
+@pytest.mark.parametrize(("last", "role"), [("", "assistant"), ("x", "user")])
+def test_only_a_non_empty_assistant_message_can_be_continued(gateway: GatewayThread, last: str, role: str) -> None:
+    request = ask("hi", last) if role == "assistant" else ask(last)
+    request.continue_final_message = True
+    assert violated_fields(refusal(gateway, request)) == ["continue_final_message"]
+
+
+def test_bytes_that_are_no_message_are_an_invalid_request(gateway: GatewayThread) -> None:
+    for method in ("Generate", "CountTokens", "GetModel"):
+        call = gateway.channel.unary_unary(f"/parley.v1.ChatService/{method}")
+        with pytest.raises(grpc.RpcError) as raised:
+            call(b"\xff\xff\xff", timeout=20)
+        assert (raised.value.code(), reason_of(raised.value)) == (INVALID, "INVALID_REQUEST")
+
+
+def test_a_lone_surrogate_is_undecodable(gateway: GatewayThread) -> None:
+    good = ask("marker").SerializeToString()
+    surrogate = good.replace(b"marker", b"\xed\xa0\x80abc")
+    assert len(surrogate) == len(good)
+    with pytest.raises(grpc.RpcError) as raised:
+        gateway.channel.unary_unary("/parley.v1.ChatService/Generate")(surrogate, timeout=20)
+    assert (raised.value.code(), reason_of(raised.value)) == (INVALID, "INVALID_REQUEST")
+
+
+def test_a_message_of_10_mb_is_refused_by_its_size(gateway: GatewayThread) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        gateway.stub.Generate(ask("x" * 10_000_000), timeout=20)
+    assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(gateway: GatewayThread) -> None:
+    template_tokens = gateway.stub.Generate(ask("x"), timeout=20).usage.prompt_tokens - 1
+    error = refusal(gateway, ask("x" * (4096 - template_tokens)))
+    assert (error.code(), reason_of(error)) == (INVALID, "PROMPT_TOO_LONG")
+    assert dict(error_info_of(error).metadata) == {"prompt_tokens": "4096", "max_context_tokens": "4096"}
+    longest = gateway.stub.Generate(ask("x" * (4095 - template_tokens)), timeout=20)
+    assert (longest.usage.prompt_tokens, longest.usage.completion_tokens) == (4095, 1)
+
+
+def test_another_model_is_not_found(gateway: GatewayThread) -> None:
+    error = refusal(gateway, ask("x", model="gpt-5"))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
+    assert error_info_of(error).metadata["served"] == "scripted"
+    assert gateway.stub.Generate(ask("x", model="scripted"), timeout=20).choices
+    with pytest.raises(grpc.RpcError):
+        gateway.stub.GetModel(chat_pb2.GetModelRequest(model="gpt-5"), timeout=20)
+
+
+def test_fields_are_checked_before_the_model_and_the_model_before_the_length(gateway: GatewayThread) -> None:
+    assert reason_of(refusal(gateway, ask("x", model="gpt-5", temperature=-1))) == "INVALID_REQUEST"
+    assert reason_of(refusal(gateway, ask("x" * 5000, model="gpt-5"))) == "MODEL_NOT_FOUND"
+
+
+@pytest.mark.parametrize("kwargs", [{"enable_thinking": True}, {"messages": []}, {"add_generation_prompt": False}])
+def test_chat_template_kwargs_that_the_template_does_not_read_are_named(
+    gateway: GatewayThread, kwargs: dict[str, Any]
+) -> None:
+    struct = Struct()
+    struct.update(kwargs)
+    assert violated_fields(refusal(gateway, ask("x", chat_template_kwargs=struct))) == [
+        f"chat_template_kwargs.{next(iter(kwargs))}"
+    ]
+
+
+def test_a_chat_template_that_raises_is_an_invalid_request(start_gateway: StartGateway, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}{{ suffix | default('') }}"
+    )
+    own = start_gateway(folder=write_tiny_tokenizer(tmp_path, chat_template=template))
+    error = refusal(own, ask("bad"))
+    assert (error.code(), violated_fields(error)) == (INVALID, ["messages"])
+    assert "no bad words" in error.details()
+    struct = Struct()
+    struct.update({"suffix": "!"})
+    assert own.stub.Generate(ask("good", chat_template_kwargs=struct), timeout=20).choices[0].message.content == "good!"
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "field"),
+    [
+        ({"logprobs": True}, "generation_config.logprobs"),
+        ({"top_logprobs": 3}, "generation_config.top_logprobs"),
+        ({"presence_penalty": 0.5}, "generation_config.presence_penalty"),
+        ({"frequency_penalty": 0.5}, "generation_config.frequency_penalty"),
+        ({"logit_bias": {5: 1.0}}, "generation_config.logit_bias"),
+        ({"num_return_sequences": 2, "do_sample": True}, "generation_config.num_return_sequences"),
+        ({"tools": [message_pb2.Tool(name="f")]}, "tools"),
+        ({"resume": chat_pb2.Resume(token_ids=[1])}, "resume"),
+        ({"response_format": generation_pb2.ResponseFormat(regex="a+")}, "response_format"),
+    ],
+)
+def test_what_is_not_supported_says_so_and_names_the_field(
+    gateway: GatewayThread, request_fields: dict[str, Any], field: str
+) -> None:
+    error = refusal(gateway, ask("x", **request_fields))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED")
+    assert error_info_of(error).metadata["field"] == field
+
+
+def test_several_return_sequences_of_a_greedy_request_are_an_error(gateway: GatewayThread) -> None:
+    assert violated_fields(refusal(gateway, ask("x", num_return_sequences=2))) == ["generation_config.num_return_sequences"]
+
+
+def test_generate_batch_is_unimplemented(gateway: GatewayThread) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        list(gateway.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=[ask("x")]), timeout=20))
+    assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_refused_calls_carry_the_request_id_in_the_trailers(gateway: GatewayThread) -> None:
+    error = refusal(gateway, ask("x", temperature=-1, request_id="mine"))
+    assert dict(error.trailing_metadata())["x-request-id"] == "mine"
+    assert not [key for key, _ in error.initial_metadata() if key == "x-request-id"]
+
+
+def test_an_engine_fault_tells_the_request_id_and_nothing_else(gateway: GatewayThread) -> None:
+    error = refusal(gateway, ask("!fail", request_id="broken"))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert error.details() == "internal error (request broken)"

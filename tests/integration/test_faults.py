@@ -1,0 +1,206 @@
+"""Clients that go away, full queues, dead workers: what is left over, and what others see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from parley.v1 import chat_pb2
+from tests.integration.conftest import StartGateway
+from tests.support.gateway import GatewayThread
+from tests.support.requests import ask, reason_of, retry_delay_of
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+FOREVER = ask("!forever", max_new_tokens=4000)
+
+
+@pytest.fixture
+def single(start_gateway: StartGateway) -> Iterator[GatewayThread]:
+    """A gateway whose engine takes one request at a time, slowly; it must end idle."""
+    gateway = start_gateway(worker=("--step-delay", "0.005"), max_running=1, max_queue=2)
+    yield gateway
+    gateway.wait_idle()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+
+
+def assert_answers(gateway: GatewayThread) -> None:
+    assert gateway.stub.Generate(ask("ok"), timeout=10).choices[0].message.content == "ok"
+
+
+def worker_pid(gateway: GatewayThread) -> int:
+    pid = gateway.gateway.supervisor.worker_pid
+    assert pid is not None
+    return pid
+
+
+def test_a_stream_cancelled_in_the_middle_frees_the_engine(single: GatewayThread) -> None:
+    call = single.stub.GenerateStream(FOREVER)
+    for _, response in zip(range(3), call, strict=False):
+        assert response.token_ids
+    call.cancel()
+    single.wait_idle()
+    assert_answers(single)
+
+
+def test_a_unary_call_cancelled_frees_the_engine(single: GatewayThread) -> None:
+    future = single.stub.Generate.future(FOREVER)
+    eventually(lambda: single.gateway.worker.num_open == 1)
+    future.cancel()
+    single.wait_idle()
+    assert_answers(single)
+
+
+def test_a_client_gone_before_the_first_token_frees_the_engine(single: GatewayThread) -> None:
+    call = single.stub.GenerateStream(ask("!wait"))
+    eventually(lambda: single.gateway.worker.num_open == 1)
+    call.cancel()
+    single.wait_idle()
+    assert_answers(single)
+
+
+def test_a_client_gone_while_waiting_leaves_the_queue(single: GatewayThread) -> None:
+    running = single.stub.GenerateStream(FOREVER)
+    next(running)
+    waiting = single.stub.GenerateStream(ask("never begun"))
+    eventually(lambda: single.gateway.admission.num_waiting == 1)
+    waiting.cancel()
+    eventually(lambda: single.gateway.admission.num_waiting == 0)
+    running.cancel()
+    assert_answers(single)
+
+
+def test_a_broken_connection_frees_the_engine(single: GatewayThread) -> None:
+    channel = grpc.insecure_channel(single.target, options=[("grpc.use_local_subchannel_pool", 1)])
+    call = channel.unary_stream(
+        "/parley.v1.ChatService/GenerateStream",
+        request_serializer=chat_pb2.GenerateRequest.SerializeToString,
+        response_deserializer=chat_pb2.GenerateStreamResponse.FromString,
+    )(FOREVER)
+    next(call)
+    channel.close()
+    single.wait_idle()
+    assert_answers(single)
+
+
+@pytest.mark.parametrize("timeout_s", [0.001, 0.1])
+def test_a_deadline_ends_the_call_and_frees_the_engine(single: GatewayThread, timeout_s: float) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        single.stub.Generate(FOREVER, timeout=timeout_s)
+    assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    single.wait_idle()
+    assert_answers(single)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_retry(single: GatewayThread) -> None:
+    running = single.stub.GenerateStream(FOREVER)
+    next(running)
+    waiting = [single.stub.Generate.future(ask(f"waiter {i}")) for i in range(2)]
+    eventually(lambda: single.gateway.admission.num_waiting == 2)
+    with pytest.raises(grpc.RpcError) as raised:
+        single.stub.Generate(ask("one too many"), timeout=10)
+    assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert retry_delay_of(raised.value) > 0
+    running.cancel()
+    assert [f.result(10).choices[0].message.content for f in waiting] == ["waiter 0", "waiter 1"]
+
+
+def test_max_queue_0_refuses_whatever_cannot_start_at_once(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_running=1, max_queue=0)
+    assert_answers(gateway)
+    running = gateway.stub.GenerateStream(ask("!wait"))
+    eventually(lambda: gateway.gateway.admission.num_running == 1)
+    with pytest.raises(grpc.RpcError) as raised:
+        gateway.stub.Generate(ask("x"), timeout=10)
+    assert reason_of(raised.value) == "QUEUE_FULL"
+    running.cancel()
+    gateway.wait_idle()
+    assert_answers(gateway)
+
+
+def test_higher_priority_leaves_the_queue_sooner(single: GatewayThread) -> None:
+    running = single.stub.GenerateStream(FOREVER)
+    next(running)
+    finished: list[str] = []
+    low = single.stub.Generate.future(ask("low"))
+    low.add_done_callback(lambda _: finished.append("low"))
+    eventually(lambda: single.gateway.admission.num_waiting == 1)
+    high = single.stub.Generate.future(ask("high", priority=5))
+    high.add_done_callback(lambda _: finished.append("high"))
+    eventually(lambda: single.gateway.admission.num_waiting == 2)
+    running.cancel()
+    low.result(10), high.result(10)
+    eventually(lambda: len(finished) == 2)
+    assert finished == ["high", "low"]
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody_and_gets_every_id(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_running=2)
+    slow = gateway.stub.GenerateStream(FOREVER)
+    first = next(slow)
+    for i in range(20):
+        assert gateway.stub.Generate(ask(f"{i}"), timeout=10).choices[0].message.content == str(i)
+    ids = [*first.token_ids, *(i for response in slow for i in response.token_ids)]
+    assert ids == (list(b"all work and no play ") * 200)[:4000]
+
+
+def test_killing_the_worker_ends_open_streams_and_keeps_queued_requests(single: GatewayThread) -> None:
+    running = single.stub.GenerateStream(FOREVER)
+    next(running)
+    queued = single.stub.Generate.future(ask("patient"), timeout=20)
+    eventually(lambda: single.gateway.admission.num_waiting == 1)
+    pid = worker_pid(single)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(running)
+    assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+    assert queued.result(20).choices[0].message.content == "patient"
+    assert worker_pid(single) != pid
+    assert single.health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
+
+
+def test_a_worker_that_keeps_dying_is_given_up(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_worker_restarts=1)
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError) as raised:
+            gateway.stub.Generate(ask("!die"), timeout=20)
+        assert reason_of(raised.value) == "WORKER_LOST"
+    gateway.wait_health(NOT_SERVING)
+    with pytest.raises(grpc.RpcError) as raised:
+        gateway.stub.Generate(ask("x"), timeout=5)
+    assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+
+
+def test_a_worker_that_dies_now_and_then_is_always_replaced(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_worker_restarts=1)
+    for _ in range(3):
+        assert_answers(gateway)
+        with pytest.raises(grpc.RpcError):
+            gateway.stub.Generate(ask("!die"), timeout=20)
+    assert_answers(gateway)
+
+
+def test_no_process_thread_or_task_is_left_over(start_gateway: StartGateway) -> None:
+    threads = set(threading.enumerate())
+    gateway = start_gateway()
+    pid = worker_pid(gateway)
+    call = gateway.stub.GenerateStream(FOREVER)
+    next(call)
+    call.cancel()
+    gateway.channel.close()
+    gateway.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    eventually(lambda: not [t for t in set(threading.enumerate()) - threads if not t.daemon])
