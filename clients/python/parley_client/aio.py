@@ -14,6 +14,7 @@ from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 from parley_client import request, status
 from parley_client.accumulator import Accumulator
 from parley_client.channel import CallDefaults, channel_options
+from parley_client.errors import Cancelled
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions
@@ -123,6 +124,17 @@ class AsyncClient:
             return await method(message, **self._defaults.args(timeout))
         except grpc.RpcError as error:
             raise status.from_rpc_error(error) from error
+        except asyncio.CancelledError as error:
+            if _is_about_this_task():
+                raise
+            raise Cancelled("the client was closed") from error
+
+
+def _is_about_this_task() -> bool:
+    """Whether a CancelledError means the running task. gRPC raises it too where only the call was cancelled, by
+    `AsyncStream.cancel` or `AsyncClient.close`, and a task that nobody cancelled must not seem to be."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class AsyncStream(AsyncIterator[Piece]):
@@ -155,11 +167,9 @@ class AsyncStream(AsyncIterator[Piece]):
         except grpc.RpcError as error:
             raise status.from_rpc_error(error) from error
         except asyncio.CancelledError:
-            # gRPC says it this way whether this task or only the call was cancelled; tasks must see the former.
-            task = asyncio.current_task()
-            if self._cancelled and not (task and task.cancelling()):
-                self._accumulator.check_cancelled()
             self.cancel()
+            if not _is_about_this_task():
+                self._accumulator.check_cancelled()
             raise
 
     @property

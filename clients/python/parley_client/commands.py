@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message as ProtoMessage
 
-from parley_client.client import Client
+from parley_client.client import Client, Stream
 from parley_client.errors import ParleyError
 from parley_client.health import HealthStatus
 from parley_client.messages import Message, system, user
@@ -25,10 +25,7 @@ def generate(args: Namespace) -> int:
         if args.json:
             print_json(to_json(client.chat(messages, **chat_options(args)).proto))
             return 0
-        with client.stream(messages, **chat_options(args)) as stream:
-            for piece in stream:
-                print(piece, end="", flush=True)
-        print()
+        print_pieces(client.stream(messages, **chat_options(args)))
     return 0
 
 
@@ -83,6 +80,19 @@ def chat_options(args: Namespace) -> ChatOptions:
         "seed": args.seed,
         "stop_strings": args.stop,
     }
+
+
+def print_pieces(stream: Stream) -> None:
+    """Prints the text as it is made, and a line's end however it ends, so that an error's line stands alone."""
+    try:
+        with stream:
+            for piece in stream:
+                print(piece, end="", flush=True)
+    except BaseException:
+        if stream.reply.content:
+            print(flush=True)
+        raise
+    print(flush=True)
 
 
 def to_json(proto: ProtoMessage) -> dict[str, Any]:

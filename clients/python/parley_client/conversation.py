@@ -75,13 +75,7 @@ class Conversation:
         """
         question = user(text)
         stream = self._client.stream([*self.messages, question], **self._options)
-        try:
-            with stream:
-                for piece in stream:
-                    print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            print(flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            commands.print_pieces(stream)
         if stream.reply.content:
             self.messages += [question, stream.reply]

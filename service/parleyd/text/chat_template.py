@@ -64,7 +64,7 @@ class ChatTemplate:
                 why = f"is not read by the model's chat template; it reads: {known}"
             else:
                 continue
-            violations.append(Violation(f"chat_template_kwargs.{_one_line(name)}", why))
+            violations.append(Violation(f"chat_template_kwargs.{name}", why))
         return violations
 
     def render(

@@ -232,7 +232,7 @@ def test_timeouts_are_the_deadline_of_the_call(connect, server, method, whose):
         with pytest.raises(DeadlineExceeded):
             list(getattr(client, method)(QUESTION, timeout=0.3 if whose == "call" else None))
         assert server.has_seen_the_end()
-    assert deadlines[0] <= 0.3
+    assert deadlines[0] < 1
 
 
 def test_credentials_secure_the_channel(connect):

@@ -64,9 +64,10 @@ def test_closing_the_client_cancels_the_rpc(connect, server):
     with connect(server.target) as client:
         stream = client.stream(QUESTION)
         next(stream)
-    assert server.has_seen_the_end()
-    with pytest.raises(Cancelled):
-        next(stream)
+        client.close()
+        assert server.has_seen_the_end()
+        with pytest.raises(Cancelled):
+            next(stream)
 
 
 def test_cancelling_a_complete_stream_changes_nothing(client, server):
@@ -156,6 +157,19 @@ async def test_cancelling_an_async_stream_from_another_task_raises_cancelled(ser
         with pytest.raises(Cancelled):
             await waiting
         assert await asyncio.to_thread(server.has_seen_the_end)
+
+
+@pytest.mark.parametrize("method", ["chat", "stream"])
+async def test_closing_the_async_client_does_not_pass_for_the_cancellation_of_a_task(server, method):
+    async with AsyncClient(server.target) as client:
+        if method == "stream":
+            stream = client.stream(QUESTION)
+            await anext(stream)
+        waiting = asyncio.ensure_future(anext(stream) if method == "stream" else client.chat(QUESTION))
+        await asyncio.sleep(0)  # one turn of the loop: the task has begun to wait
+        await client.close()
+        with pytest.raises(Cancelled):
+            await waiting
 
 
 async def test_breaking_out_of_an_async_iteration_cancels_the_rpc(server):

@@ -1,0 +1,231 @@
+"""The `parley` command against a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from grpc_health.v1 import health_pb2
+
+from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from parley_client.cli import main
+
+
+@pytest.fixture(autouse=True)
+def target(server, monkeypatch):
+    monkeypatch.setenv("PARLEY_TARGET", server.target)
+
+
+@pytest.fixture
+def parley(server):
+    """Starts `parley` as a process of its own, with pipes."""
+    started = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "parley_client", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_generate_prints_the_text(server, capsys):
+    server.says("Hello", " there")
+    assert main(["generate", "Hi", "--system", "Be kind."]) == 0
+    assert capsys.readouterr() == ("Hello there\n", "")
+    sent = [(message.role, message.content) for message in server.requests[-1].messages]
+    assert sent == [(message_pb2.ROLE_SYSTEM, "Be kind."), (message_pb2.ROLE_USER, "Hi")]
+
+
+def test_generate_streams_the_text_as_it_is_made(server, parley):
+    go_on = threading.Event()
+
+    def answer(request, context):
+        yield chat_pb2.GenerateStreamResponse(content="Hello")
+        assert go_on.wait(20)
+        yield chat_pb2.GenerateStreamResponse(content=" there", finish_reason=generation_pb2.FINISH_REASON_STOP)
+
+    server.script["GenerateStream"] = answer
+    process = parley("generate", "Hi")
+    assert process.stdout.read(5) == b"Hello"
+    go_on.set()
+    assert process.communicate() == (b" there\n", b"")
+    assert process.returncode == 0
+
+
+def test_generate_reads_the_prompt_from_stdin(server, parley):
+    server.says("Hello")
+    process = parley("generate", "-")
+    assert process.communicate("Grüße\n".encode()) == (b"Hello\n", b"")
+    assert server.requests[-1].messages[0].content == "Grüße\n"
+
+
+def test_generate_as_json_prints_the_whole_answer_as_protobufs_json(server, capsys):
+    server.says("Hello", " there")
+    assert main(["generate", "Hi", "--json"]) == 0
+    output, _ = capsys.readouterr()
+    answer = json.loads(output)
+    assert answer["choices"][0]["message"]["content"] == "Hello there"
+    assert answer["usage"]["prompt_tokens"] == 7
+    assert json_format.ParseDict(answer, chat_pb2.GenerateResponse()).seed == 2**63
+
+
+def test_flags_become_generation_options(server, capsys):
+    server.says("x")
+    flags = "--max-new-tokens 5 --temperature 0 --top-p 0.5 --top-k 3 --min-p 0.25 --repetition-penalty 1.5 --seed 7"
+    main(["generate", "Hi", "--model", "scripted", "--stop", "a", "--stop", "b", *flags.split()])
+    assert server.requests[-1].model == "scripted"
+    assert server.requests[-1].generation_config == generation_pb2.GenerationConfig(
+        max_new_tokens=5,
+        temperature=0,
+        top_p=0.5,
+        top_k=3,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        seed=7,
+        stop_strings=["a", "b"],
+    )
+
+
+def test_model_tells_what_is_served(server, capsys):
+    defaults = generation_pb2.GenerationConfig(top_k=20)
+    served = chat_pb2.GetModelResponse(model="scripted", default_generation_config=defaults, capabilities=["chat"])
+    server.script["GetModel"] = lambda request, context: served
+    assert main(["model"]) == 0
+    text, _ = capsys.readouterr()
+    assert "model:               scripted\n" in text
+    assert "generation defaults: top_k=20\n" in text
+    assert main(["model", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["default_generation_config"] == {"top_k": 20}
+
+
+@pytest.mark.parametrize("status", health_pb2.HealthCheckResponse.ServingStatus.keys())
+def test_health_exits_with_0_only_when_serving(server, capsys, status):
+    server.is_serving(health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+    expected = 0 if status == "SERVING" else 1
+    assert main(["health"]) == expected
+    assert capsys.readouterr().out == f"{status}\n"
+    assert main(["health", "--json"]) == expected
+    assert json.loads(capsys.readouterr().out) == {"status": status}
+
+
+@pytest.mark.parametrize("command", [["generate", "Hi"], ["generate", "Hi", "--json"], ["model"], ["health"], ["chat"]])
+def test_a_failure_is_one_line_and_exit_code_1(parley, command):
+    process = parley(*command, "--target", "localhost:1")
+    output, errors = process.communicate(b"Hi\n")
+    assert (process.returncode, output) == (1, b"")
+    assert errors.startswith(b"parley: error: connection failed: ")
+    assert errors.count(b"\n") == 1
+
+
+def test_a_failure_in_mid_answer_stands_on_its_own_line(server, capsys):
+    def break_off(request, context):
+        yield chat_pb2.GenerateStreamResponse(content="Hel")
+        context.abort(grpc.StatusCode.INTERNAL, "internal\nerror")
+
+    server.script["GenerateStream"] = break_off
+    assert main(["generate", "Hi"]) == 1
+    assert capsys.readouterr() == ("Hel\n", "parley: error: internal error\n")
+
+
+def test_input_that_is_no_text_is_an_invalid_request(server, parley):
+    process = parley("generate", "-")
+    _, errors = process.communicate(b"\xff")
+    assert process.returncode == 1
+    assert errors.startswith(b"parley: error: invalid request: messages[0].content: is no valid text")
+
+
+def test_a_reader_that_goes_away_ends_generate_quietly(server, parley):
+    def answer(request, context):
+        while context.is_active():
+            yield chat_pb2.GenerateStreamResponse(content="x" * 10_000)
+
+    server.script["GenerateStream"] = answer
+    process = parley("generate", "Hi")
+    process.stdout.read(5)
+    process.stdout.close()
+    assert server.has_seen_the_end()
+    assert process.wait() == 1
+    assert process.stderr.read() == b""
+
+
+def test_ctrl_c_ends_generate_quietly(server, parley):
+    def answer(request, context):
+        yield chat_pb2.GenerateStreamResponse(content="Hello")
+        server.hold(context)
+
+    server.script["GenerateStream"] = answer
+    process = parley("generate", "Hi")
+    assert process.stdout.read(5) == b"Hello"
+    process.send_signal(signal.SIGINT)
+    assert server.has_seen_the_end()
+    assert process.communicate() == (b"\n", b"")
+    assert process.returncode == 130
+
+
+def test_chat_over_a_pipe_keeps_the_history(server, parley):
+    server.says("Hello", " there")
+    process = parley("chat", "--system", "Be kind.")
+    output, errors = process.communicate(b"One\n\nTwo\n/reset\nThree\n/exit\nFour\n")
+    assert (process.returncode, output, errors) == (0, b"Hello there\n" * 3, b"")
+    said = [[message.content for message in request.messages] for request in server.requests]
+    assert said == [["Be kind.", "One"], ["Be kind.", "One", "Hello there", "Two"], ["Be kind.", "Three"]]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(server, parley):
+    def answer(request, context):
+        if len(server.requests) == 1:
+            yield chat_pb2.GenerateStreamResponse(content="Hello")
+            server.hold(context)
+        yield chat_pb2.GenerateStreamResponse(content="Bye", finish_reason=generation_pb2.FINISH_REASON_STOP)
+
+    server.script["GenerateStream"] = answer
+    process = parley("chat")
+    process.stdin.write(b"One\n")
+    process.stdin.flush()
+    assert process.stdout.read(5) == b"Hello"
+    process.send_signal(signal.SIGINT)
+    assert server.has_seen_the_end()
+    assert process.communicate(b"Two\n") == (b"\nBye\n", b"")
+    assert process.returncode == 0
+    assert [message.content for message in server.requests[-1].messages] == ["One", "Hello", "Two"]
+
+
+def test_chat_on_a_terminal_goes_on_after_an_error_and_after_ctrl_c(server, monkeypatch, capsys):
+    lines = iter(["One", "Two", KeyboardInterrupt, EOFError])
+
+    def type_line(prompt):
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def answer(request, context):
+        if len(server.requests) == 1:
+            server.fails(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", message="the queue is full")
+        yield chat_pb2.GenerateStreamResponse(content="Hello", finish_reason=generation_pb2.FINISH_REASON_STOP)
+
+    server.script["GenerateStream"] = answer
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert main(["chat"]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == "parley: error: the queue is full\n"
+    assert output == "Hello\n\n(Ctrl-D or /exit quits)\n\n"
+    assert [message.content for message in server.requests[-1].messages] == ["Two"]

@@ -1,0 +1,187 @@
+"""Each option of the gRPC server takes effect: seen on raw HTTP/2 connections, against a server without the option."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import h2.config
+import h2.connection
+import h2.events
+import pytest
+
+from parleyd.config import ServerSettings
+from parleyd.gateway.options import server_options
+
+OPTIONS = dict(server_options(ServerSettings()))
+PINGS = ("grpc.http2.max_ping_strikes", "grpc.http2.min_ping_interval_without_data_ms", "grpc.keepalive_permit_without_calls")
+
+
+@asynccontextmanager
+async def server_with(options: dict[str, int]) -> AsyncIterator[int]:
+    """A server with exactly these options; its port."""
+
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    server = grpc.aio.server(options=list(options.items()))
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("Echo", {"Echo": grpc.unary_unary_rpc_method_handler(echo)})]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield port
+    await server.stop(None)
+
+
+def some(*names: str) -> dict[str, int]:
+    return {name: OPTIONS[name] for name in names}
+
+
+def without(*names: str) -> dict[str, int]:
+    return {name: value for name, value in OPTIONS.items() if name not in names}
+
+
+class RawClient:
+    """An HTTP/2 connection that does what it is told and collects what comes."""
+
+    def __init__(self, port: int, *, answers_pings: bool = True) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self._connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        self._connection.initiate_connection()
+        self._answers_pings = answers_pings
+        self.events: list[h2.events.Event] = []
+        self.is_closed = False
+        self._flush()
+
+    def ping(self) -> None:
+        self._connection.ping(b"12345678")
+        self._flush()
+
+    def read_for(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.is_closed and not until() and (left := deadline - time.monotonic()) > 0:
+            self._socket.settimeout(left)
+            try:
+                data = self._socket.recv(65536)
+            except (TimeoutError, ConnectionError) as error:
+                self.is_closed = isinstance(error, ConnectionError)
+                continue
+            self.is_closed = not data
+            self.events += self._connection.receive_data(data)
+            if self._answers_pings:
+                self._flush()
+
+    def saw(self, kind: type[h2.events.Event]) -> bool:
+        return any(isinstance(event, kind) for event in self.events)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _flush(self) -> None:
+        try:
+            self._socket.sendall(self._connection.data_to_send())
+        except ConnectionError:
+            self.is_closed = True
+
+
+async def is_sent_away(options: dict[str, int], *, num_pings: int, interval_s: float) -> bool:
+    """Whether a client that pings without any call gets a GOAWAY."""
+    def ping(port: int) -> bool:
+        client = RawClient(port)
+        client.read_for(0.1)
+        for _ in range(num_pings):
+            if sent_away(client):
+                break
+            client.ping()
+            client.read_for(interval_s)
+        client.read_for(0.3, until=lambda: sent_away(client))
+        client.close()
+        return sent_away(client)
+
+    def sent_away(client: RawClient) -> bool:
+        return client.is_closed or client.saw(h2.events.ConnectionTerminated)
+
+    async with server_with(options) as port:
+        return await asyncio.to_thread(ping, port)
+
+
+async def test_a_client_may_ping_as_it_likes() -> None:
+    assert not await is_sent_away(OPTIONS, num_pings=20, interval_s=0.01)
+    assert await is_sent_away(without(*PINGS), num_pings=20, interval_s=0.01)
+
+
+async def test_max_ping_strikes_takes_effect() -> None:
+    assert not await is_sent_away(some("grpc.http2.max_ping_strikes"), num_pings=20, interval_s=0.01)
+
+
+async def test_min_ping_interval_and_permit_without_calls_take_effect() -> None:
+    both = some("grpc.http2.min_ping_interval_without_data_ms", "grpc.keepalive_permit_without_calls")
+    assert not await is_sent_away(both, num_pings=4, interval_s=1.05)
+    assert await is_sent_away(both, num_pings=20, interval_s=0.01)
+    for one in both:
+        assert await is_sent_away({one: both[one]}, num_pings=4, interval_s=1.05), one
+
+
+async def test_keepalive_time_takes_effect() -> None:
+    assert await _pinged_by(dict(server_options(ServerSettings(keepalive_time=1))), answers=True) == (True, False)
+    assert await _pinged_by(OPTIONS, answers=True) == (False, False)
+
+
+async def test_keepalive_timeout_takes_effect() -> None:
+    impatient = dict(server_options(ServerSettings(keepalive_time=1, keepalive_timeout=1)))
+    assert await _pinged_by(impatient, answers=False) == (True, True)
+    patient = dict(server_options(ServerSettings(keepalive_time=1, keepalive_timeout=20)))
+    assert await _pinged_by(patient, answers=False) == (True, False)
+
+
+async def _pinged_by(options: dict[str, int], *, answers: bool) -> tuple[bool, bool]:
+    """Whether the server pings an idle client within 3.5 seconds, and whether it then closes the connection."""
+    def idle(port: int) -> tuple[bool, bool]:
+        client = RawClient(port, answers_pings=answers)
+        client.read_for(3.5)
+        client.close()
+        return client.saw(h2.events.PingReceived), client.is_closed
+
+    async with server_with(options) as port:
+        return await asyncio.to_thread(idle, port)
+
+
+@pytest.mark.parametrize("limit", [1024, 8 * 1024 * 1024])
+async def test_max_receive_message_length_takes_effect(limit: int) -> None:
+    options = dict(server_options(ServerSettings(max_message_bytes=limit)))
+    async with server_with(options) as port, _channel(port) as channel:
+        call = channel.unary_unary("/Echo/Echo")
+        assert len(await call(b"x" * limit, timeout=10)) == limit
+        with pytest.raises(grpc.RpcError) as raised:
+            await call(b"x" * (limit + 1), timeout=10)
+        assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_second_server_cannot_take_the_same_port() -> None:
+    async with server_with(OPTIONS) as port:
+        second = grpc.aio.server(options=list(OPTIONS.items()))
+        with pytest.raises(RuntimeError):
+            second.add_insecure_port(f"127.0.0.1:{port}")
+    async with server_with(without("grpc.so_reuseport")) as port:
+        second = grpc.aio.server()
+        assert second.add_insecure_port(f"127.0.0.1:{port}") == port  # what happens without the option
+
+
+def test_every_option_has_a_test_here() -> None:
+    tested = {
+        *PINGS, "grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.max_receive_message_length",
+        "grpc.so_reuseport",
+    }  # fmt: skip
+    assert set(OPTIONS) == tested
+
+
+def _channel(port: int) -> Any:
+    return grpc.aio.insecure_channel(
+        f"127.0.0.1:{port}", options=[("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    )
