@@ -49,7 +49,7 @@ class ChatTemplate:
             source = path.read_text(encoding="utf-8") if path.is_file() else config.chat_template
         except (OSError, ValueError) as error:
             raise StartupError(f"{path} cannot be read: {error}") from error
-        return cls(source, config.special_tokens)
+        return cls(source, {name: token.content for name, token in config.special_tokens.items()})
 
     def kwarg_violations(self, names: Iterable[str]) -> list[Violation]:
         """One for each name that is reserved or that the template never reads. None where there is no template."""

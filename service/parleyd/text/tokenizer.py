@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
 
 from parleyd.errors import StartupError
 from parleyd.text.tokenizer_config import TokenizerConfig
@@ -104,12 +103,8 @@ def _add_configured_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfi
     ]
     backend.add_tokens(missing)
     by_content = {token.content: token for token in (*present.values(), *config.added_tokens.values())}
-    backend.add_special_tokens(
-        [
-            by_content.get(content) or AddedToken(content, special=True, normalized=False)
-            for content in dict.fromkeys((*config.special_tokens.values(), *config.extra_special_tokens))
-        ]
-    )
+    special = (*config.special_tokens.values(), *config.extra_special_tokens)
+    backend.add_special_tokens([by_content.get(token.content, token) for token in special])
 
 
 def _byte_coding(backend: tokenizers.Tokenizer) -> ByteCoding:

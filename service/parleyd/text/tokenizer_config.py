@@ -19,12 +19,12 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 class TokenizerConfig:
     """tokenizer_config.json, with special_tokens_map.json merged in as transformers does it.
 
-    `special_tokens` maps names such as `bos_token`, and names of the model's own such as `image_token`, to their text;
-    chat templates see exactly these. `added_tokens` maps ids to the tokens that older tokenizer.json files left out.
+    `special_tokens` maps names such as `bos_token`, and names of the model's own such as `image_token`; chat templates
+    see the texts of exactly these. `added_tokens` maps ids to the tokens that older tokenizer.json files left out.
     """
 
-    special_tokens: Mapping[str, str]
-    extra_special_tokens: tuple[str, ...]
+    special_tokens: Mapping[str, AddedToken]
+    extra_special_tokens: tuple[AddedToken, ...]
     added_tokens: Mapping[int, AddedToken]
     split_special_tokens: bool
     chat_template: str | None
@@ -52,12 +52,11 @@ class TokenizerConfig:
             own, extra = own | extra, ()
         own |= {name: value for name, value in config.items() if name.endswith("_token")}
         named = {name: own.pop(name, None) for name in NAMED_SPECIAL_TOKENS}
+        added = config.get("added_tokens_decoder") or {}
         return cls(
-            special_tokens={
-                name: text for name, value in (named | own).items() if (text := _content(value)) is not None
-            },
-            extra_special_tokens=tuple(text for value in extra if (text := _content(value)) is not None),
-            added_tokens=_added_tokens(config.get("added_tokens_decoder") or {}),
+            special_tokens={name: token for name, value in (named | own).items() if (token := _special_token(value))},
+            extra_special_tokens=tuple(token for value in extra if (token := _special_token(value))),
+            added_tokens={int(key): _added_token(value) for key, value in added.items()},
             split_special_tokens=bool(config.get("split_special_tokens", False)),
             chat_template=_default_template(config.get("chat_template")),
         )
@@ -75,18 +74,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _content(value: Any) -> str | None:
-    """The text of a special token: a string or a serialised AddedToken. Else None: `add_bos_token`, say, is a bool."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+def _special_token(value: Any) -> AddedToken | None:
+    """From a string or a serialised AddedToken; None for anything else: `add_bos_token`, say, is a bool."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    return _added_token(value) if isinstance(value, dict) else None
 
 
-def _added_tokens(decoder: Mapping[str, Mapping[str, Any]]) -> dict[int, AddedToken]:
-    return {
-        int(token_id): AddedToken(**{key: value for key, value in token.items() if key != "__type"})
-        for token_id, token in decoder.items()
-    }
+def _added_token(value: Mapping[str, Any]) -> AddedToken:
+    return AddedToken(**{name: item for name, item in value.items() if name != "__type"})
 
 
 def _default_template(value: str | Iterable[Mapping[str, str]] | None) -> str | None:
