@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from parley_client import GenerationOptions, InvalidRequest, Reply, assistant, request, user
+from parley_client import ChatOptions, GenerationOptions, InvalidRequest, Reply, assistant, request, user
 
 QUESTION = [user("Hi")]
 
@@ -18,7 +18,7 @@ def test_the_options_are_the_fields_of_the_contract():
     assert set(GenerationOptions.__annotations__) == set(generation_pb2.GenerationConfig.DESCRIPTOR.fields_by_name)
 
 
-@pytest.mark.parametrize("field", generation_pb2.GenerationConfig.DESCRIPTOR.fields, ids=lambda field: field.name)
+@pytest.mark.parametrize("field", list(generation_pb2.GenerationConfig.DESCRIPTOR.fields), ids=lambda field: field.name)
 def test_each_generation_option_sets_its_field_and_only_it(field):
     samples = {"stop_strings": ["a", "b"], "stop_token_ids": [0, 7], "logit_bias": {3: -1.0}}
     # Zero and false must arrive as such: they are not "unset".
@@ -30,7 +30,7 @@ def test_each_generation_option_sets_its_field_and_only_it(field):
 
 
 def test_options_left_out_or_none_stay_unset():
-    assert build(**dict.fromkeys(GenerationOptions.__annotations__), model=None, tools=None, seed=None) == build()
+    assert build(**dict.fromkeys(ChatOptions.__annotations__)) == build()
     assert not build().generation_config.ListFields()
 
 
@@ -92,15 +92,15 @@ def test_replies_and_protobuf_messages_stand_for_messages():
     assert list(sent[1:]) == [said] * 4
 
 
+WEATHER = {"name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
+
+
 @pytest.mark.parametrize(
     "tool",
     [
-        {"name": "weather", "description": "Tells it.", "parameters": {"type": "object"}},
-        {"name": "weather", "description": "Tells it.", "parameters": '{"type": "object"}'},
-        {
-            "type": "function",
-            "function": {"name": "weather", "description": "Tells it.", "parameters": {"type": "object"}},
-        },
+        WEATHER,
+        {**WEATHER, "parameters": '{"type": "object"}'},
+        {"type": "function", "function": WEATHER},
         message_pb2.Tool(name="weather", description="Tells it.", parameters='{"type": "object"}'),
     ],
 )

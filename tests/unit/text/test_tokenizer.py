@@ -45,7 +45,7 @@ ADDED = {"content": "<img>", "lstrip": False, "rstrip": False, "single_word": Fa
         {},
         {"pad_token": "<pad>"},
         {"pad_token": ADDED | {"content": "<pad>", "__type": "AddedToken", "lstrip": True}},
-        {"additional_special_tokens": ["<|fim|>", ADDED | {"__type": "AddedToken"}]},
+        {"additional_special_tokens": ["<|fim|>", ADDED | {"__type": "AddedToken", "special": True}]},
         {"extra_special_tokens": {"image_token": "<img>"}},
         {"image_token": "<img>"},
         {

@@ -1,0 +1,106 @@
+"""`parleyd serve` as a process: start, signals, exit codes, a killed worker, ports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from tests.support.requests import ask, reason_of
+from tests.support.served import ServedProcess, serve_until_exit
+
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_sigterm_lets_streams_finish_and_exits_0() -> None:
+    with ServedProcess("--drain-delay", "0") as served:
+        assert served.first_line.startswith("listening on 127.0.0.1:")
+        served.wait_health()
+        stream = served.stub.GenerateStream(ask("Tell me a long story.", max_new_tokens=80, ignore_eos=True), timeout=60)
+        received = list(next(stream).token_ids)
+        served.process.send_signal(signal.SIGTERM)
+        served.wait_health(NOT_SERVING)
+        with pytest.raises(grpc.RpcError) as raised:
+            served.stub.Generate(ask("too late"), timeout=10)
+        assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        received += [i for response in stream for i in response.token_ids]
+        assert len(received) == 80
+        (worker,) = served.worker_pids() or [0]
+        assert served.process.wait(20) == 0
+        assert served.process.stdout is not None and served.process.stdout.read() == ""
+        assert not worker or not Path(f"/proc/{worker}").exists()
+
+
+def test_a_killed_worker_is_replaced_and_the_gateways_death_ends_its_worker() -> None:
+    with ServedProcess() as served:
+        served.wait_health()
+        (worker,) = served.worker_pids()
+        stream = served.stub.GenerateStream(ask("Tell me a long story.", max_new_tokens=2000, ignore_eos=True), timeout=60)
+        next(stream)
+        queued = served.stub.Generate.future(ask("Say hello.", max_new_tokens=4), timeout=60)
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(grpc.RpcError) as raised:
+            list(stream)
+        assert reason_of(raised.value) == "WORKER_LOST"
+        assert queued.result().choices[0].token_ids
+        (replacement,) = served.worker_pids()
+        assert replacement != worker
+        os.kill(served.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{replacement}").exists():
+            assert time.monotonic() < deadline, "the worker outlived its gateway"
+            time.sleep(0.01)
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = serve_until_exit(["serve", "--port", str(taken.getsockname()[1])])
+    assert (result.returncode, result.stdout) == (1, "")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("E0000", "I0000", "WARNING:"))]
+    assert len(lines) == 1 and lines[0].startswith("parleyd: error: cannot listen on 127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--model", "{empty}"], "{empty}"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, arguments: list[str], text: str) -> None:
+    arguments = [argument.format(empty=tmp_path) for argument in arguments]
+    result = serve_until_exit(["serve", "--port", "0", *arguments])
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("parleyd: error: ")]
+    assert len(errors) == 1 and text.format(empty=tmp_path) in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "text"),
+    [
+        (["--max-queue", "-1"], {}, "--max-queue"),
+        (["--engine", "magic"], {}, "generate"),
+        ([], {"PARLEY_MAX_QUEUE": "many"}, "PARLEY_MAX_QUEUE"),
+        (["--no-such-flag"], {}, "--no-such-flag"),
+    ],
+)
+def test_a_bad_setting_stops_the_start_with_its_name(arguments: list[str], environ: dict[str, str], text: str) -> None:
+    result = serve_until_exit(["serve", *arguments], env={**os.environ, **environ})
+    assert result.returncode == 2
+    assert text in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_names_every_flag() -> None:
+    result = serve_until_exit(["serve", "--help"])
+    assert result.returncode == 0
+    for flag in ("--model", "--dtype", "--device-map", "--attn-implementation", "--trust-remote-code", "--max-queue"):
+        assert flag in result.stdout
