@@ -42,10 +42,14 @@ class _ByteDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._decode(self._token_bytes(token_id))
+        data = self._token_bytes(token_id)
+        text = self._utf8.decode(data)
+        if data[-1:] >= b"\xa0" and _holds_surrogate(self._utf8):
+            text += self._utf8.decode(b"", final=True)
+        return text
 
 
 class _PieceDecoder:
@@ -94,9 +98,12 @@ class _ByteRun:
             try:
                 if text := self._utf8.decode(byte):
                     self._waiting = 0
-                return text
+                    return text
+                self._is_broken = _holds_surrogate(self._utf8)
             except UnicodeDecodeError:
                 self._is_broken = True
+            if not self._is_broken:
+                return ""
         return self._replace_waiting()
 
     def end(self) -> str:
@@ -109,3 +116,9 @@ class _ByteRun:
         text = _REPLACEMENT * self._waiting
         self._waiting = 0
         return text
+
+
+def _holds_surrogate(utf8: codecs.IncrementalDecoder) -> bool:
+    """Python awaits the third byte of a surrogate, although after two it is clear that no character begins so."""
+    pending = utf8.getstate()[0]
+    return len(pending) == 2 and pending >= b"\xed\xa0" and pending[0] == 0xED

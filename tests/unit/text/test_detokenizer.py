@@ -100,6 +100,12 @@ def test_a_broken_byte_at_the_end_is_sent_since_nothing_can_mend_it() -> None:
     assert deltas(BYTE_LEVEL, [0x61, 0xFF]) == ["a", "\ufffd"]
 
 
+def test_half_a_surrogate_is_broken_as_soon_as_it_can_be_nothing_else() -> None:
+    assert deltas(BYTE_LEVEL, [0xED, 0xA9, 0x61]) == ["", "\ufffd\ufffd", "a"]
+    fallback = deltas(BYTE_FALLBACK[True], [FIRST_BYTE_ID + byte for byte in (0xED, 0xA9, 0x80)])
+    assert fallback == ["", "\ufffd\ufffd", "\ufffd"]
+
+
 def test_whole_characters_before_a_broken_byte_of_the_same_run_stay() -> None:
     ids = [FIRST_BYTE_ID + byte for byte in (*"€".encode(), 0xFF, 0x41)] + [FIRST_PIECE_ID + 4]
     assert deltas(BYTE_FALLBACK[True], ids) == ["", "", "€", "\ufffd", "\ufffd", "a"]

@@ -1,0 +1,48 @@
+"""One request's way back."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from parleyd.errors import EngineFault, WorkerLost
+from parleyd.gateway.streamer import Streamer
+from parleyd.generation import FinishReason, Output
+
+
+async def test_what_a_slow_reader_has_not_taken_is_merged() -> None:
+    streamer = Streamer()
+    for token_id in range(5):
+        streamer.put(Output(key=1, token_ids=(token_id,)))
+    delta = await streamer.take()
+    assert (delta.token_ids, delta.finish_reason) == ([0, 1, 2, 3, 4], None)
+    streamer.put(Output(key=1, token_ids=(5,), finish_reason=FinishReason.STOP))
+    delta = await streamer.take()
+    assert (delta.token_ids, delta.finish_reason) == ([5], FinishReason.STOP)
+
+
+async def test_a_reader_waits_for_the_next_ids() -> None:
+    streamer = Streamer()
+    taking = asyncio.create_task(streamer.take())
+    await asyncio.sleep(0)
+    assert not taking.done()
+    streamer.put(Output(key=1, token_ids=(7,)))
+    assert (await taking).token_ids == [7]
+
+
+@pytest.mark.parametrize("fail", [lambda s: s.fail(WorkerLost()), lambda s: s.put(Output(key=1, error="broken"))])
+async def test_ids_already_here_come_before_the_error(fail: object) -> None:
+    streamer = Streamer()
+    streamer.put(Output(key=1, token_ids=(1, 2)))
+    fail(streamer)  # type: ignore[operator]
+    assert (await streamer.take()).token_ids == [1, 2]
+    with pytest.raises((WorkerLost, EngineFault)):
+        await streamer.take()
+
+
+async def test_an_answer_that_is_finished_cannot_fail_any_more() -> None:
+    streamer = Streamer()
+    streamer.put(Output(key=1, token_ids=(1,), finish_reason=FinishReason.LENGTH))
+    streamer.fail(WorkerLost())
+    assert (await streamer.take()).finish_reason is FinishReason.LENGTH

@@ -1,0 +1,62 @@
+"""Flags and environment of `parleyd serve`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from parleyd.cli import build_parser, flag_of, variable_of
+from parleyd.config import ModelSettings, ServerSettings, Settings
+
+OPTIONS = [*fields(ServerSettings), *fields(ModelSettings)]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_every_setting_is_a_flag_and_a_variable_and_is_explained(option: object) -> None:
+    name = option.name  # type: ignore[attr-defined]
+    value = {"bool": "true", "int": "7", "float": "7", "str": "x", "str | None": "x"}[option.type]  # type: ignore[attr-defined]
+    if choices := option.metadata["choices"]:  # type: ignore[attr-defined]
+        value = choices[-1]
+    if name in ("max_message_bytes",):
+        value = "4096"
+    flag = [flag_of(name)] if value == "true" else [flag_of(name), value]
+    by_flag = vars(build_parser({}).parse_args(["serve", *flag]))
+    by_variable = vars(build_parser({variable_of(name): value}).parse_args(["serve"]))
+    assert by_flag == by_variable
+    assert str(by_flag[name]).lower().removesuffix(".0") == value
+    assert option.metadata["help"].endswith(".")  # type: ignore[attr-defined]
+
+
+def test_a_flag_wins_over_its_variable() -> None:
+    arguments = build_parser({"PARLEY_MAX_QUEUE": "3"}).parse_args(["serve", "--max-queue", "4"])
+    assert arguments.max_queue == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--port", "70000"), ("--port", "x"), ("--drain-delay", "nan"), ("--drain-timeout", "inf")]
+)
+def test_a_bad_value_is_refused_with_the_allowed_range(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        build_parser({}).parse_args(["serve", flag, value])
+    assert raised.value.code == 2
+    error = capsys.readouterr().err
+    assert flag in error and "of" in error
+
+
+def test_the_served_name_is_the_one_given_else_the_hub_id_else_the_base_name(tmp_path: Path) -> None:
+    def name(model: str, given: str | None = None) -> str:
+        return Settings(
+            server=ServerSettings(served_model_name=given), model=ModelSettings(model=model)
+        ).served_model_name
+
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "file.gguf").touch()
+    assert name("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
+    assert name(f"{tmp_path}/my-model/") == "my-model"
+    assert name(f"{tmp_path}/file.gguf") == "file.gguf"
+    assert name(f"{tmp_path}/file.gguf", "given") == "given"
+    assert name("smollm2-135m-instruct") == "smollm2-135m-instruct"
