@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 import threading
+import traceback
 
 import pytest
 
@@ -25,6 +27,15 @@ def endless(server):
 
     server.script["GenerateStream"] = answer
     server.script["Generate"] = lambda request, context: server.hold(context)
+
+
+def press_ctrl_c_within(function):
+    """Sends SIGINT to the main thread once that one is waiting inside gRPC's `function`."""
+    main_thread = threading.main_thread().ident
+    running: set[str] = set()
+    while not {function, "wait"} <= running:
+        running = {frame.name for frame in traceback.extract_stack(sys._current_frames()[main_thread])}
+    signal.pthread_kill(main_thread, signal.SIGINT)
 
 
 def test_breaking_out_of_the_iteration_cancels_the_rpc(client, server):
@@ -82,31 +93,31 @@ def test_cancelling_a_complete_stream_changes_nothing(client, server):
     assert stream.reply.content == "Hello there"
 
 
-def test_ctrl_c_in_the_loop_cancels_the_rpc(server):
+def test_ctrl_c_while_waiting_for_a_piece_cancels_the_rpc(server):
     def answer(request, context):
         yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1])
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        press_ctrl_c_within("_next")
         server.hold(context)
 
     server.script["GenerateStream"] = answer
     with Client(server.target) as client:
+        stream = client.stream(QUESTION)
         with pytest.raises(KeyboardInterrupt):
-            for _ in client.stream(QUESTION):
-                pass
-        gc.collect()
+            list(stream)
+        # The stream is still referred to: it is the interrupt that ended the call, not the garbage collector.
         assert server.has_seen_the_end()
+        assert stream.reply.content == "Hello"
 
 
 def test_ctrl_c_while_waiting_for_a_whole_answer_cancels_the_rpc(server):
     def answer(request, context):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        press_ctrl_c_within("result")
         server.hold(context)
 
     server.script["Generate"] = answer
     with Client(server.target) as client:
         with pytest.raises(KeyboardInterrupt):
             client.chat(QUESTION)
-        gc.collect()
         assert server.has_seen_the_end()
 
 
