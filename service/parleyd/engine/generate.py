@@ -41,6 +41,8 @@ class _Sequence:
 class GenerateEngine:
     """See `Engine`. The executor's queue is the request queue, its one thread the generate thread."""
 
+    max_running = 1
+
     def __init__(self, model: PreTrainedModel, eos_token_ids: tuple[int, ...], max_context_tokens: int) -> None:
         self._model = model
         self._eos_token_ids = eos_token_ids

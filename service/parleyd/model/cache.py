@@ -28,9 +28,9 @@ def cache_root(cache: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parley"
 
 
-def cache_key(version: int, *files: Path) -> str:
+def cache_key(version: str, *files: Path) -> str:
     """Changes when a file is replaced, touched or moved, and with the version of the code that reads them."""
-    digest = hashlib.blake2b(str(version).encode(), digest_size=8)
+    digest = hashlib.blake2b(version.encode(), digest_size=8)
     for file in files:
         stat = file.stat()
         digest.update(f"|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode())
@@ -56,7 +56,7 @@ def cached_folder(root: Path, name: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
-def _acquire(root: Path) -> filelock.AcquireReturnProxy:
+def _acquire(root: Path) -> contextlib.AbstractContextManager[object]:
     """One lock for the whole cache: the kernel lets go of it when its owner dies, however it dies."""
     lock = filelock.FileLock(root / ".lock")
     try:
@@ -110,7 +110,7 @@ def _explained(root: Path, only_full_disk: bool = False) -> Iterator[None]:
 
 
 def _full_disk(error: Exception) -> str | None:
-    """What the system says of a full disk. safetensors, written in Rust, tells it as text alone: "... (os error 28)"."""
+    """What the system says of a full disk. safetensors, written in Rust, tells it as text: "... (os error 28)"."""
     for number in _FULL_DISK:
         if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
             return os.strerror(number)

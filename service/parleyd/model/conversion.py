@@ -1,10 +1,12 @@
-"""A .gguf file to a model folder that loads fast: safetensors, configuration, tokenizer and chat template, made once."""
+"""A .gguf file to a model folder that loads fast: safetensors, configuration, tokenizer, chat template; made once."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,13 @@ _logger = logging.getLogger("parleyd.model")
 # Part of the cache's key: raise it with every change to what a conversion writes.
 _VERSION = 1
 
+_SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
 
 def converted(gguf_file: Path, cache: str | None) -> Path:
     """The folder that holds `gguf_file` converted; converts it the first time, with progress bars on stderr.
@@ -31,7 +40,9 @@ def converted(gguf_file: Path, cache: str | None) -> Path:
     """
     _check_magic(gguf_file)
     root = cache_root(cache)
-    name = f"{gguf_file.stem}-{cache_key(_VERSION, gguf_file)}"
+    # transformers does most of the work, and a newer one may do it better.
+    key = cache_key(f"{_VERSION} {importlib.metadata.version('transformers')}", gguf_file)
+    name = f"{gguf_file.stem}-{key}"
     return cached_folder(root, name, lambda folder: _convert(gguf_file, folder))
 
 
@@ -60,13 +71,16 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         ) from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)  # safetensors makes files that only their owner can read
     _logger.info("converted in %.1f s", time.monotonic() - started)
 
 
 def _read(gguf_file: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
+    model, report = auto_model.from_pretrained(
         str(gguf_file.parent),
         gguf_file=gguf_file.name,
         dtype=_dtype(gguf_file),
@@ -75,14 +89,30 @@ def _read(gguf_file: Path) -> tuple[Any, Any]:
     )
     if missing := report["missing_keys"]:
         raise StartupError(f"--model {gguf_file}: {explain.missing_weights(missing)}")
-    return model, AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
+    _mend_tokenizer(tokenizer, gguf_file)
+    return model, tokenizer
+
+
+def _mend_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
+    """Takes from the file what older transformers get wrong (5.17 does): which tokens are special, and bytes to text."""
+    import gguf
+    from tokenizers import decoders
+
+    fields = gguf.GGUFReader(str(gguf_file)).fields
+    for name, key in _SPECIAL_TOKENS.items():
+        if field := fields.get(f"tokenizer.ggml.{key}"):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    kind = fields.get("tokenizer.ggml.model")
+    if kind and kind.contents() == "gpt2":
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 
 
 def _dtype(gguf_file: Path) -> torch.dtype:
     """The file's own type where its matrices are plain floats, else bfloat16.
 
-    Quantised values have at most 8 significant bits, times a scale: rounding them to bfloat16 adds an error far below that
-    of the quantisation, and halves file, memory and the time of a decode step against float32.
+    What models were trained in before they were quantised is bfloat16 as a rule, and its rounding is far finer than the
+    quantisation's own; against float32 it halves file, memory and the time of a decode step.
     """
     import gguf
     import torch

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors, utils
+from huggingface_hub import errors
+from huggingface_hub.utils._validators import validate_repo_id
 
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
@@ -24,7 +25,7 @@ def download(settings: ModelSettings) -> Path:
     """
     name = settings.model
     try:
-        utils.validate_repo_id(name)
+        validate_repo_id(name)
         folder = huggingface_hub.snapshot_download(
             name,
             revision=settings.revision,
@@ -42,13 +43,18 @@ def _reason(error: Exception, settings: ModelSettings) -> str:
         case errors.HFValidationError():
             return "no such file or folder, and not a valid Hub id (NAMESPACE/NAME)"
         case errors.GatedRepoError():
-            return "access to this model is granted on its Hub page only: ask for it there, then log in with `hf auth login`"
+            return "a gated model: ask for access on its Hub page, then log in with `hf auth login`"
         case errors.RepositoryNotFoundError():
-            return "no such file or folder, and no such model on the Hub; for a private one, log in with `hf auth login`"
+            return (
+                "no such file or folder, and no such model on the Hub; for a private one, log in with `hf auth login`"
+            )
         case errors.RevisionNotFoundError():
             return f"--revision {revision} does not exist on the Hub"
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
-            return "no such file or folder, not downloaded yet, and the Hub cannot be reached; check the network or HF_HUB_OFFLINE"
+            return (
+                "no such file or folder; as a Hub id, it is not downloaded yet and the Hub cannot be reached: "
+                "check the network, or unset HF_HUB_OFFLINE"
+            )
         case OSError(errno=int(), strerror=str(why)):
             return f"the download cannot be written: {why}"
     return f"the download failed: {explain.one_line(error)}"

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from parleyd.config import ModelSettings
+from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
+from parleyd.model import explain, generation_config
+from parleyd.model.checkpoint import Checkpoint
+from parleyd.model.memory import check_device_map, check_fits
+from parleyd.model.quiet import silence_transformers
 from parleyd.model.source import find_folder
+from parleyd.model.tokenizer import find_tokenizer
+
+_logger = logging.getLogger("parleyd.model")
 
 
 @dataclass(frozen=True)
@@ -21,9 +35,83 @@ class LoadedModel:
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
+    """Loads what `settings` name, downloading or converting it first where needed; progress bars go to stderr.
+
+    Raises StartupError, its message one line that names what is wrong and what to do.
+    """
+    silence_transformers()
+    check_device_map(settings.device_map)
+    _check_attention(settings)
     folder = find_folder(settings)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=settings.dtype, device_map=settings.device_map)
-    info = ModelInfo(tokenizer_dir=str(folder), max_context_tokens=model.config.max_position_embeddings,
-        vocab_size=model.config.vocab_size, eos_token_ids=(model.generation_config.eos_token_id,), dtype=str(model.dtype),
-        device=str(model.device), engine=settings.engine, max_running=settings.max_running)
+    checkpoint = Checkpoint.open(folder)
+    defaults = generation_config.read_defaults(folder)
+    tokenizer_dir = find_tokenizer(folder, settings)
+    check_fits(settings.model, checkpoint.num_bytes(settings.dtype), settings.device_map)
+
+    model = _load_weights(folder, settings)
+    config = model.config.get_text_config()
+    embedding: Any = model.get_input_embeddings()
+    info = ModelInfo(
+        tokenizer_dir=str(tokenizer_dir.resolve()),
+        max_context_tokens=generation_config.max_context_tokens(config, tokenizer_dir),
+        # Rows of the embedding. They are often padded beyond the tokenizer, and the model can draw those ids too, so
+        # clients that resume may send them. Where the tokenizer has more ids, the model cannot take those.
+        vocab_size=embedding.weight.shape[0],
+        eos_token_ids=generation_config.read_eos_token_ids(folder, tokenizer_dir, config),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        engine=settings.engine,
+        max_running=settings.max_running,
+        defaults=defaults,
+    )
     return LoadedModel(model, info)
+
+
+def _check_attention(settings: ModelSettings) -> None:
+    if settings.attn_implementation != "flash_attention_2":
+        return
+    # transformers would fetch a kernel from the Hub in its place, or fail only after the weights are read.
+    if not is_flash_attn_2_available():
+        raise StartupError(
+            "--attn-implementation flash_attention_2: FlashAttention 2 is not installed, or there is no GPU for it; "
+            "install the package flash-attn, or use sdpa"
+        )
+
+
+def _load_weights(folder: Path, settings: ModelSettings) -> PreTrainedModel:
+    auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
+    attention = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
+    try:
+        model, report = auto_model.from_pretrained(
+            str(folder),
+            dtype=settings.dtype,
+            device_map=settings.device_map,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **attention,
+        )
+    except Exception as error:  # a broken or unusual model fails in many places, and each is for the operator to mend
+        _logger.debug("loading %s failed", folder, exc_info=True)
+        raise StartupError(f"--model {settings.model}: {_reason(error, settings)}") from error
+    if missing := report["missing_keys"]:
+        raise StartupError(f"--model {settings.model}: {explain.missing_weights(missing)}")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _reason(error: Exception, settings: ModelSettings) -> str:
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "too little memory to load it; choose a smaller model, or a smaller type with --dtype"
+    if "trust_remote_code" in text:
+        return "it comes with Python code of its own; if you trust its authors, run that with --trust-remote-code"
+    if "Unrecognized configuration class" in text:
+        return "not a causal language model"
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return f"transformers {transformers.__version__} does not know this kind of model: {explain.one_line(error)}"
+    if isinstance(error, ImportError):
+        return f"it needs a Python package that is not installed: {explain.one_line(error)}"
+    if isinstance(error, SafetensorError):
+        return f"its weights cannot be read: {explain.one_line(error)}; copy or download them again"
+    return f"it cannot be loaded: {explain.one_line(error)}"

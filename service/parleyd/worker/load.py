@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 from parleyd.config import ModelSettings
 from parleyd.engine.engine import Engine
@@ -21,9 +22,10 @@ def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     started = time.monotonic()
     loaded = load_model(settings)
     engine = GenerateEngine(loaded.model, loaded.info.eos_token_ids, loaded.info.max_context_tokens)
-    _warm_up(engine, loaded.info)
-    _logger.info("model ready on %s after %.1f s", loaded.info.device, time.monotonic() - started)
-    return engine, loaded.info
+    info = replace(loaded.info, engine="generate", max_running=engine.max_running)
+    _warm_up(engine, info)
+    _logger.info("model ready on %s after %.1f s", info.device, time.monotonic() - started)
+    return engine, info
 
 
 def _warm_up(engine: Engine, info: ModelInfo) -> None:

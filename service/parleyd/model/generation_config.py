@@ -1,0 +1,83 @@
+"""What a model's files say about generation: sampling defaults, the ids that end an answer, the context's length."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from parleyd.errors import StartupError
+from parleyd.generation import SamplingDefaults
+from parleyd.model.checkpoint import read_json_object
+
+_FILE = "generation_config.json"
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "max_new_tokens": int, "min_new_tokens": int, "do_sample": bool, "temperature": (int, float), "top_p": (int, float),
+    "top_k": int, "min_p": (int, float), "repetition_penalty": (int, float),
+}  # fmt: skip
+
+# Each architecture has its own name for it.
+_CONTEXT_NAMES = (
+    "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length",
+    "n_ctx",
+)  # fmt: skip
+_UNSAID_CONTEXT = 32_768  # for state-space models, whose context has no end; requests need one all the same
+_TOKENIZER_UNLIMITED = 10**9  # transformers writes 10**30 for "no limit"
+
+
+def read_defaults(folder: Path) -> SamplingDefaults:
+    """Only what the file itself sets: transformers would fill the rest with defaults of its own.
+
+    Raises StartupError where the file, or a value that we use, is not what it should be.
+    """
+    values = _read(folder)
+    given = {field.name: values.get(field.name) for field in dataclasses.fields(SamplingDefaults)}
+    for name, value in given.items():
+        if value is not None and (
+            not isinstance(value, _KINDS[name]) or isinstance(value, bool) != (name == "do_sample")
+        ):
+            raise StartupError(f"{folder / _FILE}: {name} is {value!r}, which is not a value of its kind")
+    return SamplingDefaults(**given)
+
+
+def read_eos_token_ids(folder: Path, tokenizer_dir: Path, config: Any) -> tuple[int, ...]:
+    """The ids that end an answer: generation_config.json's, else the model configuration's, else the tokenizer's.
+
+    Empty where none is named: answers then end by length or by the request's own stop ids. `config` is the loaded
+    model's text configuration.
+    """
+    ids = _read(folder).get("eos_token_id")
+    if ids is None:
+        ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        ids = _tokenizer_eos_id(tokenizer_dir)
+    if ids is None:
+        return ()
+    return tuple(dict.fromkeys(int(token_id) for token_id in (ids if isinstance(ids, list | tuple) else [ids])))
+
+
+def max_context_tokens(config: Any, tokenizer_dir: Path) -> int:
+    """Prompt and answer together. `config` is the loaded model's text configuration."""
+    for name in _CONTEXT_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    value = _read(tokenizer_dir, "tokenizer_config.json").get("model_max_length")
+    if isinstance(value, int | float) and 0 < value < _TOKENIZER_UNLIMITED:
+        return int(value)
+    return _UNSAID_CONTEXT
+
+
+def _read(folder: Path, name: str = _FILE) -> dict[str, Any]:
+    path = folder / name
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _tokenizer_eos_id(tokenizer_dir: Path) -> int | None:
+    token = _read(tokenizer_dir, "tokenizer_config.json").get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is None:
+        return None
+    return tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).token_to_id(content)
