@@ -79,11 +79,15 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 def _read(gguf_file: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from parleyd.model.memory import check_fits
+
+    dtype = _dtype(gguf_file)
     auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
+    check_fits(str(gguf_file), _num_elements(gguf_file) * dtype.itemsize, "cpu")
     model, report = auto_model.from_pretrained(
         str(gguf_file.parent),
         gguf_file=gguf_file.name,
-        dtype=_dtype(gguf_file),
+        dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
@@ -95,7 +99,7 @@ def _read(gguf_file: Path) -> tuple[Any, Any]:
 
 
 def _mend_tokenizer(tokenizer: Any, gguf_file: Path) -> None:
-    """Takes from the file what older transformers get wrong (5.17 does): which tokens are special, and bytes to text."""
+    """Takes from the file what transformers 5.17 gets wrong: which tokens are special, and how bytes become text."""
     import gguf
     from tokenizers import decoders
 
@@ -121,6 +125,12 @@ def _dtype(gguf_file: Path) -> torch.dtype:
     if kinds == {gguf.GGMLQuantizationType.F32}:
         return torch.float32
     return torch.float16 if kinds == {gguf.GGMLQuantizationType.F16} else torch.bfloat16
+
+
+def _num_elements(gguf_file: Path) -> int:
+    import gguf
+
+    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(str(gguf_file)).tensors)
 
 
 @contextlib.contextmanager

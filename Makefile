@@ -1,0 +1,127 @@
+# Every target installs what it needs into .venv first; PYTHON chooses the interpreter that .venv is made with, such as
+# `make test PYTHON=python3.12`. All paths are relative, so that the project's own path may hold spaces.
+
+PYTHON ?= python3
+TARGET ?= localhost:50051
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PROTOC := .venv/protoc
+
+.DEFAULT_GOAL := help
+
+# The stamp names the folder that it was made in: an environment that was moved or copied here is installed anew.
+ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))
+.PHONY: $(INSTALLED)
+endif
+
+$(INSTALLED): pyproject.toml constraints.txt tools/install.sh
+	@PYTHON="$(PYTHON)" sh tools/install.sh
+
+$(PROTOC)/.installed: tools/requirements-protos.txt $(INSTALLED)
+	@$(BIN)/python -m venv --clear $(PROTOC)
+	@$(PROTOC)/bin/python -m pip --disable-pip-version-check install -qq -r tools/requirements-protos.txt
+	@touch $@
+
+.PHONY: help
+help: ## show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' Makefile
+
+##### running
+
+.PHONY: demo
+demo: $(INSTALLED) ## start the service, stream one real answer, stop the service
+	@$(BIN)/python tools/demo.py
+
+.PHONY: serve
+serve: $(INSTALLED) ## serve a model until Ctrl-C; ARGS="--model … --port …"
+	@exec $(BIN)/parleyd serve $(ARGS)
+
+.PHONY: chat
+chat: $(INSTALLED) ## talk with the service at TARGET=localhost:50051
+	@exec $(BIN)/parley chat --target "$(TARGET)" $(ARGS)
+
+##### tests
+
+.PHONY: test
+test: $(INSTALLED) $(PROTOC)/.installed ## run all tests; ARGS are pytest's
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-unit
+test-unit: $(INSTALLED) ## run the tests of single modules
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+.PHONY: test-integration
+test-integration: $(INSTALLED) ## run the tests of gateway and client over loopback, without a model
+	@$(BIN)/python -m pytest tests/integration $(ARGS)
+
+.PHONY: test-e2e
+test-e2e: $(INSTALLED) $(PROTOC)/.installed ## run the tests of the whole service with a real model, and of the package
+	@$(BIN)/python -m pytest tests/e2e $(ARGS)
+
+.PHONY: test-robustness
+test-robustness: $(INSTALLED) ## run the tests under faults and load
+	@$(BIN)/python -m pytest tests/robustness $(ARGS)
+
+##### checks
+
+.PHONY: verify
+verify: verify-format verify-lint verify-types verify-layers verify-protos verify-docs ## run all checks
+
+.PHONY: verify-format
+verify-format: $(INSTALLED) ## check the code's format
+	@$(BIN)/ruff format --check .
+
+.PHONY: verify-lint
+verify-lint: $(INSTALLED) ## check for likely mistakes
+	@$(BIN)/ruff check .
+
+.PHONY: verify-types
+verify-types: $(INSTALLED) ## check the types of our packages
+	@$(BIN)/mypy
+
+.PHONY: verify-layers
+verify-layers: $(INSTALLED) ## check who imports whom
+	@$(BIN)/python tools/verify_layers.py
+
+.PHONY: verify-protos
+verify-protos: $(INSTALLED) $(PROTOC)/.installed ## check the protos' style, compatibility and stubs
+	@$(BIN)/buf lint protos
+	@$(BIN)/buf breaking protos --against protos/baseline.binpb
+	@$(PROTOC)/bin/python tools/protos.py verify
+
+.PHONY: verify-docs
+verify-docs: $(INSTALLED) ## check that generated pages are current and links lead somewhere
+	@$(BIN)/python tools/generate_configuration_docs.py --check
+	@$(BIN)/python tools/verify_links.py
+
+##### repairs
+
+.PHONY: fix
+fix: fix-protos fix-docs ## repair format, imports, stubs and generated pages
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+.PHONY: fix-protos
+fix-protos: $(PROTOC)/.installed ## generate the stubs from the protos
+	@$(PROTOC)/bin/python tools/protos.py fix
+
+.PHONY: fix-docs
+fix-docs: $(INSTALLED) ## generate docs/configuration.md
+	@$(BIN)/python tools/generate_configuration_docs.py
+
+.PHONY: release-protos
+release-protos: $(INSTALLED) ## at a release: what is in protos/ now is what later versions stay compatible with
+	@$(BIN)/buf build protos --exclude-source-info -o protos/baseline.binpb
+
+##### the rest
+
+.PHONY: bench-gateway
+bench-gateway: $(INSTALLED) ## measure the gateway alone
+	@$(BIN)/python -m benchmarks.gateway_cpu $(ARGS)
+
+.PHONY: clean
+clean: ## remove .venv, caches and build results
+	@rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist tests/clients/node/node_modules
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

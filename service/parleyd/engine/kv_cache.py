@@ -1,0 +1,168 @@
+"""The ledger of the paged KV cache: who holds which block, and which blocks hold a prefix worth keeping.
+
+Only the scheduler writes to it. The tensors themselves are the model runner's.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from hashlib import blake2b
+from itertools import chain
+
+from parleyd.engine.request import Sequence
+
+
+class IntegrityError(RuntimeError):
+    """The books do not add up: a bug of ours, after which no answer can be trusted."""
+
+
+class KVLedger:
+    """Blocks of `block_size` tokens each: held by sequences, cached (nobody's, but with a known prefix), or free.
+
+    A full block whose tokens are computed is registered under a hash of its tokens and all before them. Any sequence
+    that begins with the same tokens and salt may then hold it too. What is registered is never written again: sequences
+    only write behind their full blocks, and lookups leave at least the last token to compute into a block of its own.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._ref_counts = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._registered: dict[bytes, int] = {}
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that a sequence can be given: free, or cached and so evictable."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that sequences hold."""
+        return self.num_blocks - self.num_available
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def cached_prefix(self, sequence: Sequence) -> array[int]:
+        """The registered blocks that a sequence begins with, less what would leave none of its tokens to compute."""
+        block_ids = array("i")
+        if not self.prefix_caching:
+            return block_ids
+        num_blocks = (len(sequence.token_ids) - 1) // self.block_size
+        self._hash_blocks(sequence, num_blocks)
+        for index in range(num_blocks):
+            block_id = self._registered.get(sequence.block_hashes[index])
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
+
+    def can_allocate(self, sequence: Sequence, prefix: array[int], num_reserved: int = 0) -> bool:
+        """Whether there are blocks for all of a sequence's tokens behind `prefix`, with `num_reserved` to spare."""
+        num_revived = sum(self._ref_counts[block_id] == 0 for block_id in prefix)
+        num_new = self.num_blocks_for(len(sequence.token_ids)) - len(prefix)
+        return num_new + num_revived + num_reserved <= self.num_available
+
+    def allocate(self, sequence: Sequence, prefix: array[int]) -> None:
+        """Gives a sequence `prefix` (from `cached_prefix`) and new blocks for the rest of its tokens."""
+        for block_id in prefix:
+            if self._ref_counts[block_id] == 0:
+                del self._cached[block_id]
+            self._ref_counts[block_id] += 1
+        block_ids = prefix[:]
+        for _ in range(self.num_blocks_for(len(sequence.token_ids)) - len(prefix)):
+            block_ids.append(self._take_block())
+        sequence.block_ids = block_ids
+        sequence.num_computed_tokens = len(prefix) * self.block_size
+
+    def can_append(self, sequence: Sequence) -> bool:
+        """Whether the next token to compute has a slot or can be given one."""
+        return sequence.num_computed_tokens < len(sequence.block_ids) * self.block_size or self.num_available > 0
+
+    def append(self, sequence: Sequence) -> None:
+        """Sees to it that the next token to compute has a slot."""
+        if sequence.num_computed_tokens == len(sequence.block_ids) * self.block_size:
+            sequence.block_ids.append(self._take_block())
+
+    def register(self, sequence: Sequence, start: int, end: int) -> None:
+        """Lets others find the blocks that filled up when the positions from `start` to before `end` were computed."""
+        first, last = start // self.block_size, end // self.block_size
+        if first == last or not self.prefix_caching:
+            return
+        self._hash_blocks(sequence, last)
+        for index in range(first, last):
+            digest, block_id = sequence.block_hashes[index], sequence.block_ids[index]
+            if digest not in self._registered:  # else a neighbour computed the same at the same time
+                self._registered[digest] = block_id
+                self._hashes[block_id] = digest
+
+    def free(self, sequence: Sequence) -> None:
+        """Takes back all blocks of a sequence; the registered ones stay findable until their room is needed."""
+        # Last block first, so that eviction shortens a cached prefix from its end and never cuts off what follows.
+        for block_id in reversed(sequence.block_ids):
+            self._ref_counts[block_id] -= 1
+            if self._ref_counts[block_id] == 0:
+                if self._hashes[block_id] is None:
+                    self._free.append(block_id)
+                else:
+                    self._cached[block_id] = None
+        # A new array: a batch in flight may still read the old one.
+        sequence.block_ids = array("i")
+        sequence.num_computed_tokens = 0
+
+    def check_integrity(self, holdings: Iterable[Iterable[int]]) -> None:
+        """Raises IntegrityError unless every block is accounted for. `holdings`: the block ids of each sequence."""
+        references = Counter(chain.from_iterable(holdings))
+        free, cached = set(self._free), self._cached.keys()
+        for block_id, count in references.items():
+            if count != self._ref_counts[block_id]:
+                raise IntegrityError(f"block {block_id} is held {count} times but counted {self._ref_counts[block_id]}")
+        if self.num_blocks - self._ref_counts.count(0) != len(references):
+            leaked = [b for b, count in enumerate(self._ref_counts) if count and b not in references]
+            raise IntegrityError(f"blocks {leaked[:8]} are counted as held, but no sequence holds them")
+        if len(free) != len(self._free):
+            raise IntegrityError("a block is free twice")
+        if not (free.isdisjoint(cached) and free.isdisjoint(references) and references.keys().isdisjoint(cached)):
+            raise IntegrityError("a block is in two of: free, cached, held")
+        if len(free) + len(cached) + len(references) != self.num_blocks:
+            raise IntegrityError(
+                f"{len(free)} free + {len(cached)} cached + {len(references)} held blocks are not {self.num_blocks}"
+            )
+        if [self._hashes[b] for b in self._registered.values()] != list(self._registered) or len(
+            self._registered
+        ) != self.num_blocks - self._hashes.count(None):
+            raise IntegrityError("the prefix cache and its blocks disagree about a hash")
+        if not all(map(self._hashes.__getitem__, cached)):
+            raise IntegrityError("a cached block can be found by no lookup")
+        if any(map(self._hashes.__getitem__, free)):
+            raise IntegrityError("a lookup would find a free block")
+
+    def _take_block(self) -> int:
+        if self._free:
+            block_id = self._free.pop()
+        else:
+            block_id, _ = self._cached.popitem(last=False)
+            digest = self._hashes[block_id]
+            assert digest is not None
+            del self._registered[digest]
+            self._hashes[block_id] = None
+        self._ref_counts[block_id] = 1
+        return block_id
+
+    def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
+        """Hashes a sequence's leading blocks, each together with all before it.
+
+        By a cryptographic hash: a collision would answer one conversation from another's memory.
+        """
+        hashes = sequence.block_hashes
+        for index in range(len(hashes), num_blocks):
+            parent = hashes[-1] if hashes else blake2b(sequence.cache_salt.encode(), digest_size=32).digest()
+            ids = sequence.token_ids[index * self.block_size : (index + 1) * self.block_size]
+            hashes.append(blake2b(parent + ids.tobytes(), digest_size=32).digest())

@@ -1,0 +1,168 @@
+"""A request inside the batching engine, and the part of several that one step runs.
+
+The scheduler owns them; the model runner and the sampler only read.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from parleyd.generation import EngineRequest, FinishReason, SamplingParams
+
+
+class SequenceState(Enum):
+    """Where a sequence is: in the queue, holding KV blocks, or over (answered or aborted)."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+def _no_ids() -> array[int]:
+    return array("i")
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence:
+    """One request's state, from `submit` to its last token.
+
+    Ids are int32 arrays: an eighth of a list's memory, invisible to the garbage collector, and copied into a tensor at
+    memory speed. Copy them, never keep a view: an array that is being viewed cannot grow.
+    """
+
+    key: int
+    token_ids: array[int]  # prompt and output
+    num_prompt_tokens: int
+    params: SamplingParams
+    stop_token_ids: frozenset[int]
+    max_length: int  # of prompt and output together
+    priority: int
+    arrival: int
+    cache_salt: str
+
+    state: SequenceState = SequenceState.WAITING
+    finish_reason: FinishReason | None = None
+    block_ids: array[int] = field(default_factory=_no_ids)
+    block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as far as anyone has asked
+    num_computed_tokens: int = 0  # whose keys and values are in the cache once every batch scheduled so far has run
+    num_in_flight: int = 0  # batches scheduled and not yet committed
+    num_pending: int = 0  # ids that those batches will sample
+    cached_prompt_tokens: int | None = None  # found in the prefix cache when first admitted
+    num_preemptions: int = 0
+
+    @classmethod
+    def from_request(
+        cls, request: EngineRequest, arrival: int, eos_token_ids: frozenset[int], max_context_tokens: int
+    ) -> Sequence:
+        """A waiting sequence; one with a `finish_reason` where the ids already delivered leave nothing to generate."""
+        params = request.params
+        sequence = cls(
+            key=request.key,
+            token_ids=array("i", request.prompt_ids + request.output_ids),
+            num_prompt_tokens=len(request.prompt_ids),
+            params=params,
+            stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
+            max_length=min(len(request.prompt_ids) + params.max_new_tokens, max_context_tokens),
+            priority=getattr(request, "priority", 0),
+            arrival=arrival,
+            cache_salt=getattr(request, "cache_salt", ""),
+        )
+        if not sequence.stop_token_ids.isdisjoint(request.output_ids):
+            sequence.finish_reason = FinishReason.STOP
+        elif len(sequence.token_ids) >= sequence.max_length:
+            sequence.finish_reason = FinishReason.LENGTH
+        return sequence
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The smaller, the sooner it is served and the later it is preempted."""
+        return -self.priority, self.arrival
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, with the ids that are being sampled right now."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Known ids after the prompt, those delivered before the request came here included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token_id: int) -> None:
+        """Takes a sampled id, which may finish the sequence."""
+        self.token_ids.append(token_id)
+        self.num_pending -= 1
+        if token_id in self.stop_token_ids:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.token_ids) >= self.max_length:
+            self.finish_reason = FinishReason.LENGTH
+
+
+class Scheduled(NamedTuple):
+    """The stretch of one sequence that a step runs: the `num_tokens` positions from `start`."""
+
+    sequence: Sequence
+    block_ids: array[int]  # still those of this step if the sequence is aborted or preempted before it has run
+    start: int
+    num_tokens: int
+    samples: bool  # the stretch reaches the sequence's end, so its last logits give the next id
+    awaits_id: bool  # its one input id is being sampled by the batch before, and not known here yet
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step runs: decodes first, then stretches of prompts.
+
+    A stretch attends to all before it in its blocks, its own tokens included: in each layer, write first, then attend.
+    """
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    num_tokens: int = 0
+    num_decodes: int = 0  # the leading entries, of one token each
+    num_samples: int = 0
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        """Schedules the next `num_tokens` of a sequence."""
+        start = sequence.num_computed_tokens
+        num_pending = sequence.num_pending
+        samples = start + num_tokens == len(sequence.token_ids) + num_pending
+        self.scheduled.append(Scheduled(sequence, sequence.block_ids, start, num_tokens, samples, num_pending > 0))
+        self.num_tokens += num_tokens
+        sequence.num_computed_tokens = start + num_tokens
+        sequence.num_in_flight += 1
+        if samples:
+            self.num_samples += 1
+            sequence.num_pending += 1
+
+    def token_ids(self) -> array[int]:
+        """Input ids of all stretches, end to end (int32); 0 for an id that is awaited."""
+        ids = array("i")
+        for item in self.scheduled:
+            if item.awaits_id:
+                ids.append(0)
+            else:
+                ids.extend(item.sequence.token_ids[item.start : item.start + item.num_tokens])
+        return ids
+
+    def positions(self) -> array[int]:
+        """The position of each input id in its sequence (int64)."""
+        positions = array("q")
+        for item in self.scheduled:
+            positions.extend(range(item.start, item.start + item.num_tokens))
+        return positions
+
+    def slots(self, block_size: int) -> array[int]:
+        """Where the keys and values of each input id go (int64): block id * block size + offset."""
+        slots = array("q")
+        for item in self.scheduled:
+            position, end = item.start, item.start + item.num_tokens
+            while position < end:
+                index, offset = divmod(position, block_size)
+                num_slots = min(block_size - offset, end - position)
+                first = item.block_ids[index] * block_size + offset
+                slots.extend(range(first, first + num_slots))
+                position += num_slots
+        return slots

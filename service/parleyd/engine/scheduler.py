@@ -1,0 +1,305 @@
+"""What runs in the next step: continuous batching with chunked prefill, priorities and preemption by recompute.
+
+Called by the batching engine from its one thread; pure policy, no torch.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from operator import attrgetter
+
+from parleyd.engine.kv_cache import IntegrityError, KVLedger
+from parleyd.engine.request import Batch, Sequence, SequenceState
+from parleyd.errors import StartupError
+from parleyd.generation import EngineRequest, Output
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerStats:
+    """The state now; tokens and preemptions are totals since the start."""
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_used_blocks: int
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+
+
+class Scheduler:
+    """Decides by rank: higher priority first, then arrival. Nobody passes a waiting request that outranks them.
+
+    A batch may be scheduled before the one ahead of it is committed, so that a device never waits for us: see
+    `Scheduled.awaits_id`. Batches must run, and be committed, in the order in which they were scheduled. Blocks are
+    freed at once, whatever is in flight: who gets them next runs in a later batch and writes a slot before reading it.
+    """
+
+    def __init__(
+        self,
+        ledger: KVLedger,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        max_context_tokens: int,
+        eos_token_ids: Ids[int] = (),
+        max_mixed_prefill_tokens: int | None = None,
+    ) -> None:
+        """`max_mixed_prefill_tokens`: prompt tokens in a step beside decodes, where less than the whole budget.
+
+        Raises StartupError where one sequence of the full context, or one token for each that runs, would not fit.
+        """
+        if ledger.num_blocks_for(max_context_tokens) > ledger.num_blocks:
+            raise StartupError(
+                f"the KV cache holds {ledger.num_blocks * ledger.block_size} tokens, "
+                f"but one full context takes {max_context_tokens}"
+            )
+        if not 1 <= max_running <= max_batch_tokens:
+            raise StartupError(f"a step of {max_batch_tokens} tokens has not one for each of {max_running} requests")
+        if max_mixed_prefill_tokens is not None and max_mixed_prefill_tokens < 1:
+            raise StartupError("with no prompt tokens beside decodes, prompts would wait for every stream to end")
+        self._ledger = ledger
+        self._max_running = max_running
+        self._max_batch_tokens = max_batch_tokens
+        self._max_mixed_prefill_tokens = max_mixed_prefill_tokens or max_batch_tokens
+        self._max_context_tokens = max_context_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting = _WaitingQueue()
+        self._running: list[Sequence] = []  # by rank
+        self._num_arrivals = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_preemptions = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is open."""
+        return not self._sequences
+
+    def submit(self, request: EngineRequest) -> Output | None:
+        """Queues a request. Returns its only output where there is nothing to generate."""
+        if request.key in self._sequences:
+            raise ValueError(f"a request with key {request.key} is already open")
+        if not (request.prompt_ids or request.output_ids):
+            return Output(key=request.key, error="the prompt has no tokens")
+        self._num_arrivals += 1
+        sequence = Sequence.from_request(request, self._num_arrivals, self._eos_token_ids, self._max_context_tokens)
+        if sequence.finish_reason is not None:
+            return Output(key=request.key, finish_reason=sequence.finish_reason)
+        self._sequences[request.key] = sequence
+        self._waiting.push(sequence)
+        return None
+
+    def abort(self, key: int) -> None:
+        """Ends a request without output and frees its blocks. Unknown keys are ignored."""
+        if sequence := self._sequences.get(key):
+            self._end(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next batch; None where there is nothing to run, or nothing before a batch in flight is committed."""
+        batch = Batch()
+        prefills = self._schedule_decodes(batch)
+        self._schedule_prefills(batch, prefills)
+        return batch if batch.scheduled else None
+
+    def commit(self, batch: Batch, token_ids: Ids[int]) -> list[Output]:
+        """Takes one sampled id for each entry of the batch that samples, in its order."""
+        if len(token_ids) != batch.num_samples:
+            raise ValueError(f"{len(token_ids)} ids for {batch.num_samples} sequences that sample")
+        outputs = []
+        ids = iter(token_ids)
+        for sequence, _, start, num_tokens, samples, _ in batch.scheduled:
+            token_id = next(ids) if samples else None
+            sequence.num_in_flight -= 1
+            if sequence.state is SequenceState.FINISHED:  # aborted, or ended by the batch before
+                continue
+            if sequence.state is SequenceState.RUNNING:  # else preempted: its blocks are gone, its id still counts
+                self._ledger.register(sequence, start, start + num_tokens)
+            if token_id is not None:
+                sequence.append(token_id)
+                reason = sequence.finish_reason
+                if reason is not None:
+                    self._end(sequence)
+                outputs.append(Output(key=sequence.key, token_ids=(token_id,), finish_reason=reason))
+        self._num_generated_tokens += len(outputs)
+        return outputs
+
+    def fail(self, batch: Batch, error: str) -> list[Output]:
+        """Ends the requests of a batch that could not be run; call it instead of `commit`."""
+        outputs = []
+        for item in batch.scheduled:
+            item.sequence.num_in_flight -= 1
+            if item.sequence.state is not SequenceState.FINISHED:
+                self._end(item.sequence)
+                outputs.append(Output(key=item.sequence.key, error=error))
+        return outputs
+
+    def stats(self) -> SchedulerStats:
+        """Counts for metrics, at no cost."""
+        return SchedulerStats(
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            num_blocks=self._ledger.num_blocks,
+            num_used_blocks=self._ledger.num_used,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_prompt_tokens=self._num_cached_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=self._num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every block and every token of every open request is accounted for."""
+        self._ledger.check_integrity(sequence.block_ids for sequence in self._running)
+        if [s.rank for s in self._running] != sorted({s.rank for s in self._running}):
+            raise IntegrityError("the running sequences are not each there once, by rank")
+        if len(self._running) > self._max_running:
+            raise IntegrityError(f"{len(self._running)} sequences run, above the limit of {self._max_running}")
+        if len(self._running) + len(self._waiting) != len(self._sequences):
+            raise IntegrityError(
+                f"{len(self._running)} running + {len(self._waiting)} waiting requests are not {len(self._sequences)}"
+            )
+        for sequence in self._sequences.values():
+            self._check_sequence(sequence)
+
+    def _check_sequence(self, sequence: Sequence) -> None:
+        name = f"request {sequence.key}"
+        num_computed, num_blocks = sequence.num_computed_tokens, len(sequence.block_ids)
+        if sequence.state is SequenceState.FINISHED or sequence.finish_reason is not None:
+            raise IntegrityError(f"{name} has finished but is still open")
+        if not 0 <= sequence.num_pending <= sequence.num_in_flight:
+            raise IntegrityError(f"{name} awaits {sequence.num_pending} ids from {sequence.num_in_flight} batches")
+        if sequence.state is SequenceState.WAITING and (num_computed or num_blocks):
+            raise IntegrityError(f"{name} waits, but holds {num_blocks} blocks for {num_computed} tokens")
+        if not sequence.num_prompt_tokens <= len(sequence.token_ids) < sequence.max_length:
+            raise IntegrityError(f"{name} has {len(sequence.token_ids)} tokens of at most {sequence.max_length}")
+        if not num_computed < sequence.num_tokens <= sequence.max_length:
+            raise IntegrityError(f"{name} has {num_computed} of {sequence.num_tokens} tokens computed")
+        if num_computed > num_blocks * self._ledger.block_size:
+            raise IntegrityError(f"{name} has {num_computed} tokens computed into {num_blocks} blocks")
+
+    def _schedule_decodes(self, batch: Batch) -> deque[Sequence]:
+        """One token for each sequence that has only that to compute. Returns those that have more."""
+        running = self._running
+        prefills: deque[Sequence] = deque()
+        index = 0
+        while index < len(running):
+            sequence = running[index]
+            index += 1
+            num_tokens = len(sequence.token_ids) + sequence.num_pending
+            if num_tokens - sequence.num_computed_tokens > 1:
+                prefills.append(sequence)
+            elif num_tokens < sequence.max_length and self._make_room(sequence):
+                batch.add(sequence, 1)
+        batch.num_decodes = len(batch.scheduled)
+        return prefills
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Gives the sequence's next token a slot, at the cost of the last in rank; False where that is itself."""
+        while not self._ledger.can_append(sequence):
+            # Ranks behind this one, so it is not in the batch yet.
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._ledger.append(sequence)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        # Its tokens are kept: computed again as a prompt, they go on where they were, often from the prefix cache.
+        self._ledger.free(victim)
+        victim.state = SequenceState.WAITING
+        victim.num_preemptions += 1
+        self._num_preemptions += 1
+        self._waiting.push(victim)
+
+    def _schedule_prefills(self, batch: Batch, prefills: deque[Sequence]) -> None:
+        """Spends what the decodes left of the budget on prompts, begun ones and waiting ones together by rank."""
+        budget = self._max_batch_tokens - batch.num_tokens
+        if batch.num_decodes:
+            budget = min(budget, self._max_mixed_prefill_tokens)
+        is_admitting = True
+        while budget > 0:
+            head = self._waiting.first() if is_admitting else None
+            if head is not None and not (prefills and prefills[0].rank < head.rank):
+                is_admitting = self._admit(head)
+                if not is_admitting:
+                    continue
+                sequence = head
+            elif prefills:
+                sequence = prefills.popleft()
+            else:
+                return
+            num_tokens = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
+            batch.add(sequence, num_tokens)
+            budget -= num_tokens
+
+    def _admit(self, head: Sequence) -> bool:
+        """Moves the first of the queue among the running if there is room for it."""
+        num_reserved = len(self._running)  # a block for each to grow by, lest the newcomer be preempted at once
+        if (
+            len(self._running) >= self._max_running
+            or self._ledger.num_available <= num_reserved
+            or head.num_in_flight  # preempted since: the id it has been sampled is still to come
+        ):
+            return False
+        prefix = self._ledger.cached_prefix(head)
+        if not self._ledger.can_allocate(head, prefix, num_reserved):
+            return False
+        self._waiting.pop()
+        self._ledger.allocate(head, prefix)
+        head.state = SequenceState.RUNNING
+        insort(self._running, head, key=attrgetter("rank"))
+        if head.cached_prompt_tokens is None:
+            head.cached_prompt_tokens = min(head.num_computed_tokens, head.num_prompt_tokens)
+            self._num_prompt_tokens += head.num_prompt_tokens
+            self._num_cached_prompt_tokens += head.cached_prompt_tokens
+        return True
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.key]
+        was_waiting = sequence.state is SequenceState.WAITING
+        sequence.state = SequenceState.FINISHED
+        if was_waiting:
+            self._waiting.note_finished()
+        else:
+            self._running.remove(sequence)
+            self._ledger.free(sequence)
+
+
+class _WaitingQueue:
+    """By rank, so that a preempted sequence stands before all that came after it. The finished are dropped lazily."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], Sequence]] = []
+        self._num_finished = 0
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._num_finished
+
+    def push(self, sequence: Sequence) -> None:
+        heapq.heappush(self._heap, (sequence.rank, sequence))
+
+    def first(self) -> Sequence | None:
+        while self._heap and self._heap[0][1].state is SequenceState.FINISHED:
+            heapq.heappop(self._heap)
+            self._num_finished -= 1
+        return self._heap[0][1] if self._heap else None
+
+    def pop(self) -> None:
+        """Removes what `first` has returned."""
+        heapq.heappop(self._heap)
+
+    def note_finished(self) -> None:
+        """Is told of each sequence that finishes in the queue."""
+        self._num_finished += 1
+        if self._num_finished * 2 > len(self._heap):  # or the prompts of the cancelled would pile up
+            self._heap = [entry for entry in self._heap if entry[1].state is not SequenceState.FINISHED]
+            heapq.heapify(self._heap)
+            self._num_finished = 0

@@ -1,0 +1,182 @@
+"""Whatever is wrong with a model, the operator reads one line that names it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaForSequenceClassification
+
+from parleyd.model import memory
+from tests.unit.model.conftest import edit_json, startup_error
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./nothing", "missing.gguf", "one/two/three"])
+def test_a_path_that_is_not_there_is_named(model: str) -> None:
+    assert startup_error(model) == f"--model {model}: no such file or folder"
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"x")
+    assert "not a .gguf file" in startup_error(path)
+
+
+def test_a_folder_without_config_is_one_clear_line(tmp_path: Path) -> None:
+    assert startup_error(tmp_path) == f"--model {tmp_path}: not a model folder: it has no config.json"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_broken_config_is_named(llama_folder: Path, text: str) -> None:
+    (llama_folder / "config.json").write_text(text, encoding="latin-1")
+    assert str(llama_folder / "config.json") in startup_error(llama_folder)
+
+
+def test_an_unknown_kind_of_model_is_named(llama_folder: Path) -> None:
+    edit_json(llama_folder / "config.json", model_type="made-up", architectures=None)
+    message = startup_error(llama_folder)
+    assert "does not know this kind of model" in message
+    assert "made-up" in message
+
+
+def test_a_broken_generation_config_is_named(llama_folder: Path) -> None:
+    (llama_folder / "generation_config.json").write_text("{")
+    assert "generation_config.json cannot be read" in startup_error(llama_folder)
+
+
+def test_a_generation_config_with_a_value_of_the_wrong_kind_is_named(llama_folder: Path) -> None:
+    edit_json(llama_folder / "generation_config.json", temperature="hot")
+    assert "temperature is 'hot'" in startup_error(llama_folder)
+
+
+def test_a_folder_without_weights_is_named(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").unlink()
+    assert "no weights" in startup_error(llama_folder)
+
+
+def test_pickled_weights_are_refused(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").rename(llama_folder / "pytorch_model.bin")
+    assert "only pickled weights" in startup_error(llama_folder)
+
+
+def test_a_folder_of_gguf_files_points_at_one(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").rename(llama_folder / "m.gguf")
+    assert f"--model {llama_folder / 'm.gguf'}" in startup_error(llama_folder)
+
+
+def test_a_missing_shard_is_named(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").unlink()
+    edit_json(llama_folder / "model.safetensors.index.json", weight_map={"a": "model-1.safetensors"})
+    assert "weight files are missing: model-1.safetensors" in startup_error(llama_folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_weights_cut_short_are_named(llama_folder: Path, keep: int) -> None:
+    path = llama_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert str(path) in startup_error(llama_folder)
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(llama_folder: Path) -> None:
+    edit_json(llama_folder / "config.json", num_hidden_layers=3)
+    assert "lacks weights that the model needs: model.layers.2" in startup_error(llama_folder)
+
+
+def test_weights_of_another_shape_are_refused(llama_folder: Path) -> None:
+    edit_json(llama_folder / "config.json", intermediate_size=48)
+    assert "cannot be loaded" in startup_error(llama_folder)
+
+
+def test_a_classifier_is_refused(llama_folder: Path) -> None:
+    LlamaForSequenceClassification.from_pretrained(llama_folder).save_pretrained(llama_folder)
+    assert "not a causal language model but LlamaForSequenceClassification" in startup_error(llama_folder)
+
+
+def test_a_model_without_a_language_head_is_refused(llama_folder: Path) -> None:
+    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    BertModel(config).save_pretrained(llama_folder)
+    assert "lacks weights" in startup_error(llama_folder)
+
+
+def test_an_encoder_decoder_is_refused(llama_folder: Path) -> None:
+    (llama_folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    assert startup_error(llama_folder).endswith("not a causal language model")
+
+
+def test_a_folder_without_a_tokenizer_is_named(llama_folder: Path) -> None:
+    (llama_folder / "tokenizer.json").unlink()
+    assert "it has no tokenizer" in startup_error(llama_folder)
+
+
+def test_code_that_comes_with_a_model_needs_trust(llama_folder: Path) -> None:
+    edit_json(
+        llama_folder / "config.json", model_type="made-up", architectures=None,
+        auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    )  # fmt: skip
+    (llama_folder / "code.py").write_text("raise SystemExit")
+    assert "--trust-remote-code" in startup_error(llama_folder)
+
+
+@pytest.mark.parametrize("device_map", ["nonsense", "cuda:99", "meta", "cpu:x", ""])
+def test_a_device_that_is_not_there_is_named(llama_folder: Path, device_map: str) -> None:
+    assert startup_error(llama_folder, device_map=device_map).startswith(f"--device-map {device_map}: no such device")
+
+
+def test_flash_attention_that_is_not_installed_is_named(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parleyd.model.loader.is_flash_attn_2_available", lambda: False)
+    message = startup_error(llama_folder, attn_implementation="flash_attention_2")
+    assert message.startswith("--attn-implementation flash_attention_2: ")
+
+
+def write_huge_weights(folder: Path, gib: int) -> None:
+    """A sparse file that declares a tensor of so many GiB in bfloat16 and takes no room on the disk."""
+    num_bytes = gib << 30
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [num_bytes // 2], "data_offsets": [0, num_bytes]}}).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(stream.tell() + num_bytes)
+
+
+@pytest.mark.parametrize(("dtype", "needed"), [("auto", "8192.0"), ("bfloat16", "8192.0"), ("float32", "16384.0")])
+def test_too_little_memory_is_told_before_loading(llama_folder: Path, dtype: str, needed: str) -> None:
+    write_huge_weights(llama_folder, 8192)
+    message = startup_error(llama_folder, dtype=dtype, device_map="cpu")
+    assert f"the weights need {needed} GiB of memory, but main memory has " in message
+    assert message.count(" GiB") == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nto")])
+def test_memory_that_runs_out_while_loading_is_one_line(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    assert "too little memory" in startup_error(llama_folder)
+
+
+def test_a_container_limit_counts_without_its_file_pages(tmp_path: Path) -> None:
+    group = tmp_path / "pod" / "box"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group.parent / "memory.max").write_text("1000\n")
+    (group.parent / "memory.current").write_text("700\n")
+    (group.parent / "memory.stat").write_text("anon 400\ninactive_file 300\n")
+    assert memory.free_main_memory(tmp_path, "0::/pod/box\n") == 600
+
+
+def test_an_old_container_limit_counts(tmp_path: Path) -> None:
+    group = tmp_path / "memory" / "box"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("500")
+    (group / "memory.usage_in_bytes").write_text("100")
+    assert memory.free_main_memory(tmp_path, "5:cpu:/box\n4:memory:/box\n") == 400
+
+
+def test_without_containers_the_machine_is_the_limit(tmp_path: Path) -> None:
+    assert memory.free_main_memory(tmp_path, "0::/\n") > 2**20

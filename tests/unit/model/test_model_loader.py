@@ -1,0 +1,112 @@
+"""A model folder loaded: what the gateway is told about it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from parleyd.config import ModelSettings
+from parleyd.generation import ModelInfo, SamplingDefaults
+from parleyd.model.loader import LoadedModel, load_model
+from tests.support.tiny_tokenizer import IM_END_ID, VOCAB_SIZE, write_tiny_tokenizer
+from tests.unit.model.conftest import CONTEXT, EMBEDDING_ROWS, edit_json, write_llama
+
+
+def load(folder: Path, **settings: Any) -> LoadedModel:
+    return load_model(ModelSettings(model=str(folder), device_map="cpu", **settings))
+
+
+def info(folder: Path, **settings: Any) -> ModelInfo:
+    return load(folder, **settings).info
+
+
+def test_a_loaded_model_is_described_and_in_evaluation_mode(llama_folder: Path) -> None:
+    loaded = load(llama_folder, max_running=3)
+    assert not loaded.model.training
+    assert loaded.info == ModelInfo(
+        tokenizer_dir=str(llama_folder), max_context_tokens=CONTEXT, vocab_size=EMBEDDING_ROWS,
+        eos_token_ids=(IM_END_ID,), dtype="bfloat16", device="cpu", engine="generate", max_running=3,
+    )  # fmt: skip
+
+
+def test_another_architecture_loads_as_well(tmp_path: Path) -> None:
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=77, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    described = info(write_tiny_tokenizer(tmp_path))
+    assert (described.max_context_tokens, described.vocab_size, described.dtype) == (77, VOCAB_SIZE, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype_overrides_the_checkpoint(llama_folder: Path, dtype: str) -> None:
+    loaded = load(llama_folder, dtype=dtype)
+    assert loaded.info.dtype == dtype
+    assert loaded.model.get_input_embeddings().weight.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_implementation_is_passed_on(llama_folder: Path, attention: str) -> None:
+    assert load(llama_folder, attn_implementation=attention).model.config._attn_implementation == attention
+
+
+def test_defaults_are_only_what_generation_config_sets(llama_folder: Path) -> None:
+    edit_json(llama_folder / "generation_config.json", temperature=0.7, top_k=20, do_sample=True, max_length=33)
+    assert info(llama_folder).defaults == SamplingDefaults(temperature=0.7, top_k=20, do_sample=True)
+
+
+def test_a_model_without_generation_config_sets_no_defaults(llama_folder: Path) -> None:
+    (llama_folder / "generation_config.json").unlink()
+    described = info(llama_folder)
+    assert described.defaults == SamplingDefaults()
+    assert described.eos_token_ids == (IM_END_ID,)
+
+
+@pytest.mark.parametrize("ids", [5, [5], [5, 9, 5]])
+def test_generation_config_names_the_ids_that_end_an_answer(llama_folder: Path, ids: int | list[int]) -> None:
+    edit_json(llama_folder / "generation_config.json", eos_token_id=ids)
+    assert info(llama_folder).eos_token_ids == tuple(dict.fromkeys([ids] if isinstance(ids, int) else ids))
+
+
+def test_the_tokenizer_names_the_end_where_nothing_else_does(llama_folder: Path) -> None:
+    edit_json(llama_folder / "generation_config.json", eos_token_id=None)
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    assert info(llama_folder).eos_token_ids == (IM_END_ID,)
+
+
+def test_a_local_folder_is_loaded_without_network(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError(f"connects to {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    load(llama_folder)
+
+
+def test_loading_writes_progress_to_stderr_and_nothing_to_stdout(
+    llama_folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_json(llama_folder / "generation_config.json", do_sample=False, temperature=0.5)  # transformers warns of this
+    load(llama_folder)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Loading weights" in err
+    assert "warn" not in err.lower()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_sharded_weights_load(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_llama(tmp_path / "one")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two", max_shard_size="20KB")
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
+    assert info(write_tiny_tokenizer(tmp_path / "two")).vocab_size == EMBEDDING_ROWS
