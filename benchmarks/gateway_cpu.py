@@ -28,7 +28,9 @@ _PROMPT = "Explain in a few sentences how a bicycle stays upright while it is mo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds, of which the median counts (default: %(default)s)"
+    )
     parser.add_argument("--requests", type=int, default=100, help="requests a round (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the result as JSON")
     parser.add_argument("serve", nargs="*", help="arguments of parleyd serve, after --")

@@ -37,7 +37,9 @@ class ModelSettings:
     )
     revision: str | None = _option(None, "Branch, tag or commit of a Hub model.", metavar="REV")
     engine: str = _option("generate", "The engine that generates.", choices=("generate",))
-    dtype: str = _option("auto", "Type of the weights; auto is the checkpoint's own.", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = _option(
+        "auto", "Type of the weights; auto is the checkpoint's own.", choices=("auto", "float32", "bfloat16", "float16")
+    )
     device_map: str = _option("auto", "Where accelerate places the model, such as auto, cpu or cuda:0.", metavar="MAP")
     attn_implementation: str = _option(
         "auto",
@@ -45,7 +47,9 @@ class ModelSettings:
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     trust_remote_code: bool = _option(False, "Run Python code that comes with the model. Only for models you trust.")
-    cache: str | None = _option(None, "Folder for converted models. Default: $XDG_CACHE_HOME/parley or ~/.cache/parley.", metavar="DIR")
+    cache: str | None = _option(
+        None, "Folder for converted models. Default: $XDG_CACHE_HOME/parley or ~/.cache/parley.", metavar="DIR"
+    )
     max_running: int = _option(1, "Most requests that generate at the same time; the engine may cap it.", minimum=1)
 
 
@@ -56,10 +60,14 @@ class ServerSettings:
     host: str = _option("127.0.0.1", "Address to listen on.", metavar="HOST")
     port: int = _option(50051, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
     served_model_name: str | None = _option(
-        None, "Name under which the model is served. Default: the Hub id, or the folder's or file's base name.", metavar="NAME"
+        None,
+        "Name under which the model is served. Default: the Hub id, or the folder's or file's base name.",
+        metavar="NAME",
     )
     max_queue: int = _option(256, "Most requests that wait; 0 refuses whatever cannot start at once.", minimum=0)
-    default_max_new_tokens: int = _option(512, "max_new_tokens of requests that set none, where the model sets none.", minimum=1)
+    default_max_new_tokens: int = _option(
+        512, "max_new_tokens of requests that set none, where the model sets none.", minimum=1
+    )
     drain_delay: float = _option(
         1.0, "After SIGTERM, seconds in which new calls are still served, for load balancers to notice.", minimum=0
     )

@@ -74,7 +74,9 @@ class ModelNotFound(ParleyError):
     reason = Reason.MODEL_NOT_FOUND
 
     def __init__(self, model: str, served: list[str]) -> None:
-        super().__init__(f"model {model!r} is not served here; served: {', '.join(served)}", {"served": ",".join(served)})
+        super().__init__(
+            f"model {model!r} is not served here; served: {', '.join(served)}", {"served": ",".join(served)}
+        )
 
 
 class Unsupported(ParleyError):

@@ -22,7 +22,9 @@ def test_sigterm_lets_streams_finish_and_exits_0() -> None:
     with ServedProcess("--drain-delay", "0") as served:
         assert served.first_line.startswith("listening on 127.0.0.1:")
         served.wait_health()
-        stream = served.stub.GenerateStream(ask("Tell me a long story.", max_new_tokens=80, ignore_eos=True), timeout=60)
+        stream = served.stub.GenerateStream(
+            ask("Tell me a long story.", max_new_tokens=80, ignore_eos=True), timeout=60
+        )
         received = list(next(stream).token_ids)
         served.process.send_signal(signal.SIGTERM)
         served.wait_health(NOT_SERVING)
@@ -41,7 +43,9 @@ def test_a_killed_worker_is_replaced_and_the_gateways_death_ends_its_worker() ->
     with ServedProcess() as served:
         served.wait_health()
         (worker,) = served.worker_pids()
-        stream = served.stub.GenerateStream(ask("Tell me a long story.", max_new_tokens=2000, ignore_eos=True), timeout=60)
+        stream = served.stub.GenerateStream(
+            ask("Tell me a long story.", max_new_tokens=2000, ignore_eos=True), timeout=60
+        )
         next(stream)
         queued = served.stub.Generate.future(ask("Say hello.", max_new_tokens=4), timeout=60)
         os.kill(worker, signal.SIGKILL)

@@ -51,7 +51,9 @@ def test_greedy_ids_equal_model_generate(
     response = served.stub.Generate(ask(*contents, system=system, max_new_tokens=24), timeout=120)
     assert list(response.choices[0].token_ids) == expected
     assert response.usage.prompt_tokens == inputs["input_ids"].shape[1]
-    assert response.choices[0].message.content == tokenizer.decode(expected, skip_special_tokens=True).removesuffix("\ufffd")
+    assert response.choices[0].message.content == tokenizer.decode(expected, skip_special_tokens=True).removesuffix(
+        "\ufffd"
+    )
 
 
 @pytest.mark.parametrize("text", ["Repeat: 🎉🎊 👩‍🚀", "Repeat: e\u0301a\u0308 नमस्ते", "重复：你好，世界"])
@@ -84,9 +86,7 @@ def test_a_seed_repeats_an_answer_and_another_changes_it(served: ServedProcess) 
 def test_continue_final_message_goes_on_where_the_message_ends(served: ServedProcess, oracle: Any) -> None:
     model, tokenizer = oracle
     messages = [{"role": "user", "content": "Count to ten."}, {"role": "assistant", "content": "One, two,"}]
-    inputs = tokenizer.apply_chat_template(
-        messages, continue_final_message=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, continue_final_message=True, return_tensors="pt", return_dict=True)
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     request = ask("Count to ten.", "One, two,", continue_final_message=True, max_new_tokens=12)
     assert list(served.stub.Generate(request, timeout=120).choices[0].token_ids) == expected

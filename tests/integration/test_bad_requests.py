@@ -67,7 +67,9 @@ def test_the_ends_of_the_ranges_are_accepted(gateway: GatewayThread, field: str,
 
 
 def test_every_violation_is_reported_at_once(gateway: GatewayThread) -> None:
-    request = ask("x", temperature=-1, top_p=2, stop_strings=["ok", ""], stop_token_ids=[5, 259], request_id="not valid")
+    request = ask(
+        "x", temperature=-1, top_p=2, stop_strings=["ok", ""], stop_token_ids=[5, 259], request_id="not valid"
+    )
     request.messages.add(content="no role")
     request.messages.add(role=99)  # type: ignore[arg-type]
     assert violated_fields(refusal(gateway, request)) == [
@@ -189,7 +191,9 @@ def test_what_is_not_supported_says_so_and_names_the_field(
 
 
 def test_several_return_sequences_of_a_greedy_request_are_an_error(gateway: GatewayThread) -> None:
-    assert violated_fields(refusal(gateway, ask("x", num_return_sequences=2))) == ["generation_config.num_return_sequences"]
+    assert violated_fields(refusal(gateway, ask("x", num_return_sequences=2))) == [
+        "generation_config.num_return_sequences"
+    ]
 
 
 def test_generate_batch_is_unimplemented(gateway: GatewayThread) -> None:

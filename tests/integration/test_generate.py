@@ -113,7 +113,9 @@ def test_nothing_of_or_past_a_stop_string_is_sent(
 
 
 def test_a_stop_string_can_be_kept(gateway: GatewayThread) -> None:
-    (choice,) = gateway.stub.Generate(ask("hello world", stop_strings=["o w"], include_stop_string=True), timeout=20).choices
+    (choice,) = gateway.stub.Generate(
+        ask("hello world", stop_strings=["o w"], include_stop_string=True), timeout=20
+    ).choices
     assert (choice.message.content, choice.stop_string) == ("hello w", "o w")
 
 

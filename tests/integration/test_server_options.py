@@ -19,7 +19,11 @@ from parleyd.config import ServerSettings
 from parleyd.gateway.options import server_options
 
 OPTIONS = dict(server_options(ServerSettings()))
-PINGS = ("grpc.http2.max_ping_strikes", "grpc.http2.min_ping_interval_without_data_ms", "grpc.keepalive_permit_without_calls")
+PINGS = (
+    "grpc.http2.max_ping_strikes",
+    "grpc.http2.min_ping_interval_without_data_ms",
+    "grpc.keepalive_permit_without_calls",
+)
 
 
 @asynccontextmanager
@@ -92,6 +96,7 @@ class RawClient:
 
 async def is_sent_away(options: dict[str, int], *, num_pings: int, interval_s: float) -> bool:
     """Whether a client that pings without any call gets a GOAWAY."""
+
     def ping(port: int) -> bool:
         client = RawClient(port)
         client.read_for(0.1)
@@ -142,6 +147,7 @@ async def test_keepalive_timeout_takes_effect() -> None:
 
 async def _pinged_by(options: dict[str, int], *, answers: bool) -> tuple[bool, bool]:
     """Whether the server pings an idle client within 3.5 seconds, and whether it then closes the connection."""
+
     def idle(port: int) -> tuple[bool, bool]:
         client = RawClient(port, answers_pings=answers)
         client.read_for(3.5)

@@ -16,7 +16,9 @@ def ask(*contents: str, system: str | None = None, **fields: Any) -> chat_pb2.Ge
     for i, content in enumerate(contents):
         role = message_pb2.ROLE_ASSISTANT if i % 2 else message_pb2.ROLE_USER
         messages.append(message_pb2.Message(role=role, content=content))
-    of_request = {name: fields.pop(name) for name in list(fields) if name in chat_pb2.GenerateRequest.DESCRIPTOR.fields_by_name}
+    of_request = {
+        name: fields.pop(name) for name in list(fields) if name in chat_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
+    }
     config = generation_pb2.GenerationConfig(**fields)
     return chat_pb2.GenerateRequest(messages=messages, generation_config=config, **of_request)
 

@@ -65,7 +65,9 @@ class ScriptedEngine:
             return None
         self._counts[key] += 1
         reason = None
-        stop_ids = {*request.params.stop_token_ids} | ({*()} if request.params.ignore_eos else {tiny_tokenizer.IM_END_ID})
+        stop_ids = {*request.params.stop_token_ids} | (
+            {*()} if request.params.ignore_eos else {tiny_tokenizer.IM_END_ID}
+        )
         if token_id in stop_ids:
             reason = FinishReason.STOP
         elif self._counts[key] >= min(request.params.max_new_tokens, MAX_CONTEXT_TOKENS - len(request.prompt_ids)):

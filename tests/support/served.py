@@ -74,7 +74,9 @@ class ServedProcess:
         return [int(pid) for pid in children]
 
 
-def serve_until_exit(arguments: Sequence[str], timeout_s: float = 120.0, **options: Any) -> subprocess.CompletedProcess[str]:
+def serve_until_exit(
+    arguments: Sequence[str], timeout_s: float = 120.0, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """`parleyd` with these arguments, run to its end."""
     command = [sys.executable, "-m", "parleyd", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)

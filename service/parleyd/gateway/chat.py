@@ -39,7 +39,9 @@ class _Generation:
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Serves one model. `model` is None until the first worker is ready; the interceptor lets no call in before."""
 
-    def __init__(self, prompts: PromptBuilder, admission: Admission, supervisor: Supervisor, worker: WorkerClient) -> None:
+    def __init__(
+        self, prompts: PromptBuilder, admission: Admission, supervisor: Supervisor, worker: WorkerClient
+    ) -> None:
         self.model: ServedModel | None = None
         self._prompts = prompts
         self._admission = admission
@@ -64,7 +66,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncGenerator[chat_pb2.GenerateStreamResponse]:
         """See chat.proto."""
         generation = await self._prepare(request, context)
-        first = {"request_id": current_call.get().request_id, "model": self._served.name, "seed": generation.params.seed}
+        first = {
+            "request_id": current_call.get().request_id,
+            "model": self._served.name,
+            "seed": generation.params.seed,
+        }
         async with aclosing(self._run(generation)) as deltas:
             async for delta in deltas:
                 response = convert.to_stream_response(delta)

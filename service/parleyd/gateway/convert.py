@@ -55,7 +55,9 @@ def to_template_kwargs(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensR
 def effective_defaults(info: ModelInfo, default_max_new_tokens: int) -> SamplingParams:
     """What unset fields mean here: the model's own defaults, then the neutral ones."""
     defaults = info.defaults
-    given = {name: value for name in SamplingDefaults.__dataclass_fields__ if (value := getattr(defaults, name)) is not None}
+    given = {
+        name: value for name in SamplingDefaults.__dataclass_fields__ if (value := getattr(defaults, name)) is not None
+    }
     wanted = given.pop("max_new_tokens", default_max_new_tokens)
     return SamplingParams(max_new_tokens=min(wanted, info.max_context_tokens), **given)
 
@@ -90,13 +92,22 @@ def resolved_violations(config: generation_pb2.GenerationConfig, params: Samplin
             f"must be 0 to max_new_tokens ({params.max_new_tokens}), not {params.min_new_tokens}",
         )
     if config.num_return_sequences > 1 and not params.do_sample:
-        yield Violation("generation_config.num_return_sequences", "more than 1 needs sampling, and this request is greedy")
+        yield Violation(
+            "generation_config.num_return_sequences", "more than 1 needs sampling, and this request is greedy"
+        )
 
 
 def to_generation_config(params: SamplingParams) -> generation_pb2.GenerationConfig:
     """Defaults, as GetModel tells them."""
     config = generation_pb2.GenerationConfig(num_return_sequences=1, top_logprobs=0, logprobs=False)
-    for name in ("max_new_tokens", "min_new_tokens", "do_sample", *_SAMPLING_FIELDS, "repetition_penalty", "ignore_eos"):
+    for name in (
+        "max_new_tokens",
+        "min_new_tokens",
+        "do_sample",
+        *_SAMPLING_FIELDS,
+        "repetition_penalty",
+        "ignore_eos",
+    ):
         setattr(config, name, getattr(params, name))
     config.presence_penalty = config.frequency_penalty = 0
     config.skip_special_tokens, config.include_stop_string = True, False

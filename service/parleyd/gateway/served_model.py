@@ -69,7 +69,5 @@ class ServedModel:
         for unsupported in validation.unsupported_in_conversation(request):
             raise unsupported
 
-    def _kwarg_violations(
-        self, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
-    ) -> list[Violation]:
+    def _kwarg_violations(self, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> list[Violation]:
         return self.template.kwarg_violations(request.chat_template_kwargs.fields.keys())

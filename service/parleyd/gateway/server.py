@@ -21,7 +21,7 @@ from parleyd.gateway.options import server_options
 from parleyd.gateway.prompt import PromptBuilder
 from parleyd.gateway.reflection import add_reflection
 from parleyd.gateway.served_model import ServedModel
-from parleyd.gateway.supervisor import State, Supervisor
+from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import ModelInfo
@@ -67,7 +67,9 @@ class Gateway:
         try:
             bound = self._server.add_insecure_port(f"{bracketed}:{port}")
         except RuntimeError as error:
-            raise StartupError(f"cannot listen on {bracketed}:{port}: is the port in use, or the host not ours?") from error
+            raise StartupError(
+                f"cannot listen on {bracketed}:{port}: is the port in use, or the host not ours?"
+            ) from error
         await self._server.start()
         return f"{bracketed}:{bound}"
 

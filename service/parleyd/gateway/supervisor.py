@@ -111,7 +111,9 @@ class Supervisor:
                 self._enter(State.REPLACING)
             self._client.fail_all(WorkerLost())
             code = await link.stop()
-            _logger.log(logging.INFO if code == 0 else logging.ERROR, "worker %d ended with exit code %d", link.pid, code)
+            _logger.log(
+                logging.INFO if code == 0 else logging.ERROR, "worker %d ended with exit code %d", link.pid, code
+            )
 
     async def _give_up(self) -> None:
         """Refuses requests from now on, and waits to be cancelled."""

@@ -30,9 +30,7 @@ class WorkerClient:
         """Requests that a worker is generating for."""
         return len(self._streamers)
 
-    async def generate(
-        self, link: Link, prompt_ids: list[int], params: SamplingParams
-    ) -> AsyncGenerator[Delta]:
+    async def generate(self, link: Link, prompt_ids: list[int], params: SamplingParams) -> AsyncGenerator[Delta]:
         """Yields the answer's token ids as they come. Closing the generator early stops the worker within one token.
 
         Raises WorkerLost, EngineFault or whatever ended the request.

@@ -83,9 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    async def _guarded(
-        self, method: str, request: Any, context: Context, run: Callable[[Call], Awaitable[Any]]
-    ) -> Any:
+    async def _guarded(self, method: str, request: Any, context: Context, run: Callable[[Call], Awaitable[Any]]) -> Any:
         call = Call(method, _request_id(request, context))
         current_call.set(call)
         entered = False

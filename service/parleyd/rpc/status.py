@@ -62,13 +62,13 @@ def _bad_request(error: InvalidRequest) -> error_details_pb2.BadRequest:
         if bad_request.ByteSize() > _MAX_VIOLATIONS_BYTES:
             bad_request.field_violations.add(description=f"and {len(error.violations) - i} more")
             break
-        bad_request.field_violations.add(
-            field=_shorten(violation.field), description=_shorten(violation.description)
-        )
+        bad_request.field_violations.add(field=_shorten(violation.field), description=_shorten(violation.description))
     return bad_request
 
 
-def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
+def _pack(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

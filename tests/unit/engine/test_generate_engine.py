@@ -35,7 +35,9 @@ def engine(make_model: Callable[[], LlamaForCausalLM]) -> GenerateEngine:
     return GenerateEngine(make_model(), (EOS,), CONTEXT)
 
 
-def request(key: int = 1, prompt: tuple[int, ...] = PROMPT, output: tuple[int, ...] = (), **params: object) -> EngineRequest:
+def request(
+    key: int = 1, prompt: tuple[int, ...] = PROMPT, output: tuple[int, ...] = (), **params: object
+) -> EngineRequest:
     sampling = SamplingParams(**{"max_new_tokens": 20, **params})  # type: ignore[arg-type]
     return EngineRequest(key=key, prompt_ids=prompt, output_ids=output, params=sampling)
 
@@ -111,12 +113,16 @@ def test_draws_depend_on_the_position_so_that_a_sequence_can_be_taken_up(engine:
         assert run(engine, request(output=tuple(whole[:cut]), **sampled))[1] == whole[cut:]
 
 
-def test_draws_follow_the_models_distribution(make_model: Callable[[], LlamaForCausalLM], engine: GenerateEngine) -> None:
+def test_draws_follow_the_models_distribution(
+    make_model: Callable[[], LlamaForCausalLM], engine: GenerateEngine
+) -> None:
     with torch.no_grad():
         logits = make_model()(torch.tensor([PROMPT])).logits[0, -1]
     expected = torch.softmax(logits / 2.0, -1)
     num_draws = 800
-    draws = run(engine, *(request(i, do_sample=True, temperature=2.0, seed=i, max_new_tokens=1) for i in range(num_draws)))
+    draws = run(
+        engine, *(request(i, do_sample=True, temperature=2.0, seed=i, max_new_tokens=1) for i in range(num_draws))
+    )
     counts = torch.bincount(torch.tensor([ids[0] for ids in draws.values()]), minlength=VOCAB_SIZE)
     likely = expected * num_draws >= 5
     chi2 = ((counts - expected * num_draws) ** 2 / (expected * num_draws))[likely].sum()
@@ -136,7 +142,9 @@ def test_the_tiniest_repetition_penalty_fails_nothing(engine: GenerateEngine) ->
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_end_tokens_and_stop_ids_cannot_be_drawn_before_min_new_tokens(engine: GenerateEngine, ignore_eos: bool) -> None:
+def test_end_tokens_and_stop_ids_cannot_be_drawn_before_min_new_tokens(
+    engine: GenerateEngine, ignore_eos: bool
+) -> None:
     everything = tuple(i for i in range(40, 90))
     ids = run(
         engine,
@@ -194,7 +202,9 @@ def test_a_request_that_fails_fails_alone(engine: GenerateEngine) -> None:
     assert run(engine, request(2))[2]
 
 
-def test_the_models_own_defaults_for_what_requests_govern_do_not_leak(make_model: Callable[[], LlamaForCausalLM]) -> None:
+def test_the_models_own_defaults_for_what_requests_govern_do_not_leak(
+    make_model: Callable[[], LlamaForCausalLM],
+) -> None:
     model = make_model()
     expected = oracle(make_model(), PROMPT, max_new_tokens=20)
     model.generation_config = GenerationConfig(
