@@ -20,7 +20,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0 after a clean shutdown, 1 if the service could not run, 2 for usage."""
+    """Runs the command line. Exit code: 0 after a clean shutdown, 1 if the service could not run, 2 for usage."""
     arguments = vars(build_parser(os.environ).parse_args(argv))
     arguments["cache"] = arguments["cache"] or _default_cache_dir(os.environ)
     settings = Settings(server=_pick(ServerSettings, arguments), model=_pick(ModelSettings, arguments))
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """The parser; defaults come from `environ` where it has them. A bad value there is a usage error as on the command line."""
+    """The parser; defaults come from `environ` where it has them, and a bad value there is a usage error too."""
     parser = argparse.ArgumentParser(prog="parleyd", description="Serves chat with a Hugging Face model over gRPC.")
     parser.add_argument("--version", action="version", version=f"parleyd {metadata.version('parley')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -15,7 +15,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw the tokens of one request; every value resolved and in range (see `GenerationConfig` in the protos)."""
+    """How to draw the tokens of one request; every value resolved and in range (see generation.proto)."""
 
     max_new_tokens: int
     min_new_tokens: int = 0

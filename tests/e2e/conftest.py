@@ -11,7 +11,7 @@ from tests.support.served import ServedProcess
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[ServedProcess]:
-    """One server in float32, so that its ids can be held against the model's own, for all tests that leave it as it was."""
+    """One server, in float32 so that its ids can be held against the model's own, for tests that leave it as it was."""
     with ServedProcess("--dtype", "float32", "--drain-delay", "0") as process:
         process.wait_health()
         yield process

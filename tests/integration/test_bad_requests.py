@@ -56,8 +56,9 @@ def test_a_field_out_of_range_is_named(gateway: GatewayThread, field: str, value
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", 0), ("temperature", 10), ("top_p", 1), ("top_p", 1e-6), ("top_k", 0), ("top_k", 10**6), ("min_p", 1),
-        ("max_new_tokens", 1), ("max_new_tokens", 4096), ("min_new_tokens", 0), ("repetition_penalty", 10),
+        ("temperature", 0), ("temperature", 10), ("top_p", 1), ("top_p", 1e-6), ("top_k", 0), ("top_k", 10**6),
+        ("min_p", 1), ("max_new_tokens", 1), ("max_new_tokens", 4096), ("min_new_tokens", 0),
+        ("repetition_penalty", 10),
         ("seed", 2**64 - 1), ("presence_penalty", 0), ("logprobs", False), ("num_return_sequences", 1),
         ("stop_strings", ["x" * 256] * 16), ("stop_token_ids", [258] * 64),
     ],

@@ -119,7 +119,7 @@ async def test_an_unexpected_exception_is_internal_and_its_text_stays_in_the_log
 
 
 async def test_a_cancelled_call_is_no_error_in_the_log(service: Any, caplog: pytest.LogCaptureFixture) -> None:
-    raising, stub = service
+    raising, _ = service
     blocked, ended = asyncio.Event(), asyncio.Event()
 
     async def wait(request: Any, context: Any) -> Any:

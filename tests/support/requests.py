@@ -11,7 +11,7 @@ from parley.v1 import chat_pb2, generation_pb2, message_pb2
 
 
 def ask(*contents: str, system: str | None = None, **fields: Any) -> chat_pb2.GenerateRequest:
-    """A request whose messages alternate between user and assistant. Other fields: GenerateRequest's, else the config's."""
+    """A request whose messages alternate between user and assistant. `fields`: the request's, else its config's."""
     messages = [message_pb2.Message(role=message_pb2.ROLE_SYSTEM, content=system)] if system is not None else []
     for i, content in enumerate(contents):
         role = message_pb2.ROLE_ASSISTANT if i % 2 else message_pb2.ROLE_USER

@@ -23,7 +23,7 @@ class ServedProcess:
     """Starts on a free port; `target` is its HOST:PORT, `log` what it wrote on stderr so far."""
 
     def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
             [sys.executable, "-m", "parleyd", "serve", "--port", "0", *arguments],
             stdout=subprocess.PIPE,

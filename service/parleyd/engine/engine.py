@@ -17,7 +17,7 @@ class Engine(Protocol):
         """Takes a request into the queue."""
 
     def abort(self, key: int) -> None:
-        """Stops generating for a request within one token. Unknown keys are ignored: the request may just have ended."""
+        """Stops generating for a request within one token. Unknown keys are ignored: it may just have ended."""
 
     def step(self) -> list[Output]:
         """What has been made since the last call, for all requests together; waits until there is something."""

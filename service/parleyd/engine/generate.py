@@ -155,8 +155,8 @@ def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
     config = copy.deepcopy(config)
     neutral = GenerationConfig()
     for name in (
-        "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p",
-        "repetition_penalty", "eos_token_id", "num_beams", "num_return_sequences", "stop_strings", "max_time",
+        "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k",
+        "min_p", "repetition_penalty", "eos_token_id", "num_beams", "num_return_sequences", "stop_strings", "max_time",
     ):  # fmt: skip
         setattr(config, name, getattr(neutral, name))
     return config
@@ -174,7 +174,7 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
 
 
 class _PositionSeed(LogitsProcessor):  # type: ignore[misc]
-    """Seeds torch anew before each draw, by (seed, position): a draw depends on nothing else, and can be taken up anywhere."""
+    """Seeds torch anew before each draw, by (seed, position): a draw depends on nothing else."""
 
     def __init__(self, seed: int, prompt_length: int) -> None:
         self._seed = seed

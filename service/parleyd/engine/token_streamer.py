@@ -1,4 +1,4 @@
-"""Streams token ids out of `model.generate`, as `TextIteratorStreamer` does text: put() in one thread, a queue to the other."""
+"""Streams token ids out of `model.generate`, as `TextIteratorStreamer` does text."""
 
 from __future__ import annotations
 

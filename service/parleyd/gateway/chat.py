@@ -66,7 +66,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncGenerator[chat_pb2.GenerateStreamResponse]:
         """See chat.proto."""
         generation = await self._prepare(request, context)
-        first = {
+        first: dict[str, Any] = {
             "request_id": current_call.get().request_id,
             "model": self._served.name,
             "seed": generation.params.seed,

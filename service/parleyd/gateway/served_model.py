@@ -1,4 +1,4 @@
-"""The served model as the gateway sees it: name, limits, defaults, tokenizer and chat template; checks requests by them."""
+"""The served model as the gateway sees it: name, limits, defaults, tokenizer, template; checks requests by them."""
 
 from __future__ import annotations
 

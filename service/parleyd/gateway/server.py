@@ -117,7 +117,7 @@ class Gateway:
     def _build_server(self) -> grpc.aio.Server:
         interceptor = CallInterceptor(_CHAT_SERVICE, self.doorkeeper.enter, self.doorkeeper.leave)
         server = grpc.aio.server(interceptors=[interceptor], options=server_options(self._settings.server))
-        chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])
         return server
@@ -126,7 +126,7 @@ class Gateway:
 async def serve(
     settings: Settings, announce: Callable[[str], None], worker_command: Sequence[str] = WORKER_COMMAND
 ) -> None:
-    """Runs a gateway until SIGTERM or SIGINT; a second one ends it at once. `announce` gets `listening on HOST:PORT`."""
+    """Runs a gateway until SIGTERM or SIGINT; a second one ends it. `announce` gets `listening on HOST:PORT`."""
     gateway = Gateway(settings, worker_command)
     address = await gateway.start()
     announce(f"listening on {address}")

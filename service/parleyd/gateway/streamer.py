@@ -18,7 +18,7 @@ class Delta:
 
 
 class Streamer:
-    """Collects a request's outputs. What a slow reader has not taken is merged, so at most one answer's ids wait here."""
+    """Collects a request's outputs. What a slow reader has not taken is merged, so at most one answer waits here."""
 
     def __init__(self) -> None:
         self._token_ids: list[int] = []

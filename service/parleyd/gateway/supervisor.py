@@ -1,4 +1,4 @@
-"""Keeps one worker alive: starts it, passes its outputs on, replaces it when it dies, gives up when that is hopeless."""
+"""Keeps one worker alive: starts it, passes its outputs on, replaces it when it dies, gives up in the end."""
 
 from __future__ import annotations
 

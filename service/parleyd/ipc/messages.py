@@ -1,4 +1,4 @@
-"""The messages between gateway and worker, and their encoding (MessagePack). One `Step` carries all of a step's tokens."""
+"""The messages between gateway and worker, in MessagePack. One `Step` carries all of a step's tokens."""
 
 from __future__ import annotations
 

@@ -22,10 +22,8 @@ _TEMPORARY = ".making-"
 
 
 def cache_root(cache: str | None) -> Path:
-    """The folder of `--cache`, else $XDG_CACHE_HOME/parley, else ~/.cache/parley."""
-    if cache:
-        return Path(cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parley"
+    """The folder of `--cache`, where cli.py has put $XDG_CACHE_HOME/parley if it is set, else ~/.cache/parley."""
+    return Path(cache) if cache else Path.home() / ".cache" / "parley"
 
 
 def cache_key(version: str, *files: Path) -> str:

@@ -33,16 +33,14 @@ class _Undecodable:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of one service. `enter` is called as each call begins and may refuse it; `leave` as it ends."""
+    """Wraps one service's handlers. `enter` is called as each call begins and may refuse it; `leave` as it ends."""
 
     def __init__(self, service: str, enter: Callable[[], None], leave: Callable[[], None]) -> None:
         self._prefix = f"/{service}/"
         self._enter = enter
         self._leave = leave
 
-    async def intercept_service(  # type: ignore[override]
-        self, continuation: Continuation, details: grpc.HandlerCallDetails
-    ) -> Any:
+    async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
         handler: Any = await continuation(details)
         if handler is None or not details.method.startswith(self._prefix):
@@ -67,8 +65,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _stream(
         self, method: str, behaviour: Callable[[Any, Context], AsyncGenerator[Any]]
     ) -> Callable[[Any, Context], Awaitable[None]]:
-        # Written as a coroutine that calls context.write, not as a generator: a cancelled write then raises in here, and
-        # the handler's generator is closed at once, not when it is collected.
+        # A coroutine that calls context.write, not a generator: a cancelled write then raises in here, and the
+        # handler's generator is closed at once, not when it is collected.
         async def handle(request: Any, context: Context) -> None:
             async def run(call: Call) -> None:
                 is_first = True

@@ -88,7 +88,7 @@ class ChatTemplate:
         variables: dict[str, Any] = {**self._special_tokens, **(kwargs or {})}
         try:
             # The first part of the result, whose annotation is wrong, holds one text for each conversation.
-            prompt = chat_template_utils.render_jinja_template(
+            prompt: str = chat_template_utils.render_jinja_template(
                 [[_without_none(message) for message in messages]],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 chat_template=self._source,

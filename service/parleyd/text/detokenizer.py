@@ -96,15 +96,15 @@ class _ByteRun:
         self._waiting += 1
         if not self._is_broken:
             try:
-                if text := self._utf8.decode(byte):
-                    self._waiting = 0
-                    return text
+                text = self._utf8.decode(byte)
                 self._is_broken = _holds_surrogate(self._utf8)
             except UnicodeDecodeError:
-                self._is_broken = True
-            if not self._is_broken:
-                return ""
-        return self._replace_waiting()
+                text, self._is_broken = "", True
+        if self._is_broken:
+            return self._replace_waiting()
+        if text:
+            self._waiting = 0
+        return text
 
     def end(self) -> str:
         """Closes the run; what is left of a character is broken now."""

@@ -144,7 +144,11 @@ class Blocking:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._runner = asyncio.Runner()
-        self._client = self._run(self._create(args, kwargs))
+        try:
+            self._client = self._run(self._create(args, kwargs))
+        except BaseException:
+            self._runner.close()
+            raise
 
     @staticmethod
     async def _create(args: Any, kwargs: Any) -> AsyncClient:

@@ -23,7 +23,8 @@ def make_model() -> Callable[[], LlamaForCausalLM]:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=CONTEXT, eos_token_id=EOS, pad_token_id=0, initializer_range=0.4,
+            num_key_value_heads=2, max_position_embeddings=CONTEXT, eos_token_id=EOS, pad_token_id=0,
+            initializer_range=0.4,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
 
