@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.struct_pb2 import Struct
+from tokenizers import Tokenizer
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from tests.integration.conftest import StartGateway
@@ -213,3 +214,13 @@ def test_an_engine_fault_tells_the_request_id_and_nothing_else(gateway: GatewayT
     error = refusal(gateway, ask("!fail", request_id="broken"))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     assert error.details() == "internal error (request broken)"
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(start_gateway: StartGateway, tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|unknown|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    own = start_gateway(folder=folder)
+    error = refusal(own, ask("hello <|unknown|>"))
+    assert (error.code(), violated_fields(error)) == (INVALID, ["messages"])

@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 from parley.v1 import chat_pb2
+from parleyd.errors import InvalidRequest, Violation
 from parleyd.gateway import convert
 from parleyd.gateway.served_model import ServedModel
 
@@ -36,4 +37,8 @@ def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.Cou
         continue_final_message=request.continue_final_message,
         kwargs=convert.to_template_kwargs(request),
     )
-    return served.tokenizer.encode(text)
+    token_ids = served.tokenizer.encode(text)
+    # A tokenizer may know tokens that the model has no embedding for, and users may spell them.
+    if token_ids and max(token_ids) >= served.info.vocab_size:
+        raise InvalidRequest([Violation("messages", "spell a token that the model does not know")])
+    return token_ids
