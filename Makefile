@@ -26,7 +26,7 @@ $(PROTOC)/.installed: tools/requirements-protos.txt $(INSTALLED)
 
 .PHONY: help
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' Makefile
 
 ##### running
 
@@ -59,10 +59,6 @@ test-integration: $(INSTALLED) ## run the tests of gateway and client over loopb
 .PHONY: test-e2e
 test-e2e: $(INSTALLED) $(PROTOC)/.installed ## run the tests of the whole service with a real model, and of the package
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
-
-.PHONY: test-robustness
-test-robustness: $(INSTALLED) ## run the tests under faults and load
-	@$(BIN)/python -m pytest tests/robustness $(ARGS)
 
 ##### checks
 
