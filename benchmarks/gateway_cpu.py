@@ -23,7 +23,10 @@ from parley_client import Client, user
 
 _LIMIT_MS = 5.0
 # With the embedded model's chat template and default system prompt: 60 to 70 tokens.
-_PROMPT = "Explain in a few sentences how a bicycle stays upright while it is moving, what the rider does to help, and why it falls over when it stops."
+_PROMPT = (
+    "Explain in a few sentences how a bicycle stays upright while it is moving, what the rider does to help, "
+    "and why it falls over when it stops."
+)
 
 
 def main() -> int:

@@ -58,7 +58,7 @@ class _Columns(NamedTuple):
     """
 
     ids: Tensor  # int64
-    counts: Tensor  # float32: how often it has been generated
+    num_generated: Tensor  # float32: how often it has been
     biases: Tensor  # float32
     used: Tensor  # bool: it is in the prompt or has been generated
     masked: Tensor  # bool
@@ -86,6 +86,7 @@ class PenaltyTable:
         self._positions: list[int] = []
         self._widths: list[int] = []
         self._look_back = False
+        self._columns: _Columns
 
     def is_at(self, rows: Sequence[PenalisedRow]) -> bool:
         """Whether the table is of these rows, in their order and at their positions."""
@@ -100,7 +101,6 @@ class PenaltyTable:
         old = [slot if slot is not None and self._positions[slot] == row.position else None
                for slot, row in zip(slots, rows, strict=True)]  # fmt: skip
         parts: list[_Columns] = []
-        order: list[int] = []
         widths = [0] * len(rows)
         kept = [index for index, slot in enumerate(old) if slot is not None]
         fresh = [index for index, slot in enumerate(old) if slot is None]
@@ -144,8 +144,8 @@ class PenaltyTable:
         x = torch.where(columns.used, torch.where(x < 0, x * self._repetition, x / self._repetition), x)
         x.masked_fill_(columns.masked & (self._num_masked_steps[:, None] > 0), -math.inf)
         x += columns.biases
-        x -= self._presence * (columns.counts > 0)
-        x -= self._frequency * columns.counts
+        x -= self._presence * (columns.num_generated > 0)
+        x -= self._frequency * columns.num_generated
         logits.view(-1)[flat] = x
 
     def record(self, token_ids: Tensor) -> None:
@@ -157,12 +157,12 @@ class PenaltyTable:
         new = token_ids.index_select(0, self._rows)[:, None]
         columns = self._columns
         same = columns.ids == new
-        columns.counts.add_(same)
+        columns.num_generated.add_(same)
         columns.used.logical_or_(same)
         known, column = same.max(-1, keepdim=True)
         end = self._ends[:, None]
         columns.ids.scatter_(1, end, new)
-        columns.counts.scatter_(1, end, columns.counts.gather(1, column).masked_fill_(~known, 1.0))
+        columns.num_generated.scatter_(1, end, columns.num_generated.gather(1, column).masked_fill_(~known, 1.0))
         columns.biases.scatter_(1, end, columns.biases.gather(1, column).masked_fill_(~known, 0.0))
         columns.masked.scatter_(1, end, columns.masked.gather(1, column) & known)
         columns.used.scatter_(1, end, True)
@@ -176,7 +176,7 @@ class PenaltyTable:
         end = row.num_prompt_tokens + row.position
         history = np.array(row.token_ids, np.int64)[:end]
         if len(history) < end:
-            raise ValueError(f"row {row.key} at position {row.position} needs the ids before, and they are not known yet")
+            raise ValueError(f"row {row.key} at position {row.position} needs all ids before it")
         if not row.penalties.look_back:
             history, end = history[:0], 0
         history = history[history < self._vocab_size]
