@@ -69,7 +69,12 @@ def _allowed(option: Field[Any], hint: Any) -> str:
     if about["choices"]:
         return ", ".join(f"`{choice}`" for choice in about["choices"])
     low, high = about["minimum"], about["maximum"]
-    kind = {int: "whole number", float: "number"}.get(hint)
+    kind = {
+        int: "whole number",
+        int | None: "whole number",
+        float: "number",
+        float | None: "number",
+    }.get(hint)
     if kind is None:
         return "text"
     return kind + ("" if low is None else f", {low} or more" if high is None else f", {low} to {high}")

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.errors import StartupError
 
+_NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -87,8 +88,8 @@ def _parser_of(hint: Any, about: dict[str, Any]) -> Any:
     """A function from text to the option's value, which raises ArgumentTypeError with the allowed range."""
     if hint is bool:
         return _parse_bool
-    if hint in (int, float):
-        return lambda text: _parse_number(text, hint, about["minimum"], about["maximum"])
+    if (kind := _NUMBERS.get(hint)) is not None:
+        return lambda text: _parse_number(text, kind, about["minimum"], about["maximum"])
     if about["choices"]:
         return lambda text: _parse_choice(text, about["choices"])
     return str

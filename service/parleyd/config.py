@@ -36,7 +36,11 @@ class ModelSettings:
         metavar="MODEL",
     )
     revision: str | None = _option(None, "Branch, tag or commit of a Hub model.", metavar="REV")
-    engine: str = _option("generate", "The engine that generates.", choices=("generate",))
+    engine: str = _option(
+        "batching",
+        "The engine that generates: batching serves many requests at once, generate one at a time.",
+        choices=("batching", "generate"),
+    )
     dtype: str = _option(
         "auto", "Type of the weights; auto is the checkpoint's own.", choices=("auto", "float32", "bfloat16", "float16")
     )
@@ -50,7 +54,17 @@ class ModelSettings:
     cache: str | None = _option(
         None, "Folder for converted models. Default: $XDG_CACHE_HOME/parley or ~/.cache/parley.", metavar="DIR"
     )
-    max_running: int = _option(1, "Most requests that generate at the same time; the engine may cap it.", minimum=1)
+    max_running: int | None = _option(
+        None,
+        "Most requests that generate at the same time. Default: 64 with engine batching; engine generate runs one.",
+        minimum=1,
+    )
+    max_batch_tokens: int = _option(512, "Most tokens that engine batching computes in one step.", minimum=64)
+    kv_cache_memory: float | None = _option(
+        None, "GiB for the keys and values of engine batching. Default: a share of what is free.", minimum=0.001
+    )
+    lean_layers: bool = _option(True, "Run the Llama, Mistral and Qwen families without transformers' own modules.")
+    packed_linear: bool = _option(True, "Lay bfloat16 weights out for the CPU at load.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,23 +34,30 @@ class SamplingParams:
 class EngineRequest:
     """One sequence to generate. `key` is made by the gateway and unique for its lifetime, unlike clients' request ids.
 
-    `output_ids` are ids already generated and delivered: a request handed to another worker goes on after them.
+    `output_ids` are ids already generated and delivered: a request handed to another worker goes on after them. Only
+    requests of the same `cache_salt` share cached prefixes.
     """
 
     key: int
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     output_ids: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What one step made for one request. The last one for a request has a `finish_reason` or an `error`."""
+    """What one step made for one request. The last one for a request has a `finish_reason` or an `error`.
+
+    `cached_prompt_tokens`: of the prompt, how many were found in the prefix cache.
+    """
 
     key: int
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_prompt_tokens: int = 0
 
     @property
     def is_last(self) -> bool:

@@ -9,10 +9,10 @@ import pytest
 from tests.support.served import ServedProcess
 
 
-@pytest.fixture(scope="session")
-def served() -> Iterator[ServedProcess]:
-    """One server, in float32 so that its ids can be held against the model's own, for tests that leave it as it was."""
-    with ServedProcess("--dtype", "float32", "--drain-delay", "0") as process:
+@pytest.fixture(scope="session", params=["batching", "generate"])
+def served(request: pytest.FixtureRequest) -> Iterator[ServedProcess]:
+    """One server of each engine, in float32 so that its ids can be held against the model's own."""
+    with ServedProcess("--engine", request.param, "--dtype", "float32", "--drain-delay", "0") as process:
         process.wait_health()
         yield process
         assert process.terminate() == 0

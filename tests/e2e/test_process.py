@@ -40,7 +40,7 @@ def test_sigterm_lets_streams_finish_and_exits_0() -> None:
 
 
 def test_a_killed_worker_is_replaced_and_the_gateways_death_ends_its_worker() -> None:
-    with ServedProcess() as served:
+    with ServedProcess("--max-running", "1") as served:
         served.wait_health()
         (worker,) = served.worker_pids()
         stream = served.stub.GenerateStream(

@@ -103,7 +103,8 @@ def test_get_model_tells_what_is_served(served: ServedProcess) -> None:
     model = served.stub.GetModel(chat_pb2.GetModelRequest(), timeout=20)
     assert model.model == "smollm2-135m-instruct"
     assert (model.max_context_tokens, model.vocab_size) == (8192, 49152)
-    assert (model.engine, model.dtype, model.device) == ("generate", "float32", "cpu")
+    assert model.engine in ("batching", "generate")
+    assert (model.dtype, model.device) == ("float32", "cpu")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(served: ServedProcess) -> None:

@@ -66,9 +66,9 @@ class Sequence:
             params=params,
             stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
             max_length=min(len(request.prompt_ids) + params.max_new_tokens, max_context_tokens),
-            priority=getattr(request, "priority", 0),
+            priority=request.priority,
             arrival=arrival,
-            cache_salt=getattr(request, "cache_salt", ""),
+            cache_salt=request.cache_salt,
         )
         if not sequence.stop_token_ids.isdisjoint(request.output_ids):
             sequence.finish_reason = FinishReason.STOP

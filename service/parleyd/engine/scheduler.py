@@ -127,7 +127,14 @@ class Scheduler:
                 reason = sequence.finish_reason
                 if reason is not None:
                     self._end(sequence)
-                outputs.append(Output(key=sequence.key, token_ids=(token_id,), finish_reason=reason))
+                outputs.append(
+                    Output(
+                        key=sequence.key,
+                        token_ids=(token_id,),
+                        finish_reason=reason,
+                        cached_prompt_tokens=sequence.cached_prompt_tokens or 0,
+                    )
+                )
         self._num_generated_tokens += len(outputs)
         return outputs
 

@@ -34,6 +34,7 @@ class _Generation:
     answer: Answer
     priority: int
     timings: convert.Timings | None = None
+    cached_prompt_tokens: int = 0
 
 
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
@@ -139,9 +140,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         async with self._admission.slot(generation.priority):
             link = await self._supervisor.link()
             queue_s, first_token_s = call.elapsed(), None
-            async with aclosing(self._worker.generate(link, generation.prompt_ids, generation.params)) as steps:
+            async with aclosing(
+                self._worker.generate(link, generation.prompt_ids, generation.params, generation.priority)
+            ) as steps:
                 async for step in steps:
                     first_token_s = first_token_s or call.elapsed()
+                    generation.cached_prompt_tokens = step.cached_prompt_tokens
                     delta = generation.answer.push(step)
                     if delta.finish_reason is not None:
                         generation.timings = convert.Timings(queue_s, first_token_s, call.elapsed())
@@ -153,6 +157,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 def _closing_fields(generation: _Generation) -> dict[str, Any]:
     assert generation.timings is not None
     return {
-        "usage": convert.to_usage(len(generation.prompt_ids), generation.answer.num_tokens),
+        "usage": convert.to_usage(
+            len(generation.prompt_ids), generation.answer.num_tokens, generation.cached_prompt_tokens
+        ),
         "timings": convert.to_timings(generation.timings),
     }

@@ -136,9 +136,11 @@ def to_choice(delta: AnswerDelta) -> chat_pb2.Choice:
     )
 
 
-def to_usage(prompt_tokens: int, completion_tokens: int) -> chat_pb2.Usage:
+def to_usage(prompt_tokens: int, completion_tokens: int, cached_prompt_tokens: int) -> chat_pb2.Usage:
     """Token counts."""
-    return chat_pb2.Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+    return chat_pb2.Usage(
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, cached_prompt_tokens=cached_prompt_tokens
+    )
 
 
 def to_timings(timings: Timings) -> chat_pb2.Timings:

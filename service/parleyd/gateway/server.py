@@ -43,7 +43,7 @@ class Gateway:
         self._settings = settings
         self._shutdown = asyncio.Event()
         self._prompts = PromptBuilder()
-        self.admission = Admission(model.max_running, server.max_queue)
+        self.admission = Admission(model.max_running or 1, server.max_queue)
         self.worker = WorkerClient()
         self.health = Health()
         self.supervisor = Supervisor(
@@ -108,9 +108,10 @@ class Gateway:
     async def _on_worker_ready(self, info: ModelInfo) -> None:
         name, server = self._settings.served_model_name, self._settings.server
         self._chat.model = await asyncio.to_thread(ServedModel.load, name, info, server.default_max_new_tokens)
-        if self._settings.model.max_running > info.max_running:
+        wanted = self._settings.model.max_running or info.max_running
+        if wanted > info.max_running:
             _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)
-        self.admission.max_running = min(self._settings.model.max_running, info.max_running)
+        self.admission.max_running = min(wanted, info.max_running)
         await self.health.set_serving(True)
         _logger.info("serving %s (%s, %s)", name, info.dtype, info.device)
 

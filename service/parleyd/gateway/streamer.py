@@ -15,6 +15,7 @@ class Delta:
 
     token_ids: list[int]
     finish_reason: FinishReason | None
+    cached_prompt_tokens: int = 0
 
 
 class Streamer:
@@ -24,12 +25,14 @@ class Streamer:
         self._token_ids: list[int] = []
         self._finish_reason: FinishReason | None = None
         self._error: ParleyError | None = None
+        self._cached_prompt_tokens = 0
         self._news = asyncio.Event()
 
     def put(self, output: Output) -> None:
         """Adds what one step made."""
         self._token_ids.extend(output.token_ids)
         self._finish_reason = output.finish_reason
+        self._cached_prompt_tokens = output.cached_prompt_tokens
         if output.error is not None:
             self._error = EngineFault(output.error)
         self._news.set()
@@ -53,4 +56,4 @@ class Streamer:
 
     def _drain(self, finish_reason: FinishReason | None) -> Delta:
         token_ids, self._token_ids = self._token_ids, []
-        return Delta(token_ids, finish_reason)
+        return Delta(token_ids, finish_reason, self._cached_prompt_tokens)

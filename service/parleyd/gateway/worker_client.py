@@ -30,12 +30,14 @@ class WorkerClient:
         """Requests that a worker is generating for."""
         return len(self._streamers)
 
-    async def generate(self, link: Link, prompt_ids: list[int], params: SamplingParams) -> AsyncGenerator[Delta]:
+    async def generate(
+        self, link: Link, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> AsyncGenerator[Delta]:
         """Yields the answer's token ids as they come. Closing the generator early stops the worker within one token.
 
         Raises WorkerLost, EngineFault or whatever ended the request.
         """
-        request = EngineRequest(key=next(self._keys), prompt_ids=tuple(prompt_ids), params=params)
+        request = EngineRequest(key=next(self._keys), prompt_ids=tuple(prompt_ids), params=params, priority=priority)
         streamer = self._streamers[request.key] = Streamer()
         link.send(Submit(request))
         try:

@@ -61,7 +61,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         engine=settings.engine,
-        max_running=settings.max_running,
+        max_running=1,  # the engine that is built on it knows better
         defaults=defaults,
     )
     return LoadedModel(model, info)

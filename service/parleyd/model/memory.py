@@ -48,9 +48,12 @@ def _free(device_map: str) -> tuple[str, int]:
         free = sum(torch.cuda.mem_get_info(index)[0] for index in range(num_gpus)) + free_main_memory()
         return ("main memory" if num_gpus == 0 else f"main memory with {num_gpus} GPU"), free
     device = torch.device(device_map)
-    if device.type == "cuda":
-        return device_map, torch.cuda.mem_get_info(device)[0]
-    return "main memory", free_main_memory()
+    return device_map if device.type == "cuda" else "main memory", free_bytes(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free where tensors of `device` live."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_main_memory()
 
 
 def free_main_memory(cgroup_root: Path = _CGROUP_ROOT, own_cgroups: str | None = None) -> int:

@@ -7,8 +7,9 @@ import time
 from dataclasses import replace
 
 from parleyd.config import ModelSettings
+from parleyd.engine.build import build_engine
 from parleyd.engine.engine import Engine
-from parleyd.engine.generate import GenerateEngine
+from parleyd.errors import StartupError
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.model.loader import load_model
 
@@ -18,11 +19,11 @@ _WARM_UP_PROMPT_TOKENS = 64
 
 
 def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
-    """Raises StartupError if the model cannot be loaded."""
+    """Raises StartupError if the model cannot be loaded, or does not generate."""
     started = time.monotonic()
     loaded = load_model(settings)
-    engine = GenerateEngine(loaded.model, loaded.info.eos_token_ids, loaded.info.max_context_tokens)
-    info = replace(loaded.info, engine="generate", max_running=engine.max_running)
+    name, engine = build_engine(settings, loaded.model, loaded.info)
+    info = replace(loaded.info, engine=name, max_running=engine.max_running)
     _warm_up(engine, info)
     _logger.info("model ready on %s after %.1f s", info.device, time.monotonic() - started)
     return engine, info
@@ -33,5 +34,8 @@ def _warm_up(engine: Engine, info: ModelInfo) -> None:
     num_prompt_tokens = min(_WARM_UP_PROMPT_TOKENS, info.max_context_tokens - 2)
     params = SamplingParams(max_new_tokens=2, min_new_tokens=2)
     engine.submit(EngineRequest(key=-1, prompt_ids=(0,) * num_prompt_tokens, params=params))
-    while not any(output.is_last for output in engine.step()):
-        pass
+    outputs = engine.step()
+    while not outputs[-1].is_last:
+        outputs = engine.step()
+    if error := outputs[-1].error:
+        raise StartupError(f"engine {info.engine} cannot generate with this model: {error}")

@@ -94,8 +94,11 @@ def test_cancelling_a_complete_stream_changes_nothing(client, server):
 
 
 def test_ctrl_c_while_waiting_for_a_piece_cancels_the_rpc(server):
+    first_piece_is_here = threading.Event()
+
     def answer(request, context):
         yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1])
+        assert first_piece_is_here.wait(20)
         press_ctrl_c_within("_next")
         server.hold(context)
 
@@ -103,7 +106,8 @@ def test_ctrl_c_while_waiting_for_a_piece_cancels_the_rpc(server):
     with Client(server.target) as client:
         stream = client.stream(QUESTION)
         with pytest.raises(KeyboardInterrupt):
-            list(stream)
+            for _piece in stream:
+                first_piece_is_here.set()
         # The stream is still referred to: it is the interrupt that ended the call, not the garbage collector.
         assert server.has_seen_the_end()
         assert stream.reply.content == "Hello"

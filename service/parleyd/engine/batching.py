@@ -1,0 +1,72 @@
+"""Engine `batching`: continuous batching over a paged KV cache. A step is schedule, run, commit."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Iterator
+
+import torch
+
+from parleyd.engine.model_runner import ModelRunner
+from parleyd.engine.scheduler import Scheduler, SchedulerStats
+from parleyd.generation import EngineRequest, Output
+
+_logger = logging.getLogger("parleyd.engine")
+
+
+class BatchingEngine:
+    """See `Engine`. Requests and aborts wait in an inbox for the thread that steps: it alone touches the scheduler."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, max_running: int) -> None:
+        self.max_running = max_running
+        self._scheduler = scheduler
+        self._runner = runner
+        self._inbox: queue.SimpleQueue[EngineRequest | int] = queue.SimpleQueue()
+
+    def submit(self, request: EngineRequest) -> None:
+        """See Engine."""
+        self._inbox.put(request)
+
+    def abort(self, key: int) -> None:
+        """See Engine."""
+        self._inbox.put(key)
+
+    def stats(self) -> SchedulerStats:
+        """What the scheduler holds; called by the thread that steps."""
+        return self._scheduler.stats()
+
+    def step(self) -> list[Output]:
+        """See Engine. Raises what broke the device, after which no further step can succeed."""
+        outputs: list[Output] = []
+        while not outputs:
+            outputs += self._take_inbox()
+            outputs += self._run_batch()
+        return outputs
+
+    def _run_batch(self) -> list[Output]:
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return []
+        try:
+            token_ids = self._runner.run(batch)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            _logger.exception("a step of %d tokens failed", batch.num_tokens)
+            return self._scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        return self._scheduler.commit(batch, token_ids)
+
+    def _take_inbox(self) -> Iterator[Output]:
+        """Everything in the inbox; waits for something where there is nothing else to do."""
+        if self._scheduler.is_idle and self._inbox.empty():
+            self._scheduler.check_integrity()
+            yield from self._take(self._inbox.get())
+        while not self._inbox.empty():
+            yield from self._take(self._inbox.get())
+
+    def _take(self, item: EngineRequest | int) -> Iterator[Output]:
+        if isinstance(item, int):
+            self._scheduler.abort(item)
+        elif (output := self._scheduler.submit(item)) is not None:
+            yield output

@@ -1,0 +1,144 @@
+"""Which engine drives a loaded model, and how much memory its KV cache gets."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from parleyd.config import ModelSettings
+from parleyd.engine import lean_forward
+from parleyd.engine.attention import PagedKVCache, PrefillChunk, StepLayout
+from parleyd.engine.batching import BatchingEngine
+from parleyd.engine.generate import GenerateEngine
+from parleyd.engine.kv_cache import KVLedger
+from parleyd.engine.lean_forward import LeanForward
+from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
+from parleyd.engine.scheduler import Scheduler
+from parleyd.errors import StartupError
+from parleyd.generation import ModelInfo
+from parleyd.model.memory import free_bytes
+
+_logger = logging.getLogger("parleyd.engine")
+
+_BLOCK_SIZE = 32
+_DEFAULT_MAX_RUNNING = 64
+# Of what is free once the weights are loaded. Main memory is shared with everything else on the machine.
+_CPU_SHARE, _GPU_SHARE = 0.25, 0.85
+# Prompt tokens in a step beside running streams: on a CPU each costs about as much as a stream's own token.
+_CPU_MIXED_PREFILL_TOKENS = 64
+_CHECK_TOKENS = 24
+_CHECK_CHUNK = PrefillChunk(0, _CHECK_TOKENS)
+# Of the largest logit: far above what rounding does, also in bfloat16, and far below what a wrong mask does.
+_CHECK_TOLERANCE = 0.05
+
+
+def build_engine(
+    settings: ModelSettings, model: PreTrainedModel, info: ModelInfo
+) -> tuple[str, BatchingEngine | GenerateEngine]:
+    """The engine that the settings ask for, and its name; `generate` where `batching` cannot drive the model.
+
+    Raises StartupError where the KV cache does not hold one full context.
+    """
+    if settings.engine == "batching":
+        obstacle = batching_obstacle(model)
+        engine = None if obstacle else _build_batching(settings, model, info)
+        if engine is not None:
+            return "batching", engine
+        obstacle = obstacle or "with our attention it computes something else"
+        _logger.warning("engine batching cannot drive this model (%s): engine generate serves it", obstacle)
+    return "generate", GenerateEngine(model, info.eos_token_ids, info.max_context_tokens)
+
+
+def batching_obstacle(model: PreTrainedModel) -> str | None:
+    """Why engine `batching` cannot drive this model, or None."""
+    config: Any = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    obstacles = {
+        "an encoder-decoder": model.config.is_encoder_decoder,
+        "it keeps a state instead of keys and values": getattr(model, "_is_stateful", False),
+        "it takes no attention function of ours": not getattr(model, "_supports_attention_backend", False),
+        f"layers of {', '.join(sorted(layer_types))}": bool(layer_types - {"full_attention"}),
+        "sliding-window attention": window is not None and window < config.max_position_embeddings,
+        "soft-capped attention": getattr(config, "attn_logit_softcapping", None) is not None,
+        "it is spread over several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
+    }
+    return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
+
+
+def _build_batching(settings: ModelSettings, model: PreTrainedModel, info: ModelInfo) -> BatchingEngine | None:
+    """None where the model's own layers do not work with our attention."""
+    max_running = min(settings.max_running or _DEFAULT_MAX_RUNNING, settings.max_batch_tokens)
+    cache = _build_cache(settings, model, info.max_context_tokens, max_running)
+    num_blocks = cache.keys.shape[1]
+    scheduler = Scheduler(
+        KVLedger(num_blocks, _BLOCK_SIZE),
+        max_running=max_running,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_context_tokens=info.max_context_tokens,
+        eos_token_ids=info.eos_token_ids,
+        max_mixed_prefill_tokens=None if model.device.type == "cuda" else _CPU_MIXED_PREFILL_TOKENS,
+    )
+    forward: Forward | None
+    if settings.lean_layers and lean_forward.can_run(model):
+        forward = LeanForward(model, cache, packed=settings.packed_linear)
+    else:
+        forward = checked_stock_forward(model, cache)
+    if forward is None:
+        return None
+    _logger.info(
+        "engine batching: %s, KV cache of %d tokens, up to %d at a time",
+        type(forward).__name__,
+        num_blocks * _BLOCK_SIZE,
+        max_running,
+    )
+    return BatchingEngine(scheduler, ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids), max_running)
+
+
+def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockForward | None:
+    """The model's own layers with our attention; None, the model left as it was, where they differ with it."""
+    positions = torch.arange(_CHECK_TOKENS, device=model.device)
+    ids = positions % model.get_input_embeddings().weight.shape[0]
+    own_attention = model.config._attn_implementation
+    with torch.inference_mode():
+        expected = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
+        forward = StockForward(model, cache)
+        try:
+            layout = StepLayout(slots=positions, decode=None, prefills=(_CHECK_CHUNK,))
+            actual = forward(ids, positions, layout, positions[-1:])[0].float()
+            agrees = bool((actual - expected).abs().max() <= _CHECK_TOLERANCE * expected.abs().max())
+        except Exception:
+            _logger.debug("the model's layers fail with our attention", exc_info=True)
+            agrees = False
+    if agrees:
+        return forward
+    model.set_attn_implementation(own_attention)
+    return None
+
+
+def _build_cache(
+    settings: ModelSettings, model: PreTrainedModel, max_context_tokens: int, max_running: int
+) -> PagedKVCache:
+    config: Any = model.config.get_text_config()
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block_bytes = 2 * config.num_hidden_layers * _BLOCK_SIZE * num_kv_heads * head_dim * model.dtype.itemsize
+    blocks_of_context = -(-max_context_tokens // _BLOCK_SIZE)
+    budget = _budget_bytes(settings, model.device)
+    num_blocks = min(int(budget // block_bytes), blocks_of_context * max_running)
+    if num_blocks < blocks_of_context:
+        raise StartupError(
+            f"--kv-cache-memory: one full context of {max_context_tokens} tokens takes "
+            f"{blocks_of_context * block_bytes / 2**30:.3f} GiB, and the KV cache has {budget / 2**30:.3f} GiB"
+        )
+    shape = (config.num_hidden_layers, num_blocks, _BLOCK_SIZE, num_kv_heads, head_dim)
+    return PagedKVCache(shape, model.dtype, model.device)
+
+
+def _budget_bytes(settings: ModelSettings, device: torch.device) -> float:
+    if settings.kv_cache_memory is not None:
+        return settings.kv_cache_memory * 2**30
+    return free_bytes(device) * (_GPU_SHARE if device.type == "cuda" else _CPU_SHARE)

@@ -1,0 +1,115 @@
+"""The forward pass of the Llama family with nothing between the operators: fused QKV and gate/up, no masks, no modules.
+
+The stock modules cost several milliseconds a step in Python and dispatch alone. Weights are the loaded model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parleyd.engine.attention import PagedKVCache, StepLayout, attend
+from parleyd.model.linear import Linear, build_linear
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One decoder layer. `qk_norms`: of queries and keys, as Qwen3 has them."""
+
+    input_norm: Tensor
+    qkv: Linear
+    qk_norms: tuple[Tensor, Tensor] | None
+    out: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class LeanForward:
+    """See `Forward`. For models whose `config.model_type` is one of FAMILIES and whose activation is SiLU."""
+
+    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, *, packed: bool = True) -> None:
+        """`packed`: lay weights out for this CPU, where that can be. The model's own layers are of no use after."""
+        decoder: Any = model.model
+        config: Any = model.config
+        self._cache = cache
+        self._num_heads = config.num_attention_heads
+        self._num_kv_heads = config.num_key_value_heads
+        self._head_dim = decoder.layers[0].self_attn.head_dim
+        self._eps = config.rms_norm_eps
+        self._hidden_size = config.hidden_size
+        self._embedding = decoder.embed_tokens.weight
+        self._rotary = decoder.rotary_emb
+        self._norm = decoder.norm.weight
+        self._layers = [_lean_layer(layer, packed) for layer in decoder.layers]
+        head: Any = model.get_output_embeddings()
+        self._head = build_linear(head.weight, head.bias, packed=packed)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
+        """See Forward."""
+        x = F.embedding(input_ids, self._embedding)
+        cos, sin = (table.transpose(0, 1) for table in self._rotary(x[None], positions[None]))  # [rows, 1, head_dim]
+        for index, layer in enumerate(self._layers):
+            x = x + layer.out(self._attend(index, layer, self._normalise(x, layer.input_norm), cos, sin, layout))
+            gate, up = layer.gate_up(self._normalise(x, layer.post_norm)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate) * up)
+        return self._head(self._normalise(x.index_select(0, sample_rows), self._norm))
+
+    def _attend(self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, layout: StepLayout) -> Tensor:
+        num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
+        qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, head_dim)
+        query_key, value = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
+        if layer.qk_norms is not None:
+            norms, (query_norm, key_norm) = (head_dim,), layer.qk_norms
+            query = F.rms_norm(query_key[:, :num_heads], norms, query_norm, self._eps)
+            key = F.rms_norm(query_key[:, num_heads:], norms, key_norm, self._eps)
+            query_key = torch.cat([query, key], 1)
+        first, second = query_key.chunk(2, -1)
+        query_key = query_key * cos + torch.cat([-second, first], -1) * sin
+        query, key = query_key[:, :num_heads], query_key[:, num_heads:]
+        attended = attend(self._cache, index, layout, query, key, value, head_dim**-0.5)
+        return attended.reshape(-1, num_heads * head_dim)
+
+    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (self._hidden_size,), weight, self._eps)
+
+
+def can_run(model: PreTrainedModel) -> bool:
+    """Whether LeanForward knows this model."""
+    config: Any = model.config
+    return (
+        config.model_type in FAMILIES
+        and getattr(config, "hidden_act", None) == "silu"
+        and all(parameter.device == model.device for parameter in model.parameters())
+        and all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in model.model.layers)
+    )
+
+
+def _lean_layer(layer: Any, packed: bool) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
+    return _Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj], packed),
+        qk_norms=norms,
+        out=_fused([attention.o_proj], packed),
+        post_norm=layer.post_attention_layernorm.weight,
+        gate_up=_fused([mlp.gate_proj, mlp.up_proj], packed),
+        down=_fused([mlp.down_proj], packed),
+    )
+
+
+def _fused(modules: list[Any], packed: bool) -> Linear:
+    """Linear layers of one input as one; their own weights are let go, so that they are not held twice."""
+    weight = torch.cat([module.weight.detach() for module in modules])
+    bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
+    for module in modules:
+        module.weight = module.bias = None
+    return build_linear(weight, bias, packed=packed)

@@ -1,0 +1,284 @@
+"""From a step's logits to its token ids, for the whole batch at once, each row by its own request's parameters.
+
+The model runner calls `prepare`, then `sample`, once each a step. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parleyd.engine import draws
+from parleyd.engine.penalties import PenalisedRow, Penalties, PenaltyTable, upload
+from parleyd.generation import SamplingParams
+
+# Below these, logits overflow; what they ask for is the greedy choice anyway. Engine `generate` has the same.
+_MIN_TEMPERATURE = 1e-5
+_MIN_REPETITION_PENALTY = 1e-3
+# The limit of the API. Always as many, since which of equal logits come first may depend on how many are asked for.
+_NUM_TOP_LOGPROBS = 20
+# A CPU draws for as many rows at once as have so many logits together, which its cache holds.
+_CHUNK_SIZE = 2**19
+
+
+class SamplingRow(NamedTuple):
+    """One sequence whose next token is sampled.
+
+    `position` counts the tokens generated before this one. `token_ids` (prompt, then output) may lack the latest of
+    them while they are on their way from the device, as long as the row was in the step before. `key` is unique in the
+    batch, and stands for one request and its parameters for good.
+    """
+
+    key: int
+    params: SamplingParams
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    position: int
+
+
+class Logprobs(NamedTuple):
+    """Natural logarithms of the model's own distribution: the log-softmax of the raw logits.
+
+    `token_logprobs[i]` is of row `rows[i]`; of its `top_ids[i]`, the likeliest first, `num_top[i]` were asked for.
+    """
+
+    rows: tuple[int, ...]
+    num_top: tuple[int, ...]
+    token_logprobs: Tensor  # [len(rows)], float32
+    top_ids: Tensor | None  # [len(rows), 20 or the vocabulary], int64; None: nobody asked
+    top_logprobs: Tensor | None  # of the same shape, float32
+
+
+class SampledTokens(NamedTuple):
+    """What a step sampled, on its device."""
+
+    token_ids: Tensor  # [batch], int64
+    logprobs: Logprobs | None  # None: nobody asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    """A request's parameters as the sampler needs them: in safe ranges, None for what does nothing."""
+
+    is_greedy: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float
+    penalties: Penalties
+    stream_key: int
+    num_top_logprobs: int | None  # None: no log-probabilities at all
+
+    @classmethod
+    def of(cls, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> _Settings:
+        num_top = getattr(params, "top_logprobs", 0)
+        return cls(
+            is_greedy=not params.do_sample or params.temperature == 0.0,
+            temperature=max(params.temperature, _MIN_TEMPERATURE),
+            top_k=params.top_k if 0 < params.top_k < vocab_size else None,
+            top_p=params.top_p if params.top_p < 1.0 else None,
+            min_p=params.min_p,
+            penalties=Penalties(
+                repetition=max(params.repetition_penalty, _MIN_REPETITION_PENALTY),
+                presence=getattr(params, "presence_penalty", 0.0),
+                frequency=getattr(params, "frequency_penalty", 0.0),
+                bias=dict(getattr(params, "logit_bias", ())),
+                masked_ids=eos_token_ids.union(params.stop_token_ids),
+                min_new_tokens=params.min_new_tokens,
+            ),
+            stream_key=draws.stream_key(params.seed, getattr(params, "choice", 0)),
+            num_top_logprobs=num_top if num_top or getattr(params, "logprobs", False) else None,
+        )
+
+
+class _Rows:
+    """Some rows of a tensor. Neighbours in order, all rows above all, cost no copy."""
+
+    def __init__(self, rows: Sequence[int], num_rows: int, device: torch.device) -> None:
+        self.rows = tuple(rows)
+        self._is_all = self.rows == tuple(range(num_rows))
+        self._slice: slice | None = None
+        self._index: Tensor | None = None
+        if rows and self.rows == tuple(range(rows[0], rows[0] + len(rows))):
+            self._slice = slice(rows[0], rows[0] + len(rows))
+        elif rows:
+            self._index = upload(np.array(rows, np.int64), device)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        if self._is_all:
+            return tensor
+        return tensor[self._slice] if self._index is None else tensor.index_select(0, self._index)
+
+    def put(self, tensor: Tensor, values: Tensor) -> Tensor:
+        """The tensor with the values in these rows: in place, or the values where they are all."""
+        if self._is_all:
+            return values
+        if self._index is not None:
+            return tensor.index_copy_(0, self._index, values)
+        tensor[self._slice] = values
+        return tensor
+
+
+class _DrawnRows:
+    """Rows of the batch that are drawn at random together, and their parameters."""
+
+    def __init__(self, rows: Sequence[int], every: Sequence[_Settings], device: torch.device) -> None:
+        self.rows = _Rows(rows, len(every), device)
+        settings = [every[row] for row in rows]
+        self.stream_keys = np.array([one.stream_key for one in settings], np.uint64)
+        self.uniforms = torch.empty(0)  # [rows], float64; new at each step
+        self.temperature = upload(np.array([[one.temperature] for one in settings], np.float32), device)
+        self.min_p: Tensor | None = None
+        if any(one.min_p for one in settings):
+            self.min_p = upload(np.array([[one.min_p] for one in settings], np.float32), device)
+        # Rows of these rows: with top_k and perhaps top_p, and with top_p alone.
+        top_k = [row for row, one in enumerate(settings) if one.top_k is not None]
+        top_p = [row for row, one in enumerate(settings) if one.top_k is None and one.top_p is not None]
+        self.with_top_k = _Rows(top_k, len(settings), device)
+        self.with_top_p = _Rows(top_p, len(settings), device)
+        ks = [settings[row].top_k or 0 for row in top_k]
+        ps = [settings[row].top_p for row in top_k]
+        self.max_top_k = max(ks, default=0)
+        self.top_k = upload(np.array(ks, np.int64)[:, None], device)
+        self.top_p_in_top_k: Tensor | None = None
+        if any(p is not None for p in ps):
+            self.top_p_in_top_k = upload(np.array([[1.0 if p is None else p] for p in ps], np.float64), device)
+        self.top_p = upload(np.array([[settings[row].top_p] for row in top_p], np.float64), device)
+
+
+class SamplingBatch:
+    """The rows of a step, sorted by what has to be done for them. Lives on while the rows stay the same."""
+
+    def __init__(self, keys: list[int], settings: list[_Settings], vocab_size: int, device: torch.device) -> None:
+        self.keys = keys
+        self.size = len(keys)
+        self.greedy = _Rows([row for row, one in enumerate(settings) if one.is_greedy], self.size, device)
+        drawn = [row for row, one in enumerate(settings) if not one.is_greedy]
+        drawn.sort(key=lambda row: (settings[row].top_k is None, settings[row].top_p is None))
+        size = self.size if device.type == "cuda" else max(1, _CHUNK_SIZE // vocab_size)
+        chunks = [drawn[start : start + size] for start in range(0, len(drawn), size or 1)]
+        self.drawn = [_DrawnRows(chunk, settings, device) for chunk in chunks]
+        asked = [(row, one.num_top_logprobs) for row, one in enumerate(settings) if one.num_top_logprobs is not None]
+        self.logprobs = _Rows([row for row, _ in asked], self.size, device)
+        self.num_top = tuple(num_top for _, num_top in asked)
+
+
+class Sampler:
+    """Greedy and random choice of the next tokens; the semantics and their order are those of transformers' processors.
+
+    A row's token depends on its own logits and request alone, and the random number behind it on (seed, choice,
+    position) alone: not on its neighbours, not on what was preempted or resumed.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._device = device
+        self._settings: dict[int, _Settings] = {}
+        self._penalty_table = PenaltyTable(vocab_size, device)
+        self._penalises = False
+        self._batch: SamplingBatch | None = None
+
+    def prepare(self, rows: Sequence[SamplingRow]) -> SamplingBatch:
+        """The batch of a step; to be sampled once, and before the next is prepared.
+
+        Raises ValueError where a row with penalties is new in the batch and not all its ids are known.
+        """
+        keys = [row.key for row in rows]
+        batch = self._batch
+        if batch is None or batch.keys != keys:
+            known = self._settings
+            self._settings = {row.key: known.get(row.key) or self._settings_of(row) for row in rows}
+            batch = self._batch = SamplingBatch(keys, list(self._settings.values()), self._vocab_size, self._device)
+            self._update_penalties(rows)
+        elif self._penalises and not self._penalty_table.is_at(self._penalised(rows)):
+            self._update_penalties(rows)
+        for drawn in batch.drawn:
+            positions = np.array([rows[row].position for row in drawn.rows.rows], np.uint64)
+            drawn.uniforms = upload(draws.uniforms(drawn.stream_keys, positions), self._device)
+        return batch
+
+    def _settings_of(self, row: SamplingRow) -> _Settings:
+        return _Settings.of(row.params, self._vocab_size, self._eos_token_ids)
+
+    def _penalised(self, rows: Sequence[SamplingRow]) -> list[PenalisedRow]:
+        return [
+            PenalisedRow(index, row.key, penalties, row.token_ids, row.num_prompt_tokens, row.position)
+            for index, row in enumerate(rows)
+            if (penalties := self._settings[row.key].penalties).change_logits(row.position)
+        ]
+
+    def _update_penalties(self, rows: Sequence[SamplingRow]) -> None:
+        penalised = self._penalised(rows)
+        self._penalty_table.update(penalised)
+        self._penalises = bool(penalised)
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        """Chooses a token for each row. logits: [batch, vocab], any float type, in the rows' order; left as it is."""
+        x = self._changed(logits)
+        token_ids = torch.empty(batch.size, dtype=torch.int64, device=x.device)
+        if batch.greedy:
+            token_ids = batch.greedy.put(token_ids, draws.first_argmax(_as_float(batch.greedy.of(x))))
+        for drawn in batch.drawn:
+            probs = _probabilities(_as_float(drawn.rows.of(x)), drawn)
+            token_ids = drawn.rows.put(token_ids, draws.draw(probs, drawn.uniforms))
+        if self._penalises:
+            self._penalty_table.record(token_ids)
+        return SampledTokens(token_ids, _logprobs(logits, token_ids, batch) if batch.logprobs else None)
+
+    @torch.no_grad()
+    def probabilities(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """What `sample` would draw from: [batch, vocab], not scaled to a sum of 1. Rows of greedy choice are 0."""
+        x = self._changed(logits)
+        probs = torch.zeros_like(x, dtype=torch.float32)
+        for drawn in batch.drawn:
+            probs = drawn.rows.put(probs, _probabilities(_as_float(drawn.rows.of(x)), drawn))
+        return probs
+
+    def _changed(self, logits: Tensor) -> Tensor:
+        if not self._penalises:
+            return logits
+        changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self._penalty_table.apply(changed)
+        return changed
+
+
+def _as_float(logits: Tensor) -> Tensor:
+    return logits.float().contiguous()
+
+
+def _probabilities(logits: Tensor, drawn: _DrawnRows) -> Tensor:
+    """What the rows are drawn from, not scaled to 1. logits: [drawn rows, vocab]."""
+    probs = (logits / drawn.temperature).softmax(-1)
+    if rows := drawn.with_top_k:
+        x, temperature = rows.of(logits), rows.of(drawn.temperature)
+        cut = draws.top_k_cut(x, temperature, drawn.top_k, drawn.max_top_k, drawn.top_p_in_top_k)
+        probs = rows.put(probs, cut.apply(x, rows.of(probs)))
+    if rows := drawn.with_top_p:
+        x, kept = rows.of(logits), rows.of(probs)
+        cut = draws.top_p_cut(x, kept, rows.of(drawn.temperature), drawn.top_p)
+        probs = rows.put(probs, cut.apply(x, kept))
+    if drawn.min_p is not None:
+        probs *= probs.clone().ge_(drawn.min_p * probs.amax(-1, keepdim=True))
+    return probs
+
+
+def _logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> Logprobs:
+    rows = batch.logprobs
+    logits = _as_float(rows.of(logits))
+    logprobs = logits.log_softmax(-1)
+    token_logprobs = logprobs.gather(1, rows.of(token_ids)[:, None]).squeeze(1)
+    top_ids = top_logprobs = None
+    if any(batch.num_top):
+        _, top_ids = draws.largest(logits, min(_NUM_TOP_LOGPROBS, logits.shape[1]))
+        top_logprobs = logprobs.gather(1, top_ids)
+    return Logprobs(rows.rows, batch.num_top, token_logprobs, top_ids, top_logprobs)
