@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
@@ -17,6 +18,9 @@ from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.errors import StartupError
 
 _NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
+# Kubernetes gives every pod such variables of a service that is named "parley"; PARLEY_TARGET is the client's.
+_OTHERS_VARIABLE = re.compile(r"PARLEY_(TARGET$|SERVICE_|PORT_)")
+_SERVICE_LINK = "tcp://"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -47,10 +51,15 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         "whether the model is loaded is the health service's to tell.",
         epilog="Every flag can also be given as an environment variable: --max-queue as PARLEY_MAX_QUEUE.",
     )
+    known: set[str] = set()
     for title, settings in (("model", ModelSettings), ("server", ServerSettings)):
         group = serve.add_argument_group(title)
         for option in fields(settings):
             _add_option(group, serve, option, get_type_hints(settings)[option.name], environ)
+            known.add(variable_of(option.name))
+    for name in environ:
+        if name.startswith("PARLEY_") and name not in known and not _OTHERS_VARIABLE.match(name):
+            serve.error(f"environment variable {name}: there is no such setting")
     return parser
 
 
@@ -61,7 +70,7 @@ def _add_option(
     about = dict(option.metadata)
     parse = _parser_of(hint, about)
     default = option.default
-    if variable in environ:
+    if variable in environ and not environ[variable].startswith(_SERVICE_LINK):
         try:
             default = parse(environ[variable])
         except argparse.ArgumentTypeError as error:

@@ -50,8 +50,10 @@ class InvalidRequest(ParleyError):
     reason = Reason.INVALID_REQUEST
 
     def __init__(self, violations: list[Violation]) -> None:
-        lines = [f"{v.field}: {v.description}" if v.field else v.description for v in violations]
-        super().__init__("invalid request: " + "; ".join(lines))
+        first = violations[0]
+        text = f"{first.field}: {first.description}" if first.field else first.description
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        super().__init__(f"invalid request: {text}{more}")
         self.violations = violations
 
 
@@ -94,7 +96,7 @@ class QueueFull(ParleyError):
     reason = Reason.QUEUE_FULL
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"the queue is full ({waiting} requests waiting); try again in {retry_after_s:.1f} s")
+        super().__init__(f"no room for more: {waiting} requests are here already; try again in {retry_after_s:.1f} s")
         self.retry_after_s = retry_after_s
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -62,6 +64,21 @@ def test_a_killed_worker_is_replaced_and_the_gateways_death_ends_its_worker() ->
             time.sleep(0.01)
 
 
+def test_sigterm_right_after_the_port_is_bound_exits_0() -> None:
+    with ServedProcess("--drain-delay", "0") as served:
+        assert served.terminate() == 0
+
+
+def test_nothing_is_imported_from_the_folder_that_the_service_is_started_in(tmp_path: Path) -> None:
+    for name in ("torch", "transformers", "msgspec"):
+        (tmp_path / f"{name}.py").write_text('raise SystemExit("hijacked")')
+    command = [str(Path(sys.executable).parent / "parleyd"), "serve", "--port", "0", "--model", "/no/such/folder"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "hijacked" not in result.stderr
+    assert "/no/such/folder" in result.stderr.splitlines()[-1]
+
+
 def test_a_port_in_use_is_one_clear_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -96,6 +113,7 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, argumen
         (["--max-queue", "-1"], {}, "--max-queue"),
         (["--engine", "magic"], {}, "generate"),
         ([], {"PARLEY_MAX_QUEUE": "many"}, "PARLEY_MAX_QUEUE"),
+        ([], {"PARLEY_MAX_QUEU": "3"}, "PARLEY_MAX_QUEU"),
         (["--no-such-flag"], {}, "--no-such-flag"),
     ],
 )

@@ -202,6 +202,7 @@ def test_generate_batch_is_unimplemented(gateway: GatewayThread) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         list(gateway.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=[ask("x")]), timeout=20))
     assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert dict(raised.value.trailing_metadata())["x-request-id"]
 
 
 def test_refused_calls_carry_the_request_id_in_the_trailers(gateway: GatewayThread) -> None:
@@ -224,3 +225,37 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused(start_gateway: S
     own = start_gateway(folder=folder)
     error = refusal(own, ask("hello <|unknown|>"))
     assert (error.code(), violated_fields(error)) == (INVALID, ["messages"])
+
+
+def test_nan_and_infinities_in_chat_template_kwargs_are_named(gateway: GatewayThread) -> None:
+    kwargs = Struct()
+    kwargs.update({"extra": {"a": [1, math.inf]}, "other": math.nan})
+    fields = violated_fields(refusal(gateway, ask("x", chat_template_kwargs=kwargs, model="gpt-5")))
+    assert {"chat_template_kwargs.extra.a[1]", "chat_template_kwargs.other"} <= set(fields)
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [({"num_return_sequences": 2, "do_sample": True}, "resume"), ({"max_new_tokens": 2}, "resume.token_ids")],
+)
+def test_a_resume_that_contradicts_the_rest_is_invalid(
+    gateway: GatewayThread, more: dict[str, Any], field: str
+) -> None:
+    error = refusal(gateway, ask("x", resume=chat_pb2.Resume(token_ids=[1, 2, 3]), **more))
+    assert (error.code(), violated_fields(error)) == (INVALID, [field])
+
+
+def test_a_template_that_makes_an_empty_prompt_is_an_invalid_request(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    own = start_gateway(folder=write_tiny_tokenizer(tmp_path, chat_template="{{ messages[0]['content'] }}"))
+    assert violated_fields(refusal(own, ask(""))) == ["messages"]
+    assert own.stub.CountTokens(chat_pb2.CountTokensRequest(messages=ask("").messages), timeout=20).prompt_tokens == 0
+
+
+def test_a_huge_request_does_not_hold_up_other_calls(gateway: GatewayThread) -> None:
+    huge = ask("x", stop_strings=[""] * 1_000_000)
+    refused = gateway.stub.Generate.future(huge, timeout=60)
+    while not refused.done():  # each of these would time out if the event loop were busy with the other one
+        gateway.stub.GetModel(chat_pb2.GetModelRequest(), timeout=2)
+    assert violated_fields(refused.exception()) == ["generation_config.stop_strings"]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import grpc
+import h2.config
+import h2.connection
+import h2.settings
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -154,6 +158,28 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_gets_every_id(start_gat
         assert gateway.stub.Generate(ask(f"{i}"), timeout=10).choices[0].message.content == str(i)
     ids = [*first.token_ids, *(i for response in slow for i in response.token_ids)]
     assert ids == (list(b"all work and no play ") * 200)[:4000]
+
+
+def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> None:
+    host, port = single.target.split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        connection.local_settings = h2.settings.Settings(
+            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0}
+        )
+        connection.initiate_connection()
+        headers = [
+            (":method", "POST"), (":scheme", "http"), (":authority", single.target), ("te", "trailers"),
+            (":path", "/parley.v1.ChatService/GenerateStream"), ("content-type", "application/grpc"),
+        ]  # fmt: skip
+        connection.send_headers(1, sorted(headers))
+        payload = ask("never read").SerializeToString()
+        connection.send_data(1, b"\0" + len(payload).to_bytes(4, "big") + payload, end_stream=True)
+        raw.sendall(connection.data_to_send())
+        eventually(lambda: single.gateway.doorkeeper.num_open == 1)
+        for _ in range(3):
+            assert_answers(single)
+        assert single.gateway.doorkeeper.num_open == 1  # still there, unread
 
 
 def test_killing_the_worker_ends_open_streams_and_keeps_queued_requests(single: GatewayThread) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -109,6 +112,18 @@ def test_streams_that_do_not_finish_in_time_end_with_draining(start_gateway: Sta
     gateway.stop()
 
 
+def test_a_second_request_to_shut_down_ends_open_calls_with_draining(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.01"), drain_delay=20, drain_timeout=20)
+    running = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=4000))
+    next(running)
+    for _ in range(2):
+        gateway.loop.call_soon_threadsafe(gateway.gateway.begin_shutdown)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(running)
+    assert reason_of(raised.value) == "DRAINING"
+    gateway.stop()
+
+
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 def test_reflection_lists_the_services(gateway: GatewayThread, version: str) -> None:
     call = gateway.channel.stream_stream(
@@ -119,3 +134,23 @@ def test_reflection_lists_the_services(gateway: GatewayThread, version: str) -> 
     (response,) = call(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
     names = {service.name for service in response.list_services_response.service}
     assert {"parley.v1.ChatService", "grpc.health.v1.Health"} <= names
+    (response,) = call(
+        iter(
+            [
+                reflection_pb2.ServerReflectionRequest(
+                    file_containing_symbol=f"grpc.reflection.{version}.ServerReflection"
+                )
+            ]
+        ),
+        timeout=5,
+    )
+    assert response.file_descriptor_response.file_descriptor_proto
+
+
+def test_buf_lists_the_methods_through_reflection(gateway: GatewayThread) -> None:
+    buf = Path(sys.executable).parent / "buf"
+    command = [str(buf), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--list-methods"]
+    result = subprocess.run(
+        [*command, f"http://{gateway.target}"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "parley.v1.ChatService/GenerateStream" in result.stdout

@@ -61,3 +61,8 @@ def test_the_served_name_is_the_one_given_else_the_hub_id_else_the_base_name(tmp
     assert name(f"{tmp_path}/file.gguf") == "file.gguf"
     assert name(f"{tmp_path}/file.gguf", "given") == "given"
     assert name("smollm2-135m-instruct") == "smollm2-135m-instruct"
+
+
+def test_what_kubernetes_says_of_a_service_named_parley_is_no_setting() -> None:
+    links = {"PARLEY_PORT": "tcp://10.0.0.1:80", "PARLEY_SERVICE_HOST": "10.0.0.1", "PARLEY_PORT_80_TCP": "x"}
+    assert build_parser(links).parse_args(["serve"]).port == 50051

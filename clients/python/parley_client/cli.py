@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone. The interpreter flushes once more at exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except OSError as error:
+        print(f"parley: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
 
 
 def _tolerate_odd_characters() -> None:

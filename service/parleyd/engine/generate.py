@@ -12,6 +12,7 @@ import queue
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,6 +27,10 @@ _logger = logging.getLogger("parleyd.engine")
 # Below these the division of a float32 logit overflows; what they ask for is the greedy choice anyway.
 _MIN_TEMPERATURE = 1e-5
 _MIN_REPETITION_PENALTY = 1e-3
+
+
+class _Cancelled(Exception):
+    """Leaves a forward pass whose request was cancelled."""
 
 
 @dataclass
@@ -51,6 +56,9 @@ class GenerateEngine:
         # generate() fills what a request leaves unset from here; requests leave unset on purpose.
         model.generation_config = GenerationConfig()
         self._sequences: dict[int, _Sequence] = {}
+        self._current: _Sequence | None = None
+        for layer in _layers(model):
+            layer.register_forward_pre_hook(self._leave_if_cancelled)
         self._outputs: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
@@ -71,6 +79,11 @@ class GenerateEngine:
             outputs.append(self._next_output())
         return outputs
 
+    def _leave_if_cancelled(self, *_: object) -> None:
+        # The prefill of a long prompt can take minutes: a cancelled one ends before its next layer.
+        if self._current is not None and self._current.is_cancelled:
+            raise _Cancelled
+
     def _next_output(self) -> Output:
         output = self._outputs.get()
         if isinstance(output, Exception):
@@ -79,9 +92,12 @@ class GenerateEngine:
 
     def _generate(self, sequence: _Sequence) -> None:
         """Runs in the generate thread."""
+        self._current = sequence
         try:
             if not sequence.is_cancelled:
                 self._call_model(sequence)
+        except _Cancelled:
+            pass
         except torch.AcceleratorError as error:
             self._outputs.put(error)
         except Exception as error:
@@ -108,7 +124,9 @@ class GenerateEngine:
             sequence.is_finished = reason is not None
             self._outputs.put(Output(key=request.key, token_ids=(token_id,), finish_reason=reason))
 
-        input_ids = torch.tensor([[*request.prompt_ids, *request.output_ids]], device=self._model.device)
+        input_ids = torch.tensor(
+            [[*request.prompt_ids, *request.output_ids]], dtype=torch.int64, device=self._model.device
+        )
         self._model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -148,6 +166,12 @@ class GenerateEngine:
         if params.do_sample:
             processors.append(_PositionSeed(params.seed, prompt_length))
         return processors
+
+
+def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder's layers: the longest list of modules."""
+    lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
 
 
 def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:

@@ -6,8 +6,7 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from parleyd.errors import ParleyError, QueueFull
@@ -23,8 +22,23 @@ class _Waiter:
     turn: asyncio.Future[None] = field(compare=False)
 
 
+class Slot:
+    """The right to generate, from `Admission.acquire` until released; releasing again does nothing."""
+
+    def __init__(self, release: Callable[[float], None]) -> None:
+        self._release = release
+        self._started = time.monotonic()
+        self._is_held = True
+
+    def release(self) -> None:
+        """Gives the slot to the next in the queue."""
+        if self._is_held:
+            self._is_held = False
+            self._release(time.monotonic() - self._started)
+
+
 class Admission:
-    """At most `max_running` slots are taken at once; at most `max_queue` requests wait for one."""
+    """At most `max_running` slots are held at once; at most `max_queue` requests wait for one."""
 
     def __init__(self, max_running: int, max_queue: int) -> None:
         self.max_running = max_running
@@ -42,16 +56,10 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._waiters)
 
-    @asynccontextmanager
-    async def slot(self, priority: int = 0) -> AsyncIterator[None]:
-        """Holds a slot for the body, after waiting for it. Raises QueueFull at once if there is no room to wait."""
-        await self._acquire(priority)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._mean_duration_s += _DURATION_WEIGHT * (time.monotonic() - started - self._mean_duration_s)
-            self._release()
+    async def acquire(self, priority: int = 0) -> Slot:
+        """A slot, after waiting for it. Raises QueueFull at once if there is no room to wait."""
+        await self._enter(priority)
+        return Slot(self._leave)
 
     def refuse_waiting(self, error: ParleyError) -> None:
         """Ends every waiting request with an error."""
@@ -60,7 +68,7 @@ class Admission:
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
 
-    async def _acquire(self, priority: int) -> None:
+    async def _enter(self, priority: int) -> None:
         waiting = len(self._waiters)
         if self._running < self.max_running and not waiting:
             self._running += 1
@@ -78,6 +86,10 @@ class Admission:
             elif not waiter.turn.cancelled() and waiter.turn.exception() is None:
                 self._release()  # the turn came in the same moment as the cancellation
             raise
+
+    def _leave(self, duration_s: float) -> None:
+        self._mean_duration_s += _DURATION_WEIGHT * (duration_s - self._mean_duration_s)
+        self._release()
 
     def _release(self) -> None:
         self._running -= 1

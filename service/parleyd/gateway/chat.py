@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
-from parleyd.errors import DeadlineExceeded, ModelNotFound, PromptTooLong
+from parleyd.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Violation
 from parleyd.gateway import convert
 from parleyd.gateway.admission import Admission
 from parleyd.gateway.answer import Answer, AnswerDelta
@@ -18,7 +18,8 @@ from parleyd.gateway.prompt import PromptBuilder
 from parleyd.gateway.served_model import ServedModel
 from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker_client import WorkerClient
-from parleyd.generation import SamplingParams
+from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.rpc.interceptors import REQUEST_ID_KEY
 from parleyd.telemetry.call import current_call
 from parleyd.text.sequence_text import SequenceText
 
@@ -85,12 +86,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.GenerateBatchRequest, context: Context
     ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
         """See chat.proto. Not built yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "GenerateBatch is not supported by this server yet")
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED,
+            "GenerateBatch is not supported by this server yet",
+            ((REQUEST_ID_KEY, current_call.get().request_id),),
+        )
         yield chat_pb2.GenerateBatchResponse()  # never reached; makes this a generator
 
     async def CountTokens(self, request: chat_pb2.CountTokensRequest, context: Context) -> chat_pb2.CountTokensResponse:
         """See chat.proto."""
-        self._served.check_conversation(request)
+        await self._prompts.check(self._served.check_conversation, request)
         self._check_model(request.model)
         return chat_pb2.CountTokensResponse(prompt_tokens=len(await self._prompts.build(self._served, request)))
 
@@ -111,9 +116,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def _prepare(self, request: chat_pb2.GenerateRequest, context: Context) -> _Generation:
         """Checks in the contract's order: fields, model, prompt length."""
         served = self._served
-        params = served.check_request(request)
+        params = await self._prompts.check(served.check_request, request)
         self._check_model(request.model)
         prompt_ids = await self._prompts.build(served, request)
+        if not prompt_ids:
+            raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
         if len(prompt_ids) >= served.info.max_context_tokens:
             raise PromptTooLong(len(prompt_ids), served.info.max_context_tokens)
         remaining_s = context.time_remaining()
@@ -137,21 +144,32 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def _run(self, generation: _Generation) -> AsyncGenerator[AnswerDelta]:
         """The answer's deltas; the last one has a finish reason, and the timings are known by then."""
         call = current_call.get()
-        async with self._admission.slot(generation.priority):
+        slot = await self._admission.acquire(generation.priority)
+        try:
             link = await self._supervisor.link()
             queue_s, first_token_s = call.elapsed(), None
-            async with aclosing(
-                self._worker.generate(link, generation.prompt_ids, generation.params, generation.priority)
-            ) as steps:
+            request = EngineRequest(
+                key=self._worker.next_key(),
+                prompt_ids=tuple(generation.prompt_ids),
+                params=generation.params,
+                priority=generation.priority,
+            )
+            # The slot is free again as soon as the worker is done: a reader that does not read holds up nobody.
+            async with aclosing(self._worker.generate(link, request, slot.release)) as steps:
                 async for step in steps:
                     first_token_s = first_token_s or call.elapsed()
                     generation.cached_prompt_tokens = step.cached_prompt_tokens
                     delta = generation.answer.push(step)
-                    if delta.finish_reason is not None:
-                        generation.timings = convert.Timings(queue_s, first_token_s, call.elapsed())
+                    if delta.finish_reason is None:
+                        yield delta
+                        continue
+                    generation.timings = convert.Timings(queue_s, first_token_s, call.elapsed())
+                    # Before the last delta leaves: a stop string may have ended the answer ahead of the worker.
+                    await steps.aclose()
                     yield delta
-                    if delta.finish_reason is not None:
-                        return
+                    return
+        finally:
+            slot.release()
 
 
 def _closing_fields(generation: _Generation) -> dict[str, Any]:

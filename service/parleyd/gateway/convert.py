@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from parleyd.errors import InvalidRequest, Violation
+from parleyd.errors import Violation
 from parleyd.gateway.answer import AnswerDelta
 from parleyd.generation import FinishReason, ModelInfo, SamplingDefaults, SamplingParams
 
@@ -45,10 +45,7 @@ def to_template_messages(messages: Any) -> list[dict[str, str]]:
 
 def to_template_kwargs(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> dict[str, Any]:
     """The chat template's further variables; whole numbers become ints, which templates may compare or print."""
-    try:
-        values = json_format.MessageToDict(request.chat_template_kwargs)
-    except json_format.SerializeToJsonError as error:  # NaN or an infinity somewhere in it
-        raise InvalidRequest([Violation("chat_template_kwargs", str(error))]) from error
+    values = json_format.MessageToDict(request.chat_template_kwargs)
     return {key: _whole_numbers_to_int(value) for key, value in values.items()}
 
 
@@ -84,14 +81,16 @@ def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: Sampli
     )
 
 
-def resolved_violations(config: generation_pb2.GenerationConfig, params: SamplingParams) -> Iterator[Violation]:
+def resolved_violations(request: chat_pb2.GenerateRequest, params: SamplingParams) -> Iterator[Violation]:
     """What contradicts itself once defaults are filled in."""
     if params.min_new_tokens > params.max_new_tokens:
         yield Violation(
             "generation_config.min_new_tokens",
             f"must be 0 to max_new_tokens ({params.max_new_tokens}), not {params.min_new_tokens}",
         )
-    if config.num_return_sequences > 1 and not params.do_sample:
+    if len(request.resume.token_ids) > params.max_new_tokens:
+        yield Violation("resume.token_ids", f"are more than max_new_tokens ({params.max_new_tokens})")
+    if request.generation_config.num_return_sequences > 1 and not params.do_sample:
         yield Violation(
             "generation_config.num_return_sequences", "more than 1 needs sampling, and this request is greedy"
         )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from parleyd.errors import Draining, NotReady
+from parleyd.errors import Draining, NotReady, QueueFull
+
+_RETRY_S = 1.0
 
 
 class Doorkeeper:
     """Counts ChatService calls. `enter` refuses while the model loads (`is_ready`) and once `close` was called."""
 
-    def __init__(self, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, is_ready: Callable[[], bool], max_open: int) -> None:
+        self._max_open = max_open
         self._is_ready = is_ready
         self._is_closed = False
         self._num_open = 0
@@ -23,11 +26,13 @@ class Doorkeeper:
         return self._num_open
 
     def enter(self) -> None:
-        """Raises Draining or NotReady."""
+        """Raises Draining, NotReady or QueueFull."""
         if self._is_closed:
             raise Draining
         if not self._is_ready():
             raise NotReady
+        if self._num_open >= self._max_open:
+            raise QueueFull(self._num_open, _RETRY_S)
         self._num_open += 1
         self._empty.clear()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, Violation
@@ -12,6 +14,10 @@ from parleyd.gateway.served_model import ServedModel
 
 # Two, so that one huge prompt does not hold up all others; more would only take cores from the model.
 _NUM_THREADS = 2
+_LARGE_BYTES = 64 * 1024
+
+_Request = TypeVar("_Request", chat_pb2.GenerateRequest, chat_pb2.CountTokensRequest)
+_Result = TypeVar("_Result")
 
 
 class PromptBuilder:
@@ -19,6 +25,12 @@ class PromptBuilder:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompt")
+
+    async def check(self, check: Callable[[_Request], _Result], request: _Request) -> _Result:
+        """Runs a check of a request's fields: at once, unless the request is so large that it would take long."""
+        if request.ByteSize() < _LARGE_BYTES:
+            return check(request)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, check, request)
 
     async def build(
         self, served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from parley.v1 import chat_pb2
@@ -12,6 +14,7 @@ from parleyd.generation import ModelInfo, SamplingParams
 from parleyd.text.chat_template import ChatTemplate
 from parleyd.text.tokenizer import Tokenizer
 
+_MAX_VIOLATIONS = 200
 _CAPABILITIES = ("chat", "stream", "count_tokens", "continue_final_message", "stop_strings", "seed")
 
 
@@ -50,24 +53,26 @@ class ServedModel:
     def check_request(self, request: chat_pb2.GenerateRequest) -> SamplingParams:
         """The request's sampling parameters. Raises InvalidRequest with every violation, or Unsupported."""
         params = convert.to_sampling_params(request.generation_config, self.defaults)
-        violations = [
-            *validation.request_violations(request, self.info),
-            *convert.resolved_violations(request.generation_config, params),
-            *self._kwarg_violations(request),
-        ]
-        if violations:
-            raise InvalidRequest(violations)
+        _refuse(
+            validation.request_violations(request, self.info),
+            convert.resolved_violations(request, params),
+            self._kwarg_violations(request),
+        )
         for unsupported in validation.unsupported_in_request(request):
             raise unsupported
         return params
 
     def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
         """Raises InvalidRequest with every violation, or Unsupported."""
-        violations = [*validation.conversation_violations(request), *self._kwarg_violations(request)]
-        if violations:
-            raise InvalidRequest(violations)
+        _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
         for unsupported in validation.unsupported_in_conversation(request):
             raise unsupported
 
     def _kwarg_violations(self, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> list[Violation]:
         return self.template.kwarg_violations(request.chat_template_kwargs.fields.keys())
+
+
+def _refuse(*violations: Iterable[Violation]) -> None:
+    """Raises InvalidRequest if there is any violation. More than fit into a status are not even looked for."""
+    if found := list(islice(chain(*violations), _MAX_VIOLATIONS)):
+        raise InvalidRequest(found)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -32,6 +33,7 @@ _logger = logging.getLogger("parleyd")
 _CHAT_SERVICE = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name
 # For the last statuses to reach their clients, and for streams of other services, such as Health/Watch, to be cut.
 _STOP_GRACE_S = 1.0
+_MAX_OTHER_CALLS = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -42,6 +44,7 @@ class Gateway:
         server, model = settings.server, settings.model
         self._settings = settings
         self._shutdown = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._prompts = PromptBuilder()
         self.admission = Admission(model.max_running or 1, server.max_queue)
         self.worker = WorkerClient()
@@ -55,7 +58,11 @@ class Gateway:
             on_lost=lambda: self.health.set_serving(False),
             command=worker_command,
         )
-        self.doorkeeper = Doorkeeper(is_ready=lambda: self._chat.model is not None)
+        self.doorkeeper = Doorkeeper(
+            is_ready=lambda: self._chat.model is not None,
+            # Beside those that run or wait: calls that are being checked, and answers that nobody reads.
+            max_open=server.max_queue + (model.max_running or 0) + _MAX_OTHER_CALLS,
+        )
         self._chat = ChatService(self._prompts, self.admission, self.supervisor, self.worker)
         self._server = self._build_server()
 
@@ -74,7 +81,10 @@ class Gateway:
         return f"{bracketed}:{bound}"
 
     def begin_shutdown(self) -> None:
-        """Asks `serve` to drain and return."""
+        """Asks `serve` to drain and return; asked again, to end what is open at once."""
+        if self._shutdown.is_set():
+            self._hurry.set()
+            self._end_calls()
         self._shutdown.set()
 
     async def serve(self) -> None:
@@ -97,13 +107,20 @@ class Gateway:
         server = self._settings.server
         _logger.info("shutting down: %d calls open", self.doorkeeper.num_open)
         await self.health.shut_down()
-        await asyncio.sleep(server.drain_delay)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), server.drain_delay)
         self.doorkeeper.close()
         if not await self.doorkeeper.wait_empty(server.drain_timeout):
             _logger.warning("ending %d calls that did not finish in time", self.doorkeeper.num_open)
-            self.admission.refuse_waiting(Draining())
-            self.worker.fail_all(Draining())
+            self._end_calls()
             await self.doorkeeper.wait_empty(_STOP_GRACE_S)
+
+    def _end_calls(self) -> None:
+        """Ends every open call, wherever it waits, with DRAINING."""
+        self.doorkeeper.close()
+        self.admission.refuse_waiting(Draining())
+        self.supervisor.refuse(Draining())
+        self.worker.fail_all(Draining())
 
     async def _on_worker_ready(self, info: ModelInfo) -> None:
         name, server = self._settings.served_model_name, self._settings.server
@@ -127,18 +144,10 @@ class Gateway:
 async def serve(
     settings: Settings, announce: Callable[[str], None], worker_command: Sequence[str] = WORKER_COMMAND
 ) -> None:
-    """Runs a gateway until SIGTERM or SIGINT; a second one ends it. `announce` gets `listening on HOST:PORT`."""
+    """Runs a gateway until SIGTERM or SIGINT; a second one ends open calls. `announce` gets one line for stdout."""
     gateway = Gateway(settings, worker_command)
-    address = await gateway.start()
-    announce(f"listening on {address}")
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-
-    def on_signal() -> None:
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, task.cancel)
-        gateway.begin_shutdown()
-
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal)
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:  # before anyone can know that we are here
+        loop.add_signal_handler(number, gateway.begin_shutdown)
+    announce(f"listening on {await gateway.start()}")
     await gateway.serve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from parleyd.errors import EngineFault, ParleyError
@@ -21,7 +22,9 @@ class Delta:
 class Streamer:
     """Collects a request's outputs. What a slow reader has not taken is merged, so at most one answer waits here."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        """`on_end` is called when nothing more will come, whether or not what came has been taken."""
+        self._on_end = on_end
         self._token_ids: list[int] = []
         self._finish_reason: FinishReason | None = None
         self._error: ParleyError | None = None
@@ -36,12 +39,15 @@ class Streamer:
         if output.error is not None:
             self._error = EngineFault(output.error)
         self._news.set()
+        if output.is_last:
+            self._on_end()
 
     def fail(self, error: ParleyError) -> None:
         """Ends the request; ids already here are still handed out before the error is raised."""
         if self._finish_reason is None and self._error is None:
             self._error = error
             self._news.set()
+            self._on_end()
 
     async def take(self) -> Delta:
         """All ids not yet taken, at least one unless the request ended; raises the error that ended it."""

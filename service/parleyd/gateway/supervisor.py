@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 
 from parleyd.config import ModelSettings
-from parleyd.errors import NotReady, StartupError, WorkerLost
+from parleyd.errors import NotReady, ParleyError, StartupError, WorkerLost
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WORKER_COMMAND, WorkerLink
 from parleyd.generation import ModelInfo
@@ -54,6 +54,7 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._link: WorkerLink | None = None
         self._losses = 0
+        self._refusal: ParleyError | None = None
 
     @property
     def state(self) -> State:
@@ -67,6 +68,8 @@ class Supervisor:
     async def link(self) -> WorkerLink:
         """The ready worker, waited for while a dead one is being replaced. Raises NotReady or WorkerLost."""
         while True:
+            if self._refusal is not None:
+                raise self._refusal
             if self._state is State.READY and self._link is not None:
                 return self._link
             if self._state is State.LOADING:
@@ -74,6 +77,11 @@ class Supervisor:
             if self._state is State.LOST:
                 raise WorkerLost("the worker process cannot be brought back")
             await self._changed.wait()
+
+    def refuse(self, error: ParleyError) -> None:
+        """Has `link` raise this from now on, also for those that wait in it."""
+        self._refusal = error
+        self._enter(self._state)
 
     async def run(self) -> None:
         """Runs workers until cancelled. Raises StartupError if the first one cannot load its model."""

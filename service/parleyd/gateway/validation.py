@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+
+from google.protobuf import struct_pb2
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parleyd.errors import Unsupported, Violation
@@ -38,7 +39,9 @@ def request_violations(request: chat_pb2.GenerateRequest, info: ModelInfo) -> It
     yield from _tool_choice_violations(request)
     if request.request_id and not REQUEST_ID_PATTERN.fullmatch(request.request_id):
         yield Violation("request_id", "must be up to 128 of [A-Za-z0-9._:-]")
-    yield from _id_violations("resume.token_ids", request.resume.token_ids, info.vocab_size)
+    yield from _ids_violations("resume.token_ids", request.resume.token_ids, info.max_context_tokens, info.vocab_size)
+    if request.resume.token_ids and request.generation_config.num_return_sequences > 1:
+        yield Violation("resume", "contradicts several return sequences")
 
 
 def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> Iterator[Violation]:
@@ -50,6 +53,8 @@ def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTo
             yield Violation(f"messages[{i}].role", "must be set")
         elif message.role not in _ROLES:
             yield Violation(f"messages[{i}].role", f"is no role: {message.role}")
+    for key, value in request.chat_template_kwargs.fields.items():
+        yield from _number_violations(f"chat_template_kwargs.{key}", value)
     if request.continue_final_message and request.messages:
         last = request.messages[-1]
         if last.role != message_pb2.ROLE_ASSISTANT or not last.content:
@@ -64,8 +69,9 @@ def config_violations(config: generation_pb2.GenerationConfig, info: ModelInfo) 
     if config.HasField("max_new_tokens"):
         yield from _range_violation("max_new_tokens", config.max_new_tokens, 1, True, info.max_context_tokens)
     yield from _stop_string_violations(config.stop_strings)
-    yield from _too_many("generation_config.stop_token_ids", config.stop_token_ids, _MAX_STOP_TOKEN_IDS)
-    yield from _id_violations("generation_config.stop_token_ids", config.stop_token_ids, info.vocab_size)
+    yield from _ids_violations(
+        "generation_config.stop_token_ids", config.stop_token_ids, _MAX_STOP_TOKEN_IDS, info.vocab_size
+    )
     yield from _logit_bias_violations(config, info.vocab_size)
 
 
@@ -110,10 +116,11 @@ def _range_violation(name: str, value: float, lowest: float, inclusive: bool, hi
         yield Violation(f"generation_config.{name}", f"must be {least} to {highest}, not {value:.6g}")
 
 
-def _stop_string_violations(stop_strings: Iterable[str]) -> Iterator[Violation]:
+def _stop_string_violations(stop_strings: Sequence[str]) -> Iterator[Violation]:
     path = "generation_config.stop_strings"
-    stop_strings = list(stop_strings)
-    yield from _too_many(path, stop_strings, _MAX_STOP_STRINGS)
+    if len(stop_strings) > _MAX_STOP_STRINGS:
+        yield _too_many(path, len(stop_strings), _MAX_STOP_STRINGS)
+        return
     for i, stop_string in enumerate(stop_strings):
         if not 1 <= len(stop_string) <= _MAX_STOP_STRING_CHARACTERS:
             yield Violation(
@@ -123,7 +130,9 @@ def _stop_string_violations(stop_strings: Iterable[str]) -> Iterator[Violation]:
 
 def _logit_bias_violations(config: generation_pb2.GenerationConfig, vocab_size: int) -> Iterator[Violation]:
     path = "generation_config.logit_bias"
-    yield from _too_many(path, config.logit_bias, _MAX_LOGIT_BIAS)
+    if len(config.logit_bias) > _MAX_LOGIT_BIAS:
+        yield _too_many(path, len(config.logit_bias), _MAX_LOGIT_BIAS)
+        return
     for token_id, bias in config.logit_bias.items():
         if token_id >= vocab_size:
             yield Violation(f"{path}[{token_id}]", f"is no token id: the vocabulary has {vocab_size}")
@@ -131,15 +140,30 @@ def _logit_bias_violations(config: generation_pb2.GenerationConfig, vocab_size: 
             yield Violation(f"{path}[{token_id}]", f"must be -100 to 100, not {bias:.6g}")
 
 
-def _id_violations(path: str, token_ids: Iterable[int], vocab_size: int) -> Iterator[Violation]:
+def _ids_violations(path: str, token_ids: Sequence[int], limit: int, vocab_size: int) -> Iterator[Violation]:
+    if len(token_ids) > limit:
+        yield _too_many(path, len(token_ids), limit)
+        return
     for i, token_id in enumerate(token_ids):
         if token_id >= vocab_size:
             yield Violation(f"{path}[{i}]", f"is no token id: the vocabulary has {vocab_size}, not {token_id}")
 
 
-def _too_many(path: str, values: Any, limit: int) -> Iterator[Violation]:
-    if len(values) > limit:
-        yield Violation(path, f"must hold at most {limit}, not {len(values)}")
+def _too_many(path: str, number: int, limit: int) -> Violation:
+    return Violation(path, f"must hold at most {limit}, not {number}")
+
+
+def _number_violations(path: str, value: struct_pb2.Value) -> Iterator[Violation]:
+    """NaN and infinities anywhere in a value: JSON has none, and neither may a Struct."""
+    match value.WhichOneof("kind"):
+        case "number_value" if not math.isfinite(value.number_value):
+            yield Violation(path, f"must be finite, not {value.number_value}")
+        case "list_value":
+            for i, item in enumerate(value.list_value.values):
+                yield from _number_violations(f"{path}[{i}]", item)
+        case "struct_value":
+            for key, item in value.struct_value.fields.items():
+                yield from _number_violations(f"{path}.{key}", item)
 
 
 def _tool_choice_violations(request: chat_pb2.GenerateRequest) -> Iterator[Violation]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from parleyd.errors import ParleyError
 from parleyd.gateway.streamer import Delta, Streamer
-from parleyd.generation import EngineRequest, Output, SamplingParams
+from parleyd.generation import EngineRequest, Output
 from parleyd.ipc.messages import Abort, Submit, ToWorker
 
 
@@ -31,14 +31,14 @@ class WorkerClient:
         return len(self._streamers)
 
     async def generate(
-        self, link: Link, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+        self, link: Link, request: EngineRequest, on_end: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[Delta]:
         """Yields the answer's token ids as they come. Closing the generator early stops the worker within one token.
 
+        `on_end` is called once the worker is done with the request, however much of it its reader has taken by then.
         Raises WorkerLost, EngineFault or whatever ended the request.
         """
-        request = EngineRequest(key=next(self._keys), prompt_ids=tuple(prompt_ids), params=params, priority=priority)
-        streamer = self._streamers[request.key] = Streamer()
+        streamer = self._streamers[request.key] = Streamer(on_end)
         link.send(Submit(request))
         try:
             while True:
@@ -50,6 +50,11 @@ class WorkerClient:
             # Forgotten by then if the worker ended it; else nobody waits for it any more.
             if self._streamers.pop(request.key, None) is not None:
                 link.send(Abort(request.key))
+                on_end()
+
+    def next_key(self) -> int:
+        """A key that no other request of this gateway has."""
+        return next(self._keys)
 
     def dispatch(self, outputs: list[Output]) -> None:
         """Hands one step's outputs to their streamers; those of requests aborted meanwhile have none."""

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from parleyd.ipc import messages
 from parleyd.ipc.framing import frame, read_frame_async
 
-WORKER_COMMAND = (sys.executable, "-m", "parleyd.worker")
+# -P: nothing is imported from the folder that the service happens to be started in.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "parleyd.worker")
 
 _STOP_TIMEOUT_S = 5.0
 _STDERR_FD = 2

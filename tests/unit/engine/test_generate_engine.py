@@ -184,6 +184,28 @@ def test_an_abort_ends_the_sequence_within_one_token(make_model: Callable[[], Ll
     assert len(forwards) == 3 + 1  # the aborted one's third, then the next request's first
 
 
+def test_an_abort_ends_a_prefill_before_its_next_layer(make_model: Callable[[], LlamaForCausalLM]) -> None:
+    model = make_model()
+    entered, go_on, layers = threading.Event(), threading.Event(), []
+    engine = GenerateEngine(model, (), CONTEXT)
+
+    def hold(layer: object, *_: object) -> None:
+        layers.append(layer)
+        entered.set()
+        assert go_on.wait(10)
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(hold)
+    engine.submit(request(1, prompt=tuple(range(4, 90)), max_new_tokens=30))
+    assert entered.wait(10)
+    engine.abort(1)
+    go_on.set()
+    engine.submit(request(2, max_new_tokens=1))
+    while not any(output.key == 2 for output in engine.step()):
+        pass
+    assert len(layers) == 1 + 2  # one of the aborted prefill, both of the next request
+
+
 def test_an_aborted_request_that_has_not_begun_never_begins(engine: GenerateEngine) -> None:
     engine.submit(request(1, max_new_tokens=30, ignore_eos=True))
     engine.submit(request(2, max_new_tokens=30, ignore_eos=True))

@@ -19,9 +19,13 @@ class Holder:
         self.task = asyncio.create_task(self._hold(admission, priority))
 
     async def _hold(self, admission: Admission, priority: int) -> None:
-        async with admission.slot(priority):
+        slot = await admission.acquire(priority)
+        try:
             self.entered.set()
             await self._release.wait()
+        finally:
+            slot.release()
+            slot.release()  # once too often does nothing
 
     async def release(self) -> None:
         self._release.set()
