@@ -12,7 +12,6 @@ import queue
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -170,8 +169,8 @@ class GenerateEngine:
 
 def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The decoder's layers: the longest list of modules."""
-    lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
