@@ -117,6 +117,10 @@ release-protos: $(INSTALLED) ## at a release: what is in protos/ now is what lat
 bench-gateway: $(INSTALLED) ## measure the gateway alone
 	@$(BIN)/python -m benchmarks.gateway_cpu $(ARGS)
 
+.PHONY: bench-online
+bench-online: $(INSTALLED) ## measure the service under load, engine batching against engine generate
+	@$(BIN)/python -m benchmarks.online --against "--engine generate" $(ARGS)
+
 .PHONY: clean
 clean: ## remove .venv, caches and build results
 	@rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist tests/clients/node/node_modules
