@@ -5,6 +5,7 @@ Works on any device that SDPA works on: the blocks of all decoding sequences are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,8 @@ class PagedKVCache:
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         self.block_size = shape[2]
-        # Zeros, not empty: on a CPU the system then gives memory to pages only as they are written.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, torch.device(device))
+        self.values = _zeros(shape, dtype, torch.device(device))
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,14 @@ def _attend_prefill(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return attended[0].transpose(0, 1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros: what is masked must be finite. In main memory only pages that are written to take room."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Not torch.zeros, which writes them all: seconds at the start, and gigabytes that perhaps nobody will need.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _gather(blocks: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
