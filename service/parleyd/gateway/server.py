@@ -27,6 +27,7 @@ from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import ModelInfo
 from parleyd.rpc.interceptors import CallInterceptor
+from parleyd.text.chat_template import template_utils
 
 _logger = logging.getLogger("parleyd")
 
@@ -91,6 +92,7 @@ class Gateway:
         """Serves until asked to shut down, then drains. Raises StartupError if the model cannot be loaded."""
         supervision = asyncio.create_task(self.supervisor.run())
         shutdown = asyncio.create_task(self._shutdown.wait())
+        asyncio.get_running_loop().run_in_executor(None, template_utils)  # imported while the model loads
         try:
             await asyncio.wait([supervision, shutdown], return_when=asyncio.FIRST_COMPLETED)
             if supervision.done():

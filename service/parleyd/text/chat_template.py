@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
 import jinja2.meta
-from transformers.utils import chat_template_utils
 
 from parleyd.errors import InvalidRequest, StartupError, Unsupported, Violation
 from parleyd.text.tokenizer_config import NAMED_SPECIAL_TOKENS, TokenizerConfig
@@ -19,7 +20,17 @@ _MAX_QUOTED_CHARS = 300
 # What the request itself or the tokenizer gives the template; clients cannot set these beside it.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self", *NAMED_SPECIAL_TOKENS}
-) | frozenset(inspect.signature(chat_template_utils.render_jinja_template).parameters)
+)
+
+
+@cache
+def template_utils() -> ModuleType:
+    """transformers' rendering of chat templates. Importing it takes over half a second, which the gateway spends in a
+    thread while the worker loads its model."""
+    from transformers.utils import chat_template_utils
+
+    module: ModuleType = chat_template_utils
+    return module
 
 
 class ChatTemplate:
@@ -32,7 +43,8 @@ class ChatTemplate:
         """`source=None`: the model has none. Raises StartupError where the template is not valid Jinja."""
         self._source = source
         self._special_tokens = dict(special_tokens)
-        self._reserved = _RESERVED | special_tokens.keys()
+        parameters = inspect.signature(template_utils().render_jinja_template).parameters
+        self._reserved = _RESERVED | parameters.keys() | special_tokens.keys()
         names = _variables(source) if source is not None else frozenset()
         self.variables = names - self._reserved
         self.reads_tools = "tools" in names
@@ -88,7 +100,7 @@ class ChatTemplate:
         variables: dict[str, Any] = {**self._special_tokens, **(kwargs or {})}
         try:
             # The first part of the result, whose annotation is wrong, holds one text for each conversation.
-            prompt: str = chat_template_utils.render_jinja_template(
+            prompt: str = template_utils().render_jinja_template(
                 [[_without_none(message) for message in messages]],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 chat_template=self._source,
@@ -106,7 +118,7 @@ def _variables(source: str) -> frozenset[str]:
     """The names that a template looks up beyond those it sets itself and Jinja's own."""
     try:
         # transformers' own environment, private as it is: only it parses the tags that it adds to Jinja.
-        environment = chat_template_utils._compile_jinja_template(source).environment
+        environment = template_utils()._compile_jinja_template(source).environment
         return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
     except jinja2.TemplateError as error:
         raise StartupError(f"the model's chat template is not valid: {_one_line(str(error))}") from error
