@@ -17,7 +17,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     """Imports torch only here, so that the process hears its gateway go away even during that second."""
-    # Collecting garbage among the million objects that imports make costs a fifth of the start and finds none. They stay
+    # Collecting garbage among the million objects that imports make costs a fifth of the start. They stay
     # for good, so later collections need not look at them either.
     gc.disable()
     from parleyd.worker.load import load
