@@ -47,7 +47,7 @@ class ModelSettings:
     device_map: str = _option("auto", "Where accelerate places the model, such as auto, cpu or cuda:0.", metavar="MAP")
     attn_implementation: str = _option(
         "auto",
-        "Attention implementation of transformers; auto lets it choose.",
+        "Attention of transformers under engine generate; auto lets it choose. Engine batching has its own.",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     trust_remote_code: bool = _option(False, "Run Python code that comes with the model. Only for models you trust.")

@@ -29,6 +29,8 @@ _DEFAULT_MAX_RUNNING = 64
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85
 # Prompt tokens in a step beside running streams: on a CPU each costs about as much as a stream's own token.
 _CPU_MIXED_PREFILL_TOKENS = 64
+# Chosen by the longest sequence of a forward pass, and so by whatever else is in the batch.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _CHECK_TOKENS = 24
 _CHECK_CHUNK = PrefillChunk(0, _CHECK_TOKENS)
 # Of the largest logit: far above what rounding does, also in bfloat16, and far below what a wrong mask does.
@@ -43,6 +45,8 @@ def build_engine(
     Raises StartupError where the KV cache does not hold one full context.
     """
     if settings.engine == "batching":
+        if settings.attn_implementation != "auto":
+            _logger.warning("--attn-implementation is for engine generate: engine batching has its own attention")
         obstacle = batching_obstacle(model)
         engine = None if obstacle else _build_batching(settings, model, info)
         if engine is not None:
@@ -64,9 +68,17 @@ def batching_obstacle(model: PreTrainedModel) -> str | None:
         f"layers of {', '.join(sorted(layer_types))}": bool(layer_types - {"full_attention"}),
         "sliding-window attention": window is not None and window < config.max_position_embeddings,
         "soft-capped attention": getattr(config, "attn_logit_softcapping", None) is not None,
+        "rotary embeddings that change with the length": bool(_rope_types(config) & _LENGTH_DEPENDENT_ROPE),
         "it is spread over several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
     }
     return next((obstacle for obstacle, is_there in obstacles.items() if is_there), None)
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embedding: one for all layers, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    of_layers = [value for value in parameters.values() if isinstance(value, dict)]
+    return {str(one.get("rope_type")) for one in (parameters, *of_layers)}
 
 
 def _build_batching(settings: ModelSettings, model: PreTrainedModel, info: ModelInfo) -> BatchingEngine | None:

@@ -7,11 +7,23 @@ from typing import Protocol
 from parleyd.generation import EngineRequest, Output
 
 
+class EngineStats(Protocol):
+    """How much an engine has to do; engines may tell more."""
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+
 class Engine(Protocol):
     """Generates for the requests submitted to it.
 
-    `submit` and `abort` may be called from another thread than `step`.
+    `submit` and `abort` may be called from another thread than `step`. At most `max_running` generate at once.
     """
+
+    max_running: int
 
     def submit(self, request: EngineRequest) -> None:
         """Takes a request into the queue."""
@@ -21,3 +33,6 @@ class Engine(Protocol):
 
     def step(self) -> list[Output]:
         """What has been made since the last call, for all requests together; waits until there is something."""
+
+    def stats(self) -> EngineStats:
+        """How much there is to do; called by the thread that steps."""

@@ -28,6 +28,14 @@ _MIN_TEMPERATURE = 1e-5
 _MIN_REPETITION_PENALTY = 1e-3
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerateStats:
+    """See EngineStats."""
+
+    num_waiting: int
+    num_running: int
+
+
 class _Cancelled(Exception):
     """Leaves a forward pass whose request was cancelled."""
 
@@ -77,6 +85,11 @@ class GenerateEngine:
         while not self._outputs.empty():
             outputs.append(self._next_output())
         return outputs
+
+    def stats(self) -> GenerateStats:
+        """See Engine."""
+        num_open = len(self._sequences)
+        return GenerateStats(num_waiting=max(num_open - 1, 0), num_running=min(num_open, 1))
 
     def _leave_if_cancelled(self, *_: object) -> None:
         # The prefill of a long prompt can take minutes: a cancelled one ends before its next layer.

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, Callable
-from typing import Protocol
 
 from parleyd.errors import ParleyError
 from parleyd.gateway.streamer import Delta, Streamer
+from parleyd.gateway.worker_link import WorkerLink
 from parleyd.generation import EngineRequest, Output
-from parleyd.ipc.messages import Abort, Submit, ToWorker
-
-
-class Link(Protocol):
-    """What is needed of a worker here."""
-
-    def send(self, message: ToWorker) -> None: ...
+from parleyd.ipc.messages import Abort, Submit
 
 
 class WorkerClient:
@@ -31,7 +25,7 @@ class WorkerClient:
         return len(self._streamers)
 
     async def generate(
-        self, link: Link, request: EngineRequest, on_end: Callable[[], None] = lambda: None
+        self, link: WorkerLink, request: EngineRequest, on_end: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[Delta]:
         """Yields the answer's token ids as they come. Closing the generator early stops the worker within one token.
 
@@ -42,6 +36,8 @@ class WorkerClient:
         link.send(Submit(request))
         try:
             while True:
+                # The seam for handing streams over to a fresh worker: where WorkerLost comes out of here, the request
+                # and the ids already yielded are at hand to be submitted again.
                 delta = await streamer.take()
                 yield delta
                 if delta.finish_reason is not None:
@@ -65,7 +61,6 @@ class WorkerClient:
 
     def fail_all(self, error: ParleyError) -> None:
         """Ends every open request."""
-        # The seam for handing streams over to a fresh worker: prompt and delivered ids of each are known here.
         streamers, self._streamers = self._streamers, {}
         for streamer in streamers.values():
             streamer.fail(error)

@@ -72,6 +72,24 @@ def test_greedy_ids_are_those_of_model_generate(
     assert run(engine, request(prompt=prompt, repetition_penalty=penalty))[1] == expected
 
 
+def test_the_stats_tell_who_runs_and_who_waits(make_model: Callable[[], LlamaForCausalLM]) -> None:
+    model = make_model()
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        entered.set()
+        assert go_on.wait(10)
+
+    model.register_forward_pre_hook(hold)
+    engine = GenerateEngine(model, (), CONTEXT)
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (0, 0)
+    for key in range(3):
+        engine.submit(request(key, max_new_tokens=1))
+    assert entered.wait(10)
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (1, 2)
+    go_on.set()
+
+
 def test_requests_are_taken_in_order(engine: GenerateEngine) -> None:
     keys = [7, 3, 9]
     for key in keys:
