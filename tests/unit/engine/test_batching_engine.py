@@ -1,0 +1,285 @@
+"""Engine `batching` on tiny random models of each family: `model.generate`'s own ids, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
+
+from parleyd.config import ModelSettings
+from parleyd.engine.attention import PagedKVCache
+from parleyd.engine.batching import BatchingEngine
+from parleyd.engine.build import batching_obstacle, build_engine, checked_stock_forward
+from parleyd.engine.generate import GenerateEngine
+from parleyd.engine.kv_cache import KVLedger
+from parleyd.engine.lean_forward import LeanForward, can_run
+from parleyd.engine.model_runner import ModelRunner, StockForward
+from parleyd.engine.scheduler import Scheduler
+from parleyd.errors import StartupError
+from parleyd.generation import EngineRequest, FinishReason, ModelInfo, SamplingParams
+
+VOCAB_SIZE, CONTEXT, EOS, BLOCK_SIZE = 97, 256, 3, 8
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "eos_token_id": EOS,
+    "bos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.4,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 16}, "Mistral": {"sliding_window": None},
+    "Gemma": {"head_dim": 16}, "Phi3": {"sliding_window": None},
+}  # fmt: skip
+LEAN = ("Llama", "Qwen2", "Qwen3", "Mistral")
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES.get(family, {}), **config})
+    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(made).to(dtype).eval()
+    return model
+
+
+def make_engine(
+    model: PreTrainedModel,
+    *,
+    lean: bool = False,
+    num_blocks: int = 256,
+    max_batch_tokens: int = 64,
+    max_running: int = 16,
+    max_mixed_prefill_tokens: int | None = None,
+    eos: tuple[int, ...] = (EOS,),
+    context: int = CONTEXT,
+) -> BatchingEngine:
+    config: Any = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, num_blocks, BLOCK_SIZE, config.num_key_value_heads, head_dim)
+    cache = PagedKVCache(shape, model.dtype, model.device)
+    scheduler = Scheduler(
+        KVLedger(num_blocks, BLOCK_SIZE),
+        max_running=max_running,
+        max_batch_tokens=max_batch_tokens,
+        max_context_tokens=context,
+        eos_token_ids=eos,
+        max_mixed_prefill_tokens=max_mixed_prefill_tokens,
+    )
+    forward = LeanForward(model, cache) if lean else StockForward(model, cache)
+    return BatchingEngine(scheduler, ModelRunner(forward, cache, VOCAB_SIZE, eos), max_running)
+
+
+def request(key: int, prompt: tuple[int, ...], **params: Any) -> EngineRequest:
+    return EngineRequest(key=key, prompt_ids=prompt, params=SamplingParams(**{"max_new_tokens": 12, **params}))
+
+
+def run(engine: BatchingEngine, *requests: EngineRequest) -> dict[int, list[int]]:
+    for one in requests:
+        engine.submit(one)
+    ids: dict[int, list[int]] = defaultdict(list)
+    open_keys = {one.key for one in requests}
+    while open_keys:
+        for output in engine.step():
+            assert output.error is None, output.error
+            ids[output.key] += output.token_ids
+            if output.is_last:
+                open_keys.remove(output.key)
+    assert engine.stats().num_used_blocks == 0
+    return ids
+
+
+def prompts(count: int, seed: int = 0, longest: int = 90) -> list[tuple[int, ...]]:
+    chance = random.Random(seed)
+    return [tuple(chance.randrange(4, VOCAB_SIZE) for _ in range(chance.randrange(1, longest))) for _ in range(count)]
+
+
+def oracle(model: PreTrainedModel, prompt: tuple[int, ...], max_new_tokens: int = 12) -> list[int]:
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=EOS, pad_token_id=0, do_sample=False)
+    sequences: Any = model.generate(torch.tensor([prompt]), generation_config=config)  # type: ignore[operator]
+    return list(sequences[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize(("family", "lean"), [*((f, False) for f in FAMILIES), *((f, True) for f in LEAN)])
+def test_greedy_ids_are_those_of_model_generate_alone_and_among_neighbours(family: str, lean: bool) -> None:
+    some = prompts(16)
+    reference = make_model(family)
+    expected = [oracle(reference, prompt) for prompt in some]
+    requests = [request(key, prompt) for key, prompt in enumerate(some)]
+    engine = make_engine(make_model(family), lean=lean)
+    for one in requests[:3]:
+        assert run(engine, one)[one.key] == expected[one.key]
+    engine = make_engine(make_model(family), lean=lean)
+    together = run(engine, *requests)
+    assert [together[key] for key in range(16)] == expected
+    assert run(engine, *requests) == together  # prefix hits this time
+    assert engine.stats().num_cached_prompt_tokens > 0
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_batch_tokens": 16}, {"max_mixed_prefill_tokens": 3}, {"num_blocks": 40}, {"max_running": 2}],
+    ids=str,
+)
+def test_chunks_and_preemption_change_no_id(lean: bool, limits: dict[str, int]) -> None:
+    some = prompts(12, seed=1)
+    reference = make_model("Llama")
+    expected = [oracle(reference, prompt, 40) for prompt in some]
+    engine = make_engine(make_model("Llama"), lean=lean, **{"context": 160, **limits})
+    ids = run(engine, *(request(key, prompt, max_new_tokens=40) for key, prompt in enumerate(some)))
+    assert [ids[key] for key in range(12)] == expected
+    if "num_blocks" in limits:
+        assert engine.stats().num_preemptions > 0
+
+
+def test_a_draw_depends_on_neither_neighbours_nor_preemption() -> None:
+    sampled = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 30}
+    some = [request(key, prompt, seed=key, **sampled) for key, prompt in enumerate(prompts(12, seed=2))]
+    model = make_model("Llama")
+    alone = {one.key: run(make_engine(model), one)[one.key] for one in some}
+    assert run(make_engine(model), *some) == alone
+    tight = make_engine(model, num_blocks=40, context=160)
+    assert run(tight, *some) == alone
+    assert tight.stats().num_preemptions > 0
+
+
+def test_packed_and_stock_layers_agree_in_bfloat16_until_the_first_near_tie() -> None:
+    ids = prompts(1, seed=3)[0] + tuple(range(10, 60))
+    inputs = torch.tensor([ids])
+    with torch.no_grad():
+        logits = make_model("Llama", torch.bfloat16)(input_ids=inputs).logits[0].float()
+    engine = make_engine(make_model("Llama", torch.bfloat16), lean=True)
+    two_best = logits.topk(2).values
+    for length in range(1, len(ids)):
+        if two_best[length - 1, 0] - two_best[length - 1, 1] > 0.05 * logits.abs().max():
+            (chosen,) = run(engine, request(1, ids[:length], max_new_tokens=1, ignore_eos=True))[1]
+            assert chosen == int(logits[length - 1].argmax())
+
+
+def test_an_abort_frees_its_blocks_before_the_next_output() -> None:
+    engine = make_engine(make_model("Llama"), eos=())
+    engine.submit(request(1, (5,) * 50, max_new_tokens=100))
+    engine.submit(request(2, (6,) * 50, max_new_tokens=100))
+    seen: set[int] = set()
+    while seen != {1, 2}:
+        seen |= {output.key for output in engine.step()}
+    engine.abort(1)
+    assert {output.key for output in engine.step()} == {2}
+    assert engine.stats().num_running == 1
+
+
+def test_a_thousand_random_cancels_leave_the_ledger_whole() -> None:
+    chance = random.Random(4)
+    engine = make_engine(make_model("Llama", num_hidden_layers=1), num_blocks=60, eos=(), context=160)
+    engine.submit(request(-1, (9,) * 5, max_new_tokens=150))
+    for key in range(1000):
+        engine.submit(request(key, (chance.randrange(4, 90),) * chance.randrange(1, 30), max_new_tokens=50))
+        if chance.random() < 0.3:
+            engine.step()
+        engine.abort(chance.randrange(max(0, key - 10), key + 1))
+    for key in range(-1, 1000):
+        engine.abort(key)
+    run(engine, request(5000, (7, 8), max_new_tokens=1))
+    engine._scheduler.check_integrity()
+
+
+def test_a_step_that_fails_fails_only_its_requests() -> None:
+    engine = make_engine(make_model("Llama"))
+    engine.submit(request(1, (VOCAB_SIZE + 5,)))
+    (output,) = engine.step()
+    assert output.key == 1 and output.error
+    assert run(engine, request(2, (5, 6)))[2]
+
+
+def test_the_last_output_tells_why_and_what_was_cached() -> None:
+    engine = make_engine(make_model("Llama"), eos=())
+    prompt = tuple(range(10, 10 + 3 * BLOCK_SIZE + 1))
+    run(engine, request(1, prompt, max_new_tokens=1))
+    engine.submit(request(2, prompt, max_new_tokens=2))
+    outputs = [*engine.step(), *engine.step()]
+    assert [output.finish_reason for output in outputs] == [None, FinishReason.LENGTH]
+    assert outputs[0].cached_prompt_tokens == 3 * BLOCK_SIZE
+
+
+def info_of(model: PreTrainedModel, context: int = CONTEXT) -> ModelInfo:
+    return ModelInfo(
+        tokenizer_dir="", max_context_tokens=context, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), dtype="float32",
+        device="cpu", engine="", max_running=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tested_families_are_served_by_batching(family: str) -> None:
+    model = make_model(family)
+    assert can_run(model) == (family in LEAN)
+    name, _ = build_engine(ModelSettings(), model, info_of(model))
+    assert name == "batching"
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "why"),
+    [
+        ("Mistral", {"sliding_window": 64}, "sliding"),
+        ("Gemma2", {"head_dim": 16, "sliding_window": 64}, "sliding"),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
+        ("Mamba", {"state_size": 8, "num_key_value_heads": None}, "state"),
+    ],
+)
+def test_what_batching_cannot_drive_is_served_by_generate_with_the_reason_logged(
+    family: str, config: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(family, **config)
+    name, engine = build_engine(ModelSettings(), model, info_of(model))
+    assert name == "generate" and isinstance(engine, GenerateEngine)
+    assert why in (batching_obstacle(model) or "") and why in caplog.text
+
+
+def test_an_attention_implementation_that_has_no_effect_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("Llama")
+    build_engine(ModelSettings(attn_implementation="eager"), model, info_of(model))
+    assert "--attn-implementation" in caplog.text
+
+
+def test_layers_that_compute_something_else_with_our_attention_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("Gemma")
+    attend = StockForward._attend
+
+    def wrong(self: StockForward, module: Any, query: Any, key: Any, *rest: Any, **more: Any) -> Any:
+        return attend(self, module, query, key * 3, *rest, **more)
+
+    monkeypatch.setattr(StockForward, "_attend", wrong)
+    cache = PagedKVCache((2, 8, 32, 2, 16), torch.float32, "cpu")
+    before = model.config._attn_implementation
+    assert checked_stock_forward(model, cache) is None
+    assert model.config._attn_implementation == before
+
+
+def test_a_kv_cache_that_does_not_hold_one_full_context_is_refused() -> None:
+    model = make_model("Llama")
+    with pytest.raises(StartupError, match="--kv-cache-memory: one full context of 256 tokens"):
+        build_engine(ModelSettings(kv_cache_memory=0.00001), model, info_of(model))
+
+
+def test_either_engine_and_layers_can_be_asked_for() -> None:
+    model = make_model("Llama")
+    prompt = prompts(1)[0]
+    expected = oracle(make_model("Llama"), prompt)
+    for settings in (ModelSettings(lean_layers=False), ModelSettings(packed_linear=False), ModelSettings(engine="generate")):
+        _, engine = build_engine(settings, make_model("Llama"), info_of(model))
+        engine.submit(request(1, prompt))
+        ids: list[int] = []
+        while True:
+            outputs = engine.step()
+            ids += [token_id for output in outputs for token_id in output.token_ids]
+            if outputs[-1].is_last:
+                break
+        assert ids == expected
+
+
+def test_a_kv_cache_takes_memory_only_where_it_is_written() -> None:
+    before = psutil.Process().memory_info().rss
+    cache = PagedKVCache((1, 2**14, 32, 4, 64), torch.bfloat16, "cpu")  # 512 MiB
+    assert not cache.keys[0, 5].any() and not cache.values[0, -1].any()
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
