@@ -266,7 +266,8 @@ def test_either_engine_and_layers_can_be_asked_for() -> None:
     model = make_model("Llama")
     prompt = prompts(1)[0]
     expected = oracle(make_model("Llama"), prompt)
-    for settings in (ModelSettings(lean_layers=False), ModelSettings(packed_linear=False), ModelSettings(engine="generate")):
+    choices: list[dict[str, Any]] = [{"lean_layers": False}, {"packed_linear": False}, {"engine": "generate"}]
+    for settings in (ModelSettings(**choice) for choice in choices):
         _, engine = build_engine(settings, make_model("Llama"), info_of(model))
         engine.submit(request(1, prompt))
         ids: list[int] = []
