@@ -198,13 +198,6 @@ def test_several_return_sequences_of_a_greedy_request_are_an_error(gateway: Gate
     ]
 
 
-def test_generate_batch_is_unimplemented(gateway: GatewayThread) -> None:
-    with pytest.raises(grpc.RpcError) as raised:
-        list(gateway.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=[ask("x")]), timeout=20))
-    assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
-    assert dict(raised.value.trailing_metadata())["x-request-id"]
-
-
 def test_refused_calls_carry_the_request_id_in_the_trailers(gateway: GatewayThread) -> None:
     error = refusal(gateway, ask("x", temperature=-1, request_id="mine"))
     assert dict(error.trailing_metadata())["x-request-id"] == "mine"

@@ -14,12 +14,12 @@ from parleyd.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, Prom
 from parleyd.gateway import convert
 from parleyd.gateway.admission import Admission
 from parleyd.gateway.answer import Answer, AnswerDelta
+from parleyd.gateway.batch import answer_batch
 from parleyd.gateway.prompt import PromptBuilder
 from parleyd.gateway.served_model import ServedModel
 from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.generation import EngineRequest, SamplingParams
-from parleyd.rpc.interceptors import REQUEST_ID_KEY
 from parleyd.telemetry.call import current_call
 from parleyd.text.sequence_text import SequenceText
 
@@ -52,16 +52,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Generate(self, request: chat_pb2.GenerateRequest, context: Context) -> chat_pb2.GenerateResponse:
         """See chat.proto."""
-        generation = await self._prepare(request, context)
-        async with aclosing(self._run(generation)) as deltas:
-            answer = AnswerDelta.merge([delta async for delta in deltas])
-        return chat_pb2.GenerateResponse(
-            request_id=current_call.get().request_id,
-            model=self._served.name,
-            seed=generation.params.seed,
-            choices=[convert.to_choice(answer)],
-            **_closing_fields(generation),
-        )
+        return await self._respond(await self._prepare(request, context))
 
     async def GenerateStream(
         self, request: chat_pb2.GenerateRequest, context: Context
@@ -85,13 +76,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def GenerateBatch(
         self, request: chat_pb2.GenerateBatchRequest, context: Context
     ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
-        """See chat.proto. Not built yet."""
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED,
-            "GenerateBatch is not supported by this server yet",
-            ((REQUEST_ID_KEY, current_call.get().request_id),),
-        )
-        yield chat_pb2.GenerateBatchResponse()  # never reached; makes this a generator
+        """See chat.proto."""
+        async with aclosing(
+            answer_batch(request.requests, lambda item: self._prepare(item, context), self._respond)
+        ) as outcomes:
+            async for outcome in outcomes:
+                yield outcome
 
     async def CountTokens(self, request: chat_pb2.CountTokensRequest, context: Context) -> chat_pb2.CountTokensResponse:
         """See chat.proto."""
@@ -140,6 +130,18 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         )
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
         return Answer(text, hidden_ids)
+
+    async def _respond(self, generation: _Generation) -> chat_pb2.GenerateResponse:
+        """The whole answer."""
+        async with aclosing(self._run(generation)) as deltas:
+            answer = AnswerDelta.merge([delta async for delta in deltas])
+        return chat_pb2.GenerateResponse(
+            request_id=current_call.get().request_id,
+            model=self._served.name,
+            seed=generation.params.seed,
+            choices=[convert.to_choice(answer)],
+            **_closing_fields(generation),
+        )
 
     async def _run(self, generation: _Generation) -> AsyncGenerator[AnswerDelta]:
         """The answer's deltas; the last one has a finish reason, and the timings are known by then."""

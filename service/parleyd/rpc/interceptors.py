@@ -82,7 +82,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     async def _guarded(self, method: str, request: Any, context: Context, run: Callable[[Call], Awaitable[Any]]) -> Any:
-        call = Call(method, _request_id(request, context))
+        metadata = dict(context.invocation_metadata() or ())
+        call = Call(method, request_id_of(request, metadata.get(REQUEST_ID_KEY, "")))
         current_call.set(call)
         entered = False
         try:
@@ -93,14 +94,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             result = await run(call)
             _logger.info("%s OK in %.3f s", method, call.elapsed())
             return result
-        except ParleyError as error:
-            _log_refusal(call, error)
-            await _abort(context, error, call)
         except grpc.aio.AbortError:
             raise
-        except Exception:
-            _logger.exception("%s failed", method)
-            await _abort(context, EngineFault("unexpected exception"), call)
+        except Exception as error:
+            await _abort(context, named_error(call, error), call)
         finally:
             if entered:
                 self._leave()
@@ -116,13 +113,21 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return decode
 
 
-def _request_id(request: Any, context: Context) -> str:
-    """The request's own id, else a valid incoming one, else a new one."""
-    metadata = dict(context.invocation_metadata() or ())
-    for candidate in (getattr(request, "request_id", ""), metadata.get(REQUEST_ID_KEY, "")):
+def request_id_of(request: Any, incoming: str | bytes = "") -> str:
+    """The request's own id, else the incoming one, else a new one; ids that are not valid are passed over."""
+    for candidate in (getattr(request, "request_id", ""), incoming):
         if isinstance(candidate, str) and REQUEST_ID_PATTERN.fullmatch(candidate):
             return candidate
     return uuid.uuid4().hex
+
+
+def named_error(call: Call, error: Exception) -> ParleyError:
+    """What a failed call's client is told, after it was logged: an error without a name is a fault of ours."""
+    if isinstance(error, ParleyError):
+        _log_refusal(call, error)
+        return error
+    _logger.error("%s failed", call.method, exc_info=error)
+    return EngineFault("unexpected exception")
 
 
 async def _send_headers(context: Context, call: Call) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Call:
-    """One RPC. `arrived` is on the monotonic clock, in seconds."""
+    """One RPC, or one item of a batch. `arrived` is on the monotonic clock, in seconds."""
 
     method: str
     request_id: str
