@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 
 class FinishReason(Enum):
@@ -15,7 +16,10 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw the tokens of one request; every value resolved and in range (see generation.proto)."""
+    """How to draw the tokens of one sequence; every value resolved and in range (see generation.proto).
+
+    `choice` is the sequence's place among those of its request. `logprobs` is true wherever `top_logprobs` is not 0.
+    """
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -25,9 +29,15 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
+    choice: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +56,27 @@ class EngineRequest:
     cache_salt: str = ""
 
 
+class TokenLogprob(NamedTuple):
+    """Natural logarithms of the model's own distribution at one position (log-softmax of the raw logits).
+
+    `logprob` is the generated token's; `top` are (id, log-probability) of the most likely ones, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """What one step made for one request. The last one for a request has a `finish_reason` or an `error`.
 
+    `logprobs`: one for each of `token_ids` where the request asks for them, else none.
     `cached_prompt_tokens`: of the prompt, how many were found in the prefix cache.
     """
 
     key: int
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_prompt_tokens: int = 0

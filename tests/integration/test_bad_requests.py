@@ -173,11 +173,6 @@ def test_a_chat_template_that_raises_is_an_invalid_request(start_gateway: StartG
 @pytest.mark.parametrize(
     ("request_fields", "field"),
     [
-        ({"logprobs": True}, "generation_config.logprobs"),
-        ({"top_logprobs": 3}, "generation_config.top_logprobs"),
-        ({"presence_penalty": 0.5}, "generation_config.presence_penalty"),
-        ({"frequency_penalty": 0.5}, "generation_config.frequency_penalty"),
-        ({"logit_bias": {5: 1.0}}, "generation_config.logit_bias"),
         ({"num_return_sequences": 2, "do_sample": True}, "generation_config.num_return_sequences"),
         ({"tools": [message_pb2.Tool(name="f")]}, "tools"),
         ({"resume": chat_pb2.Resume(token_ids=[1])}, "resume"),

@@ -19,7 +19,15 @@ from pathlib import Path
 from parleyd.config import ModelSettings
 from parleyd.engine.engine import Engine
 from parleyd.errors import StartupError
-from parleyd.generation import EngineRequest, FinishReason, ModelInfo, Output, SamplingDefaults
+from parleyd.generation import (
+    EngineRequest,
+    FinishReason,
+    ModelInfo,
+    Output,
+    SamplingDefaults,
+    SamplingParams,
+    TokenLogprob,
+)
 from parleyd.worker.process import run
 from tests.support import tiny_tokenizer
 
@@ -74,7 +82,14 @@ class ScriptedEngine:
             reason = FinishReason.LENGTH
         if reason:
             del self._running[key]
-        return Output(key=key, token_ids=(token_id,), finish_reason=reason)
+        logprobs = (logprob(token_id, request.params),) if request.params.logprobs else ()
+        return Output(key=key, token_ids=(token_id,), logprobs=logprobs, finish_reason=reason)
+
+
+def logprob(token_id: int, params: SamplingParams) -> TokenLogprob:
+    """Made up, but exact in float32, and telling of the id; the id itself is the likeliest."""
+    top = [(token_id, -token_id / 64), *((other, -float(other + 8)) for other in range(20) if other != token_id)]
+    return TokenLogprob(-token_id / 64, tuple(top[: params.top_logprobs]))
 
 
 def script(request: EngineRequest) -> Iterator[int]:

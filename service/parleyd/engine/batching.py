@@ -49,13 +49,13 @@ class BatchingEngine:
         if batch is None:
             return []
         try:
-            token_ids = self._runner.run(batch)
+            token_ids, logprobs = self._runner.run(batch)
         except torch.AcceleratorError:
             raise
         except Exception as error:
             _logger.exception("a step of %d tokens failed", batch.num_tokens)
             return self._scheduler.fail(batch, f"{type(error).__name__}: {error}")
-        return self._scheduler.commit(batch, token_ids)
+        return self._scheduler.commit(batch, token_ids, logprobs)
 
     def _take_inbox(self) -> Iterator[Output]:
         """Everything in the inbox; waits for something where there is nothing else to do."""

@@ -12,6 +12,7 @@ import queue
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,7 +20,7 @@ from transformers.generation.logits_process import LogitsProcessor, MinNewTokens
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from parleyd.engine.token_streamer import TokenStreamer
-from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams
+from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams, TokenLogprob
 
 _logger = logging.getLogger("parleyd.engine")
 
@@ -64,6 +65,8 @@ class GenerateEngine:
         model.generation_config = GenerationConfig()
         self._sequences: dict[int, _Sequence] = {}
         self._current: _Sequence | None = None
+        self._logits: torch.Tensor | None = None  # [vocab], raw, of the position now being sampled
+        model.register_forward_hook(self._keep_logits)
         for layer in _layers(model):
             layer.register_forward_pre_hook(self._leave_if_cancelled)
         self._outputs: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
@@ -95,6 +98,11 @@ class GenerateEngine:
         # The prefill of a long prompt can take minutes: a cancelled one ends before its next layer.
         if self._current is not None and self._current.is_cancelled:
             raise _Cancelled
+
+    def _keep_logits(self, module: object, inputs: object, output: Any) -> None:
+        # A logits processor would come too late: penalties come before it.
+        if self._current is not None and self._current.request.params.logprobs:
+            self._logits = output.logits[0, -1]
 
     def _next_output(self) -> Output:
         output = self._outputs.get()
@@ -134,7 +142,8 @@ class GenerateEngine:
             elif sequence.num_generated >= max_new_tokens:
                 reason = FinishReason.LENGTH
             sequence.is_finished = reason is not None
-            self._outputs.put(Output(key=request.key, token_ids=(token_id,), finish_reason=reason))
+            logprobs = (self._logprob(token_id, params.top_logprobs),) if params.logprobs else ()
+            self._outputs.put(Output(key=request.key, token_ids=(token_id,), logprobs=logprobs, finish_reason=reason))
 
         input_ids = torch.tensor(
             [[*request.prompt_ids, *request.output_ids]], dtype=torch.int64, device=self._model.device
@@ -147,6 +156,12 @@ class GenerateEngine:
             stopping_criteria=[_Ended(sequence)],
             streamer=TokenStreamer(on_token),
         )
+
+    def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
+        assert self._logits is not None
+        logprobs = self._logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(num_top, len(logprobs)))
+        return TokenLogprob(float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
         return [*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)]
@@ -175,8 +190,10 @@ class GenerateEngine:
                     prompt_length, params.min_new_tokens, masked_ids, device=str(self._model.device)
                 )
             )
+        if params.logit_bias or params.presence_penalty or params.frequency_penalty:
+            processors.append(_Additions(params, prompt_length))
         if params.do_sample:
-            processors.append(_PositionSeed(params.seed, prompt_length))
+            processors.append(_PositionSeed(params.seed, params.choice, prompt_length))
         return processors
 
 
@@ -209,15 +226,31 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)
 
 
-class _PositionSeed(LogitsProcessor):  # type: ignore[misc]
-    """Seeds torch anew before each draw, by (seed, position): a draw depends on nothing else."""
+class _Additions(LogitsProcessor):  # type: ignore[misc]
+    """Adds the biases, and subtracts the presence and frequency penalties of the ids generated so far."""
 
-    def __init__(self, seed: int, prompt_length: int) -> None:
-        self._seed = seed
+    def __init__(self, params: SamplingParams, prompt_length: int) -> None:
+        self._params = params
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        choice, position = 0, input_ids.shape[1] - self._prompt_length
-        digest = hashlib.blake2b(struct.pack("<QQQ", self._seed, choice, position), digest_size=8).digest()
+        params, scores = self._params, scores.clone()
+        for token_id, bias in params.logit_bias:
+            scores[0, token_id] += bias
+        counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[1])
+        return scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+
+
+class _PositionSeed(LogitsProcessor):  # type: ignore[misc]
+    """Seeds torch anew before each draw, by (seed, choice, position): a draw depends on nothing else."""
+
+    def __init__(self, seed: int, choice: int, prompt_length: int) -> None:
+        self._seed = seed
+        self._choice = choice
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        position = input_ids.shape[1] - self._prompt_length
+        digest = hashlib.blake2b(struct.pack("<QQQ", self._seed, self._choice, position), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little"))
         return scores

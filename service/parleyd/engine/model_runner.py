@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from parleyd.engine.attention import PagedKVCache, StepLayout, attend
 from parleyd.engine.request import Batch
 from parleyd.engine.sampler import Sampler, SamplingRow
+from parleyd.generation import TokenLogprob
 
 _ATTENTION = "parley_paged"
 
@@ -64,8 +65,9 @@ class ModelRunner:
         self._sampler = Sampler(vocab_size, eos_token_ids, self._device)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int]:
-        """One sampled id for each entry that samples, in the batch's order."""
+    def run(self, batch: Batch) -> tuple[list[int], dict[int, TokenLogprob]]:
+        """One sampled id for each entry that samples, in the batch's order, and by their places the log-probabilities
+        of those that ask for them."""
         input_ids = torch.frombuffer(batch.token_ids(), dtype=torch.int32).to(self._device, torch.int64)
         positions = torch.frombuffer(batch.positions(), dtype=torch.int64).to(self._device)
         rows, sample_rows, row = [], [], 0
@@ -87,6 +89,6 @@ class ModelRunner:
         last_rows = torch.tensor(sample_rows, dtype=torch.int64, device=self._device)
         logits = self._forward(input_ids, positions, layout, last_rows)
         if not rows:
-            return []
+            return [], {}
         sampled = self._sampler.sample(logits, self._sampler.prepare(rows))
-        return sampled.token_ids.tolist()
+        return sampled.token_ids.tolist(), sampled.logprobs.by_row() if sampled.logprobs else {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parleyd.engine import draws
 from parleyd.engine.penalties import PenalisedRow, Penalties, PenaltyTable, upload
-from parleyd.generation import SamplingParams
+from parleyd.generation import SamplingParams, TokenLogprob
 
 # Below these, logits overflow; what they ask for is the greedy choice anyway. Engine `generate` has the same.
 _MIN_TEMPERATURE = 1e-5
@@ -53,6 +53,14 @@ class Logprobs(NamedTuple):
     top_ids: Tensor | None  # [len(rows), 20 or the vocabulary], int64; None: nobody asked
     top_logprobs: Tensor | None  # of the same shape, float32
 
+    def by_row(self) -> dict[int, TokenLogprob]:
+        """On the host, for each row that asked. Waits for the device."""
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(self.rows)
+        if self.top_ids is not None and self.top_logprobs is not None:
+            pairs = zip(self.num_top, self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+            tops = [tuple(zip(ids[:num], values[:num], strict=True)) for num, ids, values in pairs]
+        return dict(zip(self.rows, map(TokenLogprob, self.token_logprobs.tolist(), tops), strict=True))
+
 
 class SampledTokens(NamedTuple):
     """What a step sampled, on its device."""
@@ -76,7 +84,6 @@ class _Settings:
 
     @classmethod
     def of(cls, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> _Settings:
-        num_top = getattr(params, "top_logprobs", 0)
         return cls(
             is_greedy=not params.do_sample or params.temperature == 0.0,
             temperature=max(params.temperature, _MIN_TEMPERATURE),
@@ -85,14 +92,14 @@ class _Settings:
             min_p=params.min_p,
             penalties=Penalties(
                 repetition=max(params.repetition_penalty, _MIN_REPETITION_PENALTY),
-                presence=getattr(params, "presence_penalty", 0.0),
-                frequency=getattr(params, "frequency_penalty", 0.0),
-                bias=dict(getattr(params, "logit_bias", ())),
+                presence=params.presence_penalty,
+                frequency=params.frequency_penalty,
+                bias=dict(params.logit_bias),
                 masked_ids=eos_token_ids.union(params.stop_token_ids),
                 min_new_tokens=params.min_new_tokens,
             ),
-            stream_key=draws.stream_key(params.seed, getattr(params, "choice", 0)),
-            num_top_logprobs=num_top if num_top or getattr(params, "logprobs", False) else None,
+            stream_key=draws.stream_key(params.seed, params.choice),
+            num_top_logprobs=params.top_logprobs if params.logprobs else None,
         )
 
 

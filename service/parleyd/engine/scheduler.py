@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from operator import attrgetter
@@ -15,7 +16,9 @@ from operator import attrgetter
 from parleyd.engine.kv_cache import IntegrityError, KVLedger
 from parleyd.engine.request import Batch, Sequence, SequenceState
 from parleyd.errors import StartupError
-from parleyd.generation import EngineRequest, Output
+from parleyd.generation import EngineRequest, Output, TokenLogprob
+
+_NONE: Mapping[int, TokenLogprob] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +112,17 @@ class Scheduler:
         self._schedule_prefills(batch, prefills)
         return batch if batch.scheduled else None
 
-    def commit(self, batch: Batch, token_ids: Ids[int]) -> list[Output]:
-        """Takes one sampled id for each entry of the batch that samples, in its order."""
+    def commit(self, batch: Batch, token_ids: Ids[int], logprobs: Mapping[int, TokenLogprob] = _NONE) -> list[Output]:
+        """Takes one sampled id for each entry of the batch that samples, in its order.
+
+        `logprobs` are passed on: those of the ids at these places in `token_ids`.
+        """
         if len(token_ids) != batch.num_samples:
             raise ValueError(f"{len(token_ids)} ids for {batch.num_samples} sequences that sample")
         outputs = []
-        ids = iter(token_ids)
+        sampled = enumerate(token_ids)
         for sequence, _, start, num_tokens, samples, _ in batch.scheduled:
-            token_id = next(ids) if samples else None
+            index, token_id = next(sampled) if samples else (-1, None)
             sequence.num_in_flight -= 1
             if sequence.state is SequenceState.FINISHED:  # aborted, or ended by the batch before
                 continue
@@ -131,6 +137,7 @@ class Scheduler:
                     Output(
                         key=sequence.key,
                         token_ids=(token_id,),
+                        logprobs=(logprobs[index],) if index in logprobs else (),
                         finish_reason=reason,
                         cached_prompt_tokens=sequence.cached_prompt_tokens or 0,
                     )

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
+from parley.v1 import generation_pb2
+from parleyd.gateway.logprobs import to_token_logprob
 from parleyd.gateway.streamer import Delta
 from parleyd.generation import FinishReason
 from parleyd.text.sequence_text import SequenceText
+from parleyd.text.tokenizer import Tokenizer
 
 
 @dataclass
 class AnswerDelta:
-    """What is new of an answer: ids, and the text that is safe to send by now."""
+    """What is new of an answer: ids, their log-probabilities if asked for, and the text that is safe to send by now."""
 
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
     content: str = ""
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
@@ -26,6 +31,7 @@ class AnswerDelta:
         contents = []
         for delta in deltas:
             whole.token_ids += delta.token_ids
+            whole.logprobs += delta.logprobs
             contents.append(delta.content)
             whole.finish_reason, whole.stop_string = delta.finish_reason, delta.stop_string
         whole.content = "".join(contents)
@@ -36,7 +42,8 @@ class Answer:
     """One answer in the making. Fed with every id in order, so that what is sent depends on the ids alone, not on how
     they were grouped on their way."""
 
-    def __init__(self, text: SequenceText, hidden_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, text: SequenceText, hidden_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
         self._text = text
         self._hidden_ids = hidden_ids
         self.num_tokens = 0
@@ -44,9 +51,11 @@ class Answer:
     def push(self, delta: Delta) -> AnswerDelta:
         """The client's delta for the engine's. Ids after a completed stop string are dropped, and the answer ends."""
         result = AnswerDelta()
-        for token_id in delta.token_ids:
+        for token_id, logprob in zip_longest(delta.token_ids, delta.logprobs):
             self.num_tokens += 1
             result.token_ids.append(token_id)
+            if logprob is not None:
+                result.logprobs.append(to_token_logprob(self._tokenizer, token_id, logprob))
             text, stop_string = self._text.push(token_id, visible=token_id not in self._hidden_ids)
             result.content += text
             if stop_string is not None:

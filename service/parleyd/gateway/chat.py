@@ -129,7 +129,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             min_new_tokens=params.min_new_tokens,
         )
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
-        return Answer(text, hidden_ids)
+        return Answer(self._served.tokenizer, text, hidden_ids)
 
     async def _respond(self, generation: _Generation) -> chat_pb2.GenerateResponse:
         """The whole answer."""

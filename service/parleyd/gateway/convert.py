@@ -75,9 +75,14 @@ def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: Sampli
         top_k=value("top_k"),
         min_p=value("min_p"),
         repetition_penalty=value("repetition_penalty"),
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
         seed=config.seed if config.HasField("seed") else secrets.randbits(64),
         stop_token_ids=tuple(config.stop_token_ids),
         ignore_eos=config.ignore_eos,
+        logit_bias=tuple(sorted(config.logit_bias.items())),
+        logprobs=config.logprobs or config.top_logprobs > 0,
+        top_logprobs=config.top_logprobs,
     )
 
 
@@ -98,18 +103,14 @@ def resolved_violations(request: chat_pb2.GenerateRequest, params: SamplingParam
 
 def to_generation_config(params: SamplingParams) -> generation_pb2.GenerationConfig:
     """Defaults, as GetModel tells them."""
-    config = generation_pb2.GenerationConfig(num_return_sequences=1, top_logprobs=0, logprobs=False)
+    config = generation_pb2.GenerationConfig(
+        num_return_sequences=1, skip_special_tokens=True, include_stop_string=False
+    )
     for name in (
-        "max_new_tokens",
-        "min_new_tokens",
-        "do_sample",
-        *_SAMPLING_FIELDS,
-        "repetition_penalty",
-        "ignore_eos",
-    ):
+        "max_new_tokens", "min_new_tokens", "do_sample", *_SAMPLING_FIELDS, "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "ignore_eos", "logprobs", "top_logprobs",
+    ):  # fmt: skip
         setattr(config, name, getattr(params, name))
-    config.presence_penalty = config.frequency_penalty = 0
-    config.skip_special_tokens, config.include_stop_string = True, False
     return config
 
 
@@ -119,6 +120,7 @@ def to_stream_response(delta: AnswerDelta) -> chat_pb2.GenerateStreamResponse:
         index=0,
         content=delta.content,
         token_ids=delta.token_ids,
+        logprobs=delta.logprobs,
         finish_reason=_FINISH_REASONS[delta.finish_reason],
         stop_string=delta.stop_string or "",
     )
@@ -132,6 +134,7 @@ def to_choice(delta: AnswerDelta) -> chat_pb2.Choice:
         finish_reason=_FINISH_REASONS[delta.finish_reason],
         stop_string=delta.stop_string or "",
         token_ids=delta.token_ids,
+        logprobs=delta.logprobs,
     )
 
 

@@ -15,7 +15,10 @@ from parleyd.text.chat_template import ChatTemplate
 from parleyd.text.tokenizer import Tokenizer
 
 _MAX_VIOLATIONS = 200
-_CAPABILITIES = ("chat", "stream", "batch", "count_tokens", "continue_final_message", "stop_strings", "seed")
+_CAPABILITIES = (
+    "chat", "stream", "batch", "count_tokens", "continue_final_message", "stop_strings", "seed", "penalties",
+    "logit_bias", "logprobs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from parleyd.errors import EngineFault, ParleyError
-from parleyd.generation import FinishReason, Output
+from parleyd.generation import FinishReason, Output, TokenLogprob
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Token ids made since the last delta; the last one has a `finish_reason`."""
+    """Token ids made since the last delta, and their log-probabilities where asked for; the last one has a
+    `finish_reason`."""
 
     token_ids: list[int]
     finish_reason: FinishReason | None
     cached_prompt_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Streamer:
@@ -26,6 +28,7 @@ class Streamer:
         """`on_end` is called when nothing more will come, whether or not what came has been taken."""
         self._on_end = on_end
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._finish_reason: FinishReason | None = None
         self._error: ParleyError | None = None
         self._cached_prompt_tokens = 0
@@ -34,6 +37,7 @@ class Streamer:
     def put(self, output: Output) -> None:
         """Adds what one step made."""
         self._token_ids.extend(output.token_ids)
+        self._logprobs.extend(output.logprobs)
         self._finish_reason = output.finish_reason
         self._cached_prompt_tokens = output.cached_prompt_tokens
         if output.error is not None:
@@ -62,4 +66,5 @@ class Streamer:
 
     def _drain(self, finish_reason: FinishReason | None) -> Delta:
         token_ids, self._token_ids = self._token_ids, []
-        return Delta(token_ids, finish_reason, self._cached_prompt_tokens)
+        logprobs, self._logprobs = self._logprobs, []
+        return Delta(token_ids, finish_reason, self._cached_prompt_tokens, logprobs)

@@ -80,12 +80,7 @@ def unsupported_in_request(request: chat_pb2.GenerateRequest) -> Iterator[Unsupp
     yield from unsupported_in_conversation(request)
     config = request.generation_config
     asked = {
-        "presence_penalty": config.presence_penalty != 0,
-        "frequency_penalty": config.frequency_penalty != 0,
-        "logit_bias": len(config.logit_bias) > 0,
         "num_return_sequences": config.num_return_sequences > 1,
-        "logprobs": config.logprobs,
-        "top_logprobs": config.top_logprobs > 0,
     }
     for name, is_asked in asked.items():
         if is_asked:

@@ -33,15 +33,7 @@ EOS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Params(SamplingParams):
-    """With every field that the sampler knows."""
-
     max_new_tokens: int = 100
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: bool = False
-    top_logprobs: int = 0
-    choice: int = 0
 
 
 def row(params: SamplingParams, key: int = 0, prompt: Sequence[int] = (1,), output: Sequence[int] = ()) -> SamplingRow:
@@ -285,7 +277,12 @@ def test_eos_and_stop_ids_are_masked_until_min_new_tokens(do_sample: bool, ignor
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = random_logits(4, 1000, seed=6)
     wanted = Params(do_sample=True, logprobs=True, top_logprobs=5, **EVERYTHING)  # type: ignore[arg-type]
-    rows = [row(Params(), 0), row(wanted, 1), row(Params(logprobs=True), 2), row(Params(top_logprobs=2), 3)]
+    rows = [
+        row(Params(), 0),
+        row(wanted, 1),
+        row(Params(logprobs=True), 2),
+        row(Params(logprobs=True, top_logprobs=2), 3),
+    ]
     sampler = Sampler(1000, [EOS], CPU)
     sampled = sampler.sample(logits, sampler.prepare(rows))
 
@@ -300,6 +297,10 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert sampled.logprobs.top_ids is not None
     assert torch.equal(sampled.logprobs.top_ids, ids)
     assert torch.equal(sampled.logprobs.top_logprobs, values)
+    by_row = sampled.logprobs.by_row()
+    assert list(by_row) == [1, 2, 3]
+    assert by_row[2] == (sampled.logprobs.token_logprobs[1].item(), ())
+    assert by_row[3].top == tuple(zip(ids[2].tolist()[:2], values[2].tolist()[:2], strict=True))
     assert sampler.sample(logits[:1], sampler.prepare(rows[:1])).logprobs is None
 
 
