@@ -10,6 +10,7 @@
 """
 
 from parley_client.aio import AsyncClient, AsyncStream
+from parley_client.batch import BatchResult
 from parley_client.client import Client, Stream
 from parley_client.errors import (
     Cancelled,
@@ -39,12 +40,13 @@ from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions, GenerationOptions
 from parley_client.piece import Piece
 from parley_client.reply import Choice, FinishReason, Reply, Timings, Usage
-from parley_client.request import AnyMessage
+from parley_client.request import AnyMessage, chat_request
 
 __all__ = [
     "AnyMessage",
     "AsyncClient",
     "AsyncStream",
+    "BatchResult",
     "Cancelled",
     "ChatOptions",
     "Choice",
@@ -81,6 +83,7 @@ __all__ = [
     "Violation",
     "WorkerLost",
     "assistant",
+    "chat_request",
     "system",
     "tool",
     "user",

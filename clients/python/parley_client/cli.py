@@ -8,8 +8,10 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from parley_client import commands, conversation
+from parley_client import batch_job, commands, conversation
+from parley_client.batch import MAX_REQUESTS
 from parley_client.errors import ParleyError
 
 EXIT_FAILED = 1  # argparse exits with 2 for wrong usage
@@ -75,6 +77,28 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(generate, "print the whole answer as one JSON object, with token ids, usage and timings")
     generate.set_defaults(run=commands.generate)
 
+    batch = subparsers.add_parser(
+        "batch",
+        help="answer a file of requests",
+        description="Answer the requests in INPUT, one JSON object a line, and write a line with the result of each to "
+        "OUTPUT as it finishes. Stopped and started again, it goes on with what has no answer yet. The exit code is 0 "
+        "only if every request has been answered.",
+        epilog='A line is a parley.v1.GenerateRequest in protobuf\'s JSON mapping, such as {"messages": [{"role": '
+        '"ROLE_USER", "content": "Hi"}], "generation_config": {"max_new_tokens": 32}}, and may have an "id" beside its '
+        'fields, which the result repeats. A result has the number of the input\'s "line", and "response" or "error".',
+    )
+    batch.add_argument("input", metavar="INPUT", type=Path, help="JSONL file of requests")
+    batch.add_argument("output", metavar="OUTPUT", type=Path, help="JSONL file of results")
+    batch.add_argument(
+        "--chunk",
+        metavar="N",
+        type=_chunk_size,
+        default=256,
+        help="most requests of one call, 1 to 1024 (default: %(default)s)",
+    )
+    _add_connection(batch, timeout_help="seconds that each call may take (default: no limit)")
+    batch.set_defaults(run=batch_job.batch)
+
     model = subparsers.add_parser("model", help="tell what is served", description="Tell what is served.")
     _add_connection(model, timeout_help="seconds to wait (default: %(default)g)", timeout=10.0)
     _add_json(model, "print one JSON object")
@@ -128,3 +152,9 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
     return seconds
+
+
+def _chunk_size(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_REQUESTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MAX_REQUESTS}")
+    return int(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 from parley_client import request, status
 from parley_client.accumulator import Accumulator
+from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import CallDefaults, channel_options
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.model_info import ModelInfo
@@ -90,6 +91,40 @@ class Client:
         """
         message = request.generate("stream", messages, options)
         return Stream(self._chat.GenerateStream, message, self._defaults.args(timeout))
+
+    def generate_batch(
+        self,
+        requests: Iterable[Iterable[AnyMessage] | chat_pb2.GenerateRequest],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Generator[BatchResult]:
+        """Answers up to 1,024 conversations in one call: `for result in client.generate_batch(...)`, as they finish.
+
+        An item that fails does so alone: `result.error`. Leaving the loop early cancels the call and frees the model.
+
+        Args:
+            requests: conversations, or requests with options of their own, which `chat_request` builds.
+            timeout: seconds that the whole batch may take; None is the client's own.
+            **options: for the conversations, see `ChatOptions`.
+
+        Raises:
+            ParleyError: the call as a whole failed; what finished before has been told by then. IncompleteStream if it
+                ended with items left over.
+        """
+        return self._results(request.generate_batch(requests, options), self._defaults.args(timeout))
+
+    def _results(self, batch: chat_pb2.GenerateBatchRequest, args: Mapping[str, Any]) -> Generator[BatchResult]:
+        reader = BatchReader(batch)
+        call = self._chat.GenerateBatch(batch, **args)
+        try:
+            for response in call:
+                yield reader.read(response)
+        except grpc.RpcError as error:
+            raise status.from_rpc_error(error) from error
+        finally:
+            call.cancel()
+        reader.check_ended()
 
     def count_tokens(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 from google.protobuf.message import Message as ProtoMessage
 
@@ -53,6 +53,28 @@ def generate(method: str, messages: Iterable[AnyMessage], options: ChatOptions) 
         if options.get(name) is not None:
             set_field(request, name, options.get(name), "")
     return request
+
+
+def chat_request(messages: Iterable[AnyMessage], **options: Unpack[ChatOptions]) -> chat_pb2.GenerateRequest:
+    """An item of a batch with options of its own. Raises as `generate`."""
+    return generate("chat_request", messages, options)
+
+
+def generate_batch(
+    items: Iterable[Iterable[AnyMessage] | chat_pb2.GenerateRequest], options: ChatOptions
+) -> chat_pb2.GenerateBatchRequest:
+    """The request for a batch; `options` are for the items that are conversations. Raises as `generate`."""
+    batch = chat_pb2.GenerateBatchRequest()
+    for i, item in enumerate(items):
+        if isinstance(item, chat_pb2.GenerateRequest):
+            batch.requests.append(item)
+            continue
+        try:
+            batch.requests.append(generate("generate_batch", item, options))
+        except InvalidRequest as error:
+            [violation] = error.violations
+            raise InvalidRequest.at(join(f"requests[{i}]", violation.field), violation.description) from error
+    return batch
 
 
 def count_tokens(

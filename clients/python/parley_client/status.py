@@ -27,6 +27,8 @@ BY_CODE: dict[grpc.StatusCode, type[errors.ParleyError]] = {
     grpc.StatusCode.UNIMPLEMENTED: errors.Unimplemented,
 }
 
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
 _Detail = TypeVar("_Detail", bound=Message)
 _Metadata = Iterable[tuple[str, str | bytes]] | None
 
@@ -48,6 +50,12 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ParleyError:
     request_id = trailers.get(REQUEST_ID_KEY) or headers.get(REQUEST_ID_KEY)
     details = _decode_status(trailers.get(DETAILS_KEY))
     return _build(call.code(), details.message or call.details() or "", details, _text(request_id))
+
+
+def from_proto(proto: status_pb2.Status, request_id: str | None) -> errors.ParleyError:
+    """The typed error for a status inside a message, as items of a batch have one."""
+    code = _CODES.get(proto.code, grpc.StatusCode.UNKNOWN)
+    return _build(code, proto.message, proto, request_id)
 
 
 def _build(

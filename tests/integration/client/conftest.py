@@ -48,6 +48,9 @@ class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, health_pb2_grpc.HealthSe
     def GenerateStream(self, request: Any, context: grpc.ServicerContext) -> Any:
         yield from self._answer("GenerateStream", request, context)
 
+    def GenerateBatch(self, request: Any, context: grpc.ServicerContext) -> Any:
+        yield from self._answer("GenerateBatch", request, context)
+
     def CountTokens(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._answer("CountTokens", request, context)
 
@@ -172,6 +175,20 @@ class Blocking:
             return self._client.stream(*args, **kwargs)
 
         return BlockingStream(self._run, self._run(create()))
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        results = self._client.generate_batch(*args, **kwargs)
+
+        def read() -> Iterator[Any]:
+            try:
+                while True:
+                    yield self._run(anext(results))
+            except StopAsyncIteration:
+                return
+            finally:
+                self._run(results.aclose())
+
+        return read()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: self._run(getattr(self._client, name)(*args, **kwargs))

@@ -1,0 +1,150 @@
+"""The files of `parley batch`: requests in, one JSON object a line, and their results out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from google.protobuf import json_format
+
+from parley.v1 import chat_pb2
+
+Key: TypeAlias = str | int
+"""What tells an item from all others: its `id`, else the number of its line."""
+
+_MAX_BAD_LINES = 20
+_REFUSALS = (ValueError, RecursionError, json_format.ParseError)
+
+
+class BadFile(ValueError):
+    """A file is not what it must be. The text has one line for each thing wrong, with the line's number."""
+
+
+@dataclass
+class Item:
+    """A line of the input."""
+
+    line: int
+    id: str | None
+    request: chat_pb2.GenerateRequest
+    tries: int = 0
+
+    @property
+    def key(self) -> Key:
+        return self.line if self.id is None else self.id
+
+
+def read_items(path: Path) -> Iterator[Item]:
+    """The items of a JSONL file; blank lines are passed over. Raises BadFile at the first bad line."""
+    for line, text in _lines(path):
+        if not text.strip():
+            continue
+        try:
+            yield _parse(line, text)
+        except _REFUSALS as error:
+            raise BadFile(f"{path}:{line}: {_one_line(error)}") from error
+
+
+def check_input(path: Path) -> set[Key]:
+    """The keys of a file's items. Raises BadFile with its first bad lines."""
+    keys: dict[Key, int] = {}
+    bad = []
+    for line, text in _lines(path):
+        if not text.strip():
+            continue
+        try:
+            key = _parse(line, text).key
+        except _REFUSALS as error:
+            bad.append(f"{path}:{line}: {_one_line(error)}")
+        else:
+            if key in keys:
+                bad.append(f"{path}:{line}: the id {key!r} is that of line {keys[key]} already")
+            keys[key] = line
+        if len(bad) == _MAX_BAD_LINES:
+            break
+    if bad:
+        raise BadFile("\n".join(bad))
+    return set(keys)
+
+
+def _parse(line: int, text: bytes) -> Item:
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError("is no JSON object")
+    id = fields.pop("id", None)
+    if not (id is None or isinstance(id, str)):
+        raise ValueError("id: must be a string")
+    return Item(line, id, json_format.ParseDict(fields, chat_pb2.GenerateRequest()))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            yield from enumerate(file, start=1)
+    except OSError as error:
+        raise BadFile(f"{path}: {error.strerror}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class ResultFile:
+    """The output: one line a result, each written whole. Opened again, it knows which items have been answered.
+
+    Failed items and a line that a killed run left torn are taken out when it is opened, to be asked again.
+    """
+
+    def __init__(self, path: Path, keys: set[Key]) -> None:
+        self.answered: set[Key] = set()
+        try:
+            if path.is_file():
+                self._keep_answers(path, keys)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise BadFile(f"{path}: {error.strerror}") from error
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, item: Item, result: dict[str, Any]) -> None:
+        """Appends one line."""
+        head = {"line": item.line} if item.id is None else {"line": item.line, "id": item.id}
+        line = json.dumps({**head, **result}, ensure_ascii=False).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _keep_answers(self, path: Path, keys: set[Key]) -> None:
+        kept = path.with_name(path.name + ".tmp")
+        try:
+            with kept.open("wb") as file:
+                for line, text in _lines(path):
+                    if not text.endswith(b"\n"):
+                        break
+                    key, is_answered = _parse_result(f"{path}:{line}", text, keys)
+                    if is_answered:
+                        self.answered.add(key)
+                        file.write(text)
+            os.replace(kept, path)
+        finally:
+            kept.unlink(missing_ok=True)
+
+
+def _parse_result(place: str, text: bytes, keys: set[Key]) -> tuple[Key, bool]:
+    try:
+        result = json.loads(text)
+        key = result["id"] if "id" in result else result["line"]
+        is_known = key in keys
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadFile(f"{place}: is no result of `parley batch`: name another output, or remove the file") from error
+    if not is_known:
+        raise BadFile(f"{place}: answers {key!r}, which the input does not hold: these files do not belong together")
+    return key, "response" in result

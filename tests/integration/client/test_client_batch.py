@@ -1,0 +1,318 @@
+"""`generate_batch` of both clients, and `parley batch`, against a server that answers by script and a real gateway."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
+from parley.v1 import chat_pb2
+from parley_client import (
+    IncompleteStream,
+    InvalidRequest,
+    ParleyError,
+    QueueFull,
+    Unsupported,
+    chat_request,
+    user,
+)
+from parley_client.cli import main
+
+
+def answered(index, text="Hello"):
+    message = {"role": "ROLE_ASSISTANT", "content": text}
+    response = chat_pb2.GenerateResponse(choices=[{"message": message}], usage={"completion_tokens": 1})
+    return chat_pb2.GenerateBatchResponse(index=index, response=response)
+
+
+def failed(index, code, reason, retry_s=None):
+    error = status_pb2.Status(code=code.value[0], message="as scripted")
+    error.details.add().Pack(error_details_pb2.ErrorInfo(domain="parley.v1", reason=reason))
+    if retry_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(retry_s * 1e9))
+        error.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return chat_pb2.GenerateBatchResponse(index=index, error=error)
+
+
+def content(request):
+    return request.messages[-1].content
+
+
+@pytest.fixture
+def echoes(server):
+    """Answers each item with its own last message."""
+
+    def answer(request, context):
+        for index, item in enumerate(request.requests):
+            yield answered(index, content(item))
+
+    server.script["GenerateBatch"] = answer
+    return server
+
+
+def test_results_come_with_their_index_in_the_order_of_the_server(server, client):
+    server.script["GenerateBatch"] = lambda request, context: iter(
+        [answered(1, "one"), failed(0, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", 1.5), answered(2, "two")]
+    )
+    first, second, third = client.generate_batch([[user("0")], [user("1")], [user("2")]])
+    assert (first.index, first.reply.content, first.error) == (1, "one", None)
+    assert (third.index, third.reply.content) == (2, "two")
+    assert isinstance(second.error, QueueFull)
+    assert second.error.retry_after_s == 1.5
+    with pytest.raises(QueueFull, match="as scripted"):
+        _ = second.reply
+
+
+def test_options_are_for_conversations_and_requests_keep_their_own(echoes, client):
+    items = [[user("a")], chat_request([user("b")], max_new_tokens=7, request_id="mine")]
+    assert len(list(client.generate_batch(items, max_new_tokens=3, timeout=20))) == 2
+    sent = echoes.requests[-1].requests
+    assert [item.generation_config.max_new_tokens for item in sent] == [3, 7]
+    assert sent[1].request_id == "mine"
+
+
+def test_an_item_that_cannot_be_encoded_is_named(client):
+    with pytest.raises(InvalidRequest) as raised:
+        client.generate_batch([[user("a")], [user("b"), user("\ud800")]])
+    assert [violation.field for violation in raised.value.violations] == ["requests[1].messages[1].content"]
+
+
+def test_a_batch_that_ends_too_soon_is_an_error(server, client):
+    server.script["GenerateBatch"] = lambda request, context: iter([answered(0)])
+    results = client.generate_batch([[user("a")], [user("b")]])
+    assert next(results).index == 0
+    with pytest.raises(IncompleteStream):
+        next(results)
+
+
+def test_a_call_that_fails_as_a_whole_raises(server, client):
+    def fail(request, context):
+        server.fails(context, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED")
+        yield
+
+    server.script["GenerateBatch"] = fail
+    with pytest.raises(Unsupported):
+        list(client.generate_batch([[user("a")]]))
+
+
+def test_leaving_a_batch_early_cancels_the_call(server, client):
+    def answer(request, context):
+        yield answered(0)
+        server.hold(context)
+
+    server.script["GenerateBatch"] = answer
+    with closing(client.generate_batch([[user("a")], [user("b")]])) as results:
+        next(results)
+    assert server.has_seen_the_end()
+
+
+##### parley batch
+
+
+@pytest.fixture
+def files(tmp_path):
+    return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def target(server, monkeypatch):
+    monkeypatch.setenv("PARLEY_TARGET", server.target)
+
+
+def line_of(text, **more):
+    return json.dumps({"messages": [{"role": "ROLE_USER", "content": text}], **more}) + "\n"
+
+
+def run(files, *flags):
+    return main(["batch", *map(str, files), *flags])
+
+
+def results_in(path):
+    """Each result's text or error, by `id` or line."""
+    found = {}
+    for result in map(json.loads, path.read_text().splitlines()):
+        key = result.get("id", result["line"])
+        assert key not in found
+        found[key] = result["response"]["choices"][0]["message"]["content"] if "response" in result else result["error"]
+    return found
+
+
+def test_a_file_is_answered_line_by_line(echoes, files, capsys):
+    files[0].write_text(line_of("one", generationConfig={"maxNewTokens": 5}) + "\n" + line_of("two", id="b"))
+    assert run(files) == 0
+    assert results_in(files[1]) == {1: "one", "b": "two"}
+    assert echoes.requests[0].requests[0].generation_config.max_new_tokens == 5
+    assert capsys.readouterr().err.startswith("2 of 2 answered, 0 failed")
+
+
+def test_large_files_go_in_chunks_by_number_and_by_size(echoes, files):
+    big = "x" * 300_000
+    files[0].write_text("".join(line_of(big + str(i)) for i in range(25)) + "".join(line_of("s") for _ in range(200)))
+    assert run(files, "--chunk", "90") == 0
+    assert len(results_in(files[1])) == 225
+    assert all(len(request.requests) <= 90 for request in echoes.requests)
+    # The server takes 1 MiB: calls were halved until they fit.
+    assert sum(len(request.requests) for request in echoes.requests) == 225
+
+
+def test_what_the_queue_has_no_room_for_is_asked_again_after_the_delay(server, files):
+    asked = []
+
+    def answer(request, context):
+        asked.append((time.monotonic(), [content(item) for item in request.requests]))
+        for index, item in enumerate(request.requests):
+            is_full = len(asked) == 1 and content(item) != "a"
+            yield (
+                failed(index, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", 0.3)
+                if is_full
+                else answered(index, content(item))
+            )
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text(line_of("a") + line_of("b") + line_of("c"))
+    assert run(files) == 0
+    assert results_in(files[1]) == {1: "a", 2: "b", 3: "c"}
+    assert [texts for _, texts in asked] == [["a", "b", "c"], ["b", "c"]]
+    assert asked[1][0] - asked[0][0] >= 0.25
+
+
+def test_a_failed_item_is_told_and_asked_again_by_the_next_run_and_an_answered_one_is_not(server, files):
+    def answer(request, context):
+        for index, item in enumerate(request.requests):
+            yield (
+                failed(index, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+                if content(item) == "bad" and len(server.requests) == 1
+                else answered(index, content(item))
+            )
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text(line_of("good", id="g") + line_of("bad", id="b"))
+    assert run(files) == 1
+    error = results_in(files[1])["b"]
+    assert (error["code"], error["reason"], error["message"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST", "as scripted")
+    assert run(files) == 0
+    assert [content(item) for item in server.requests[-1].requests] == ["bad"]
+    assert results_in(files[1]) == {"g": "good", "b": "bad"}
+    assert run(files) == 0  # nothing is left to ask
+    assert len(server.requests) == 2
+
+
+def test_a_call_that_breaks_is_made_again_for_the_items_that_lack_a_result(server, files):
+    def answer(request, context):
+        yield answered(0, content(request.requests[0]))
+        if len(server.requests) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        for index, item in enumerate(request.requests[1:], start=1):
+            yield answered(index, content(item))
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text("".join(line_of(text) for text in "abc"))
+    assert run(files) == 0
+    assert results_in(files[1]) == {1: "a", 2: "b", 3: "c"}
+    assert [len(request.requests) for request in server.requests] == [3, 2]
+
+
+def test_a_killed_run_leaves_whole_lines_and_the_next_one_goes_on(server, files):
+    def answer(request, context):
+        yield answered(1, "b")
+        if len(server.requests) == 1:
+            server.hold(context)
+        yield answered(0, content(request.requests[0]))
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text(line_of("a") + line_of("b") + line_of("c"))
+    process = subprocess.Popen([sys.executable, "-m", "parley_client", "batch", *files], stderr=subprocess.PIPE)
+    while not (files[1].exists() and files[1].read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert results_in(files[1]) == {2: "b"}
+    with files[1].open("a") as file:
+        file.write('{"line": 1, "respo')  # as if it had been killed in the middle of a line
+
+    server.script["GenerateBatch"] = lambda request, context: (
+        answered(index, content(item)) for index, item in enumerate(request.requests)
+    )
+    assert run(files) == 0
+    assert results_in(files[1]) == {1: "a", 2: "b", 3: "c"}
+    assert [content(item) for item in server.requests[-1].requests] == ["a", "c"]
+    assert {path.name for path in files[1].parent.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+def test_ctrl_c_ends_a_batch_quietly(server, files):
+    def answer(request, context):
+        yield answered(0, "a")
+        server.hold(context)
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text(line_of("a") + line_of("b"))
+    process = subprocess.Popen([sys.executable, "-m", "parley_client", "batch", *files], stderr=subprocess.PIPE)
+    while not (files[1].exists() and files[1].read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert server.has_seen_the_end()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors.startswith(b"1 of 2 answered")
+    assert errors.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "is no JSON object"),
+        ('{"messages": [{"role": "ROLE_KING"}]}', "ROLE_KING"),
+        ('{"mesages": []}', "mesages"),
+        ('{"generation_config": {"max_new_tokens": -1}}', "max_new_tokens"),
+        ('{"id": 7}', "id: must be a string"),
+        ('{"id": "first"}', "the id 'first' is that of line 1 already"),
+        ("\xff", "codec can't decode"),
+    ],
+)
+def test_a_bad_line_is_told_with_its_number_before_anything_is_asked(server, files, capsys, line, said):
+    files[0].write_bytes(line_of("a", id="first").encode() + b"\n" + line.encode("latin-1") + b"\n")
+    assert run(files) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"parley: error: {files[0]}:3: ")
+    assert said in error
+    assert not server.requests
+    assert not files[1].exists()
+
+
+def test_files_that_are_not_there_or_not_ours_are_told(server, files, capsys):
+    assert run(files) == 1
+    assert capsys.readouterr().err == f"parley: error: {files[0]}: No such file or directory\n"
+    files[0].write_text(line_of("a"))
+    for text, said in (
+        ("precious\n", "is no result of `parley batch`"),
+        ('{"line": 9, "response": {}}\n', "answers 9"),
+    ):
+        files[1].write_text(text)
+        assert run(files) == 1
+        assert f"{files[1]}:1: {said}" in capsys.readouterr().err
+        assert files[1].read_text() == text
+    assert run((files[0], files[0])) == 1  # the input itself
+    assert files[0].read_text() == line_of("a")
+
+
+def test_a_server_that_is_not_there_is_told_at_once(files, capsys):
+    files[0].write_text(line_of("a"))
+    assert run(files, "--target", "localhost:1") == 1
+    assert "parley: error: connection failed" in capsys.readouterr().err
+
+
+def test_an_error_class_of_an_item_is_the_one_chat_would_raise(server, client):
+    server.script["GenerateBatch"] = lambda request, context: iter([failed(0, grpc.StatusCode.ABORTED, "NEW_REASON")])
+    (result,) = client.generate_batch([[user("a")]])
+    assert type(result.error) is ParleyError
+    assert (result.error.reason, result.error.code) == ("NEW_REASON", grpc.StatusCode.ABORTED)
