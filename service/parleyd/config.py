@@ -92,6 +92,12 @@ class ServerSettings:
     max_worker_restarts: int = _option(
         5, "Workers lost one after the other, without a token in between, until the service gives up.", minimum=0
     )
+    worker_timeout: float = _option(
+        60.0, "Seconds without progress, with work pending, after which a worker is taken as dead.", minimum=0.5
+    )
+    spare_worker: bool = _option(
+        False, "Keep a second worker loaded, so that a dead one is replaced at once. Takes the model's memory twice."
+    )
     log_level: str = _option("info", "How much to log on stderr.", choices=("debug", "info", "warning", "error"))
 
 

@@ -130,11 +130,11 @@ class Draining(ParleyError):
 
 
 class WorkerLost(ParleyError):
-    """The process that held the model died."""
+    """The process that held the model died, and cannot be brought back."""
 
     reason = Reason.WORKER_LOST
 
-    def __init__(self, message: str = "the worker process died while it generated this answer") -> None:
+    def __init__(self, message: str = "the worker process cannot be brought back") -> None:
         super().__init__(message)
 
 

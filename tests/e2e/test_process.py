@@ -46,14 +46,12 @@ def test_a_killed_worker_is_replaced_and_the_gateways_death_ends_its_worker() ->
         served.wait_health()
         (worker,) = served.worker_pids()
         stream = served.stub.GenerateStream(
-            ask("Tell me a long story.", max_new_tokens=2000, ignore_eos=True), timeout=60
+            ask("Tell me a long story.", max_new_tokens=60, ignore_eos=True), timeout=60
         )
-        next(stream)
+        num_tokens = len(next(stream).token_ids)
         queued = served.stub.Generate.future(ask("Say hello.", max_new_tokens=4), timeout=60)
         os.kill(worker, signal.SIGKILL)
-        with pytest.raises(grpc.RpcError) as raised:
-            list(stream)
-        assert reason_of(raised.value) == "WORKER_LOST"
+        assert num_tokens + sum(len(response.token_ids) for response in stream) == 60
         assert queued.result().choices[0].token_ids
         (replacement,) = served.worker_pids()
         assert replacement != worker

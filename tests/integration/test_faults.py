@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import h2.config
@@ -182,40 +183,102 @@ def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> 
         assert single.gateway.doorkeeper.num_open == 1  # still there, unread
 
 
-def test_killing_the_worker_ends_open_streams_and_keeps_queued_requests(single: GatewayThread) -> None:
-    running = single.stub.GenerateStream(FOREVER)
-    next(running)
+def test_killing_the_worker_pauses_open_streams_and_queued_requests(single: GatewayThread) -> None:
+    running = single.stub.GenerateStream(ask("!forever", max_new_tokens=1000))
+    ids = list(next(running).token_ids)
     queued = single.stub.Generate.future(ask("patient"), timeout=20)
     eventually(lambda: single.gateway.admission.num_waiting == 1)
     pid = worker_pid(single)
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(grpc.RpcError) as raised:
-        list(running)
-    assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+    ids += [i for response in running for i in response.token_ids]
+    assert ids == (list(b"all work and no play ") * 50)[:1000]
     assert queued.result(20).choices[0].message.content == "patient"
     assert worker_pid(single) != pid
+    assert single.gateway.worker.num_handed_over == 1
     assert single.health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
 
 
-def test_a_worker_that_keeps_dying_is_given_up(start_gateway: StartGateway) -> None:
-    gateway = start_gateway(max_worker_restarts=1)
-    for _ in range(2):
+def test_streams_survive_many_deaths_of_the_worker_without_a_token_lost_or_doubled(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.005"), max_running=4)
+    texts = [f"answer {i} " * 20 for i in range(4)]
+    pending = [gateway.stub.Generate.future(ask(f"!die-at {i * 40 + 10} {texts[i]}"), timeout=60) for i in range(4)]
+    assert [f.result().choices[0].message.content for f in pending] == texts
+    assert gateway.gateway.supervisor.num_restarts == 4
+    gateway.wait_idle()
+
+
+def test_a_worker_that_hangs_is_replaced(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker_timeout=0.5)
+    response = gateway.stub.Generate(ask("!hang-at 3 abcdef"), timeout=20)
+    assert response.choices[0].message.content == "abcdef"
+    assert gateway.gateway.supervisor.num_restarts == 1
+
+
+def test_a_worker_that_is_stopped_for_a_moment_is_not_replaced(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.001"), worker_timeout=5.0)
+    running = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=100))
+    next(running)
+    os.kill(worker_pid(gateway), signal.SIGSTOP)
+    time.sleep(0.3)
+    os.kill(worker_pid(gateway), signal.SIGCONT)
+    assert sum(len(response.token_ids) for response in running) == 99
+    assert gateway.gateway.supervisor.num_restarts == 0
+
+
+def test_a_request_that_kills_the_worker_twice_fails_alone(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.005"), max_running=2, max_worker_restarts=2)
+    running = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=1000))
+    ids = list(next(running).token_ids)
+    for _ in range(2):  # as often as one likes: the service is not given up for it
         with pytest.raises(grpc.RpcError) as raised:
             gateway.stub.Generate(ask("!die"), timeout=20)
-        assert reason_of(raised.value) == "WORKER_LOST"
+        assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    ids += [i for response in running for i in response.token_ids]
+    assert ids == (list(b"all work and no play ") * 50)[:1000]
+    assert gateway.gateway.supervisor.num_restarts in (
+        4,
+        5,
+        6,
+    )  # one more where the stream, just moved, may be to blame
+    gateway.wait_idle()
+
+
+def test_those_that_came_with_a_poisoned_request_are_served(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.02"), max_running=4)
+    calls = [gateway.stub.Generate.future(ask(text), timeout=30) for text in ("a", "!die", "b", "c")]
+    eventually(lambda: all(call.done() for call in calls), timeout_s=30)
+    poisoned = calls.pop(1)
+    assert poisoned.code() == grpc.StatusCode.INTERNAL
+    assert [call.result().choices[0].message.content for call in calls] == ["a", "b", "c"]
+
+
+def test_a_spare_worker_takes_over_at_once(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.001", "--load-delay", "1"), spare_worker=True)
+    running = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=4000))
+    next(running)
+    for _ in range(2):
+        eventually(lambda: gateway.gateway.supervisor.spare_pid is not None)
+        spare_pid = gateway.gateway.supervisor.spare_pid
+        os.kill(worker_pid(gateway), signal.SIGKILL)
+        eventually(lambda pid=spare_pid: gateway.gateway.supervisor.worker_pid == pid, timeout_s=0.9)
+        next(running)
+    running.cancel()
+
+
+def test_a_worker_that_keeps_dying_is_given_up(start_gateway: StartGateway, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    gateway = start_gateway(worker=("--die-if", str(marker)), max_worker_restarts=1)
+    running = gateway.stub.GenerateStream(FOREVER)
+    next(running)
+    marker.touch()
+    os.kill(worker_pid(gateway), signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(running)
+    assert reason_of(raised.value) == "WORKER_LOST"
     gateway.wait_health(NOT_SERVING)
     with pytest.raises(grpc.RpcError) as raised:
         gateway.stub.Generate(ask("x"), timeout=5)
     assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
-
-
-def test_a_worker_that_dies_now_and_then_is_always_replaced(start_gateway: StartGateway) -> None:
-    gateway = start_gateway(max_worker_restarts=1)
-    for _ in range(3):
-        assert_answers(gateway)
-        with pytest.raises(grpc.RpcError):
-            gateway.stub.Generate(ask("!die"), timeout=20)
-    assert_answers(gateway)
 
 
 def test_no_process_thread_or_task_is_left_over(start_gateway: StartGateway) -> None:

@@ -1,8 +1,9 @@
 """A worker process without torch or weights: the real process and IPC, an engine that answers by script.
 
 It answers with the last message of the conversation, a byte a token, then the end token. Some messages are orders:
-`!forever` never ends, `!die` kills the process, `!fail` makes the engine fail, `!ids 240 159` answers with these ids,
-`!wait` gives no token until it is aborted.
+`!forever` never ends, `!die` kills the process, `!die-at 3 text` kills it once, after 3 ids of its answer, `!hang-at`
+stops it there instead, `!fail` makes the engine fail, `!ids 240 159` answers with these ids, `!wait` gives no token
+until it is aborted.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class ScriptedEngine:
     """One step gives each running request its next id."""
 
     def __init__(self, step_delay_s: float) -> None:
+        self.progress = 0
         self._step_delay_s = step_delay_s
         self._changed = threading.Condition()
         self._running: dict[int, tuple[EngineRequest, Iterator[int]]] = {}
@@ -45,8 +47,8 @@ class ScriptedEngine:
 
     def submit(self, request: EngineRequest) -> None:
         with self._changed:
-            self._running[request.key] = (request, script(request))
-            self._counts[request.key] = 0
+            self._running[request.key] = (request, itertools.islice(script(request), len(request.output_ids), None))
+            self._counts[request.key] = len(request.output_ids)
             self._changed.notify()
 
     def abort(self, key: int) -> None:
@@ -58,6 +60,7 @@ class ScriptedEngine:
         while not outputs:
             with self._changed:
                 self._changed.wait_for(lambda: self._running)
+                self.progress += 1
                 outputs = [output for key in list(self._running) if (output := self._advance(key))]
             time.sleep(self._step_delay_s)
         return outputs
@@ -102,6 +105,12 @@ def script(request: EngineRequest) -> Iterator[int]:
             yield from itertools.repeat(None)
         case "!die":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "!die-at" | "!hang-at":
+            number = signal.SIGKILL if words[0] == "!die-at" else signal.SIGSTOP
+            for position, token_id in enumerate(" ".join(words[2:]).encode()):
+                if position == int(words[1]) and len(request.output_ids) < position:
+                    os.kill(os.getpid(), number)
+                yield token_id
         case "!fail":
             raise_after_first_id = RuntimeError("scripted failure")
             yield ord("x")
@@ -131,13 +140,15 @@ def main() -> int:
     parser.add_argument("--step-delay", type=float, default=0.0)
     parser.add_argument("--load-delay", type=float, default=0.0)
     parser.add_argument("--load-error")
-    parser.add_argument("--die-once-loaded", action="store_true")
+    parser.add_argument("--die-if", type=Path, help="dies instead of loading if this file is there")
     parser.add_argument("--max-running", type=int, default=4)
     parser.add_argument("fd", type=int)
     arguments = parser.parse_args()
 
     def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
         time.sleep(arguments.load_delay)
+        if arguments.die_if and arguments.die_if.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
         if arguments.load_error:
             raise StartupError(arguments.load_error)
         info = ModelInfo(

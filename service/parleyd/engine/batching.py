@@ -20,6 +20,7 @@ class BatchingEngine:
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, max_running: int) -> None:
         self.max_running = max_running
+        self.progress = 0
         self._scheduler = scheduler
         self._runner = runner
         self._inbox: queue.SimpleQueue[EngineRequest | int] = queue.SimpleQueue()
@@ -45,6 +46,7 @@ class BatchingEngine:
         return outputs
 
     def _run_batch(self) -> list[Output]:
+        self.progress += 1
         batch = self._scheduler.schedule()
         if batch is None:
             return []

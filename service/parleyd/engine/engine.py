@@ -21,9 +21,12 @@ class Engine(Protocol):
     """Generates for the requests submitted to it.
 
     `submit` and `abort` may be called from another thread than `step`. At most `max_running` generate at once.
+    `progress` changes whenever a piece of work is done, be it one without a token: work that is waiting while it stands
+    still means that the engine hangs.
     """
 
     max_running: int
+    progress: int
 
     def submit(self, request: EngineRequest) -> None:
         """Takes a request into the queue."""

@@ -57,6 +57,7 @@ class GenerateEngine:
     max_running = 1
 
     def __init__(self, model: PreTrainedModel, eos_token_ids: tuple[int, ...], max_context_tokens: int) -> None:
+        self.progress = 0
         self._model = model
         self._eos_token_ids = eos_token_ids
         self._max_context_tokens = max_context_tokens
@@ -68,7 +69,7 @@ class GenerateEngine:
         self._logits: torch.Tensor | None = None  # [vocab], raw, of the position now being sampled
         model.register_forward_hook(self._keep_logits)
         for layer in _layers(model):
-            layer.register_forward_pre_hook(self._leave_if_cancelled)
+            layer.register_forward_pre_hook(self._before_layer)
         self._outputs: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
@@ -94,7 +95,8 @@ class GenerateEngine:
         num_open = len(self._sequences)
         return GenerateStats(num_waiting=max(num_open - 1, 0), num_running=min(num_open, 1))
 
-    def _leave_if_cancelled(self, *_: object) -> None:
+    def _before_layer(self, *_: object) -> None:
+        self.progress += 1
         # The prefill of a long prompt can take minutes: a cancelled one ends before its next layer.
         if self._current is not None and self._current.is_cancelled:
             raise _Cancelled

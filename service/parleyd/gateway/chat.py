@@ -148,7 +148,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         call = current_call.get()
         slot = await self._admission.acquire(generation.priority)
         try:
-            link = await self._supervisor.link()
+            await self._supervisor.wait_ready()
             queue_s, first_token_s = call.elapsed(), None
             request = EngineRequest(
                 key=self._worker.next_key(),
@@ -157,7 +157,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 priority=generation.priority,
             )
             # The slot is free again as soon as the worker is done: a reader that does not read holds up nobody.
-            async with aclosing(self._worker.generate(link, request, slot.release)) as steps:
+            async with aclosing(self._worker.generate(request, slot.release)) as steps:
                 async for step in steps:
                     first_token_s = first_token_s or call.elapsed()
                     generation.cached_prompt_tokens = step.cached_prompt_tokens

@@ -52,9 +52,8 @@ class Gateway:
         self.health = Health()
         self.supervisor = Supervisor(
             model,
+            server,
             self.worker,
-            max_restarts=server.max_worker_restarts,
-            log_level=server.log_level,
             on_ready=self._on_worker_ready,
             on_lost=lambda: self.health.set_serving(False),
             command=worker_command,

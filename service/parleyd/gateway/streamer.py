@@ -31,7 +31,7 @@ class Streamer:
         self._logprobs: list[TokenLogprob] = []
         self._finish_reason: FinishReason | None = None
         self._error: ParleyError | None = None
-        self._cached_prompt_tokens = 0
+        self._cached_prompt_tokens: int | None = None
         self._news = asyncio.Event()
 
     def put(self, output: Output) -> None:
@@ -39,7 +39,8 @@ class Streamer:
         self._token_ids.extend(output.token_ids)
         self._logprobs.extend(output.logprobs)
         self._finish_reason = output.finish_reason
-        self._cached_prompt_tokens = output.cached_prompt_tokens
+        if self._cached_prompt_tokens is None:  # what a later worker finds cached saves what was already done
+            self._cached_prompt_tokens = output.cached_prompt_tokens
         if output.error is not None:
             self._error = EngineFault(output.error)
         self._news.set()
@@ -67,4 +68,4 @@ class Streamer:
     def _drain(self, finish_reason: FinishReason | None) -> Delta:
         token_ids, self._token_ids = self._token_ids, []
         logprobs, self._logprobs = self._logprobs, []
-        return Delta(token_ids, finish_reason, self._cached_prompt_tokens, logprobs)
+        return Delta(token_ids, finish_reason, self._cached_prompt_tokens or 0, logprobs)

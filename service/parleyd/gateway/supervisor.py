@@ -1,23 +1,27 @@
-"""Keeps one worker alive: starts it, passes its outputs on, replaces it when it dies, gives up in the end."""
+"""Keeps one worker alive: starts it, replaces it when it dies or hangs, gives up in the end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from enum import Enum
 
-from parleyd.config import ModelSettings
+from parleyd.config import ModelSettings, ServerSettings
 from parleyd.errors import NotReady, ParleyError, StartupError, WorkerLost
+from parleyd.gateway.spare_worker import SpareWorker
+from parleyd.gateway.worker import Worker
 from parleyd.gateway.worker_client import WorkerClient
-from parleyd.gateway.worker_link import WORKER_COMMAND, WorkerLink
-from parleyd.generation import ModelInfo
-from parleyd.ipc.messages import LoadFailed, Ready, Start, Step
+from parleyd.gateway.worker_link import WORKER_COMMAND
+from parleyd.generation import ModelInfo, Output
 
 _logger = logging.getLogger("parleyd.supervisor")
 
 _FIRST_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 30.0
+# The watchdog counts quiet stretches, not seconds on the clock: a gateway that was itself stopped blames nobody.
+_NUM_WATCHES = 8
 
 
 class State(Enum):
@@ -30,30 +34,31 @@ class State(Enum):
 
 
 class Supervisor:
-    """Owns the worker process. `on_ready` runs each time a worker has loaded, before requests reach it."""
+    """Owns the worker process. `on_ready` runs before requests reach the first worker, or one with another model."""
 
     def __init__(
         self,
         settings: ModelSettings,
+        server: ServerSettings,
         client: WorkerClient,
         *,
-        max_restarts: int,
-        log_level: str,
         on_ready: Callable[[ModelInfo], Awaitable[None]],
         on_lost: Callable[[], Awaitable[None]],
         command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self._settings = settings
+        self._server = server
         self._client = client
-        self._max_restarts = max_restarts
-        self._log_level = log_level
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._command = command
         self._state = State.LOADING
         self._changed = asyncio.Event()
-        self._link: WorkerLink | None = None
-        self._losses = 0
+        self._worker: Worker | None = None
+        self._spare = SpareWorker(self._start_worker) if server.spare_worker else None
+        self._info: ModelInfo | None = None
+        self._losses = 0  # workers lost since one last made a token
+        self.num_restarts = 0
         self._refusal: ParleyError | None = None
 
     @property
@@ -63,65 +68,91 @@ class Supervisor:
     @property
     def worker_pid(self) -> int | None:
         """The live worker's process id."""
-        return self._link.pid if self._link else None
+        return self._worker.link.pid if self._worker and self._worker.link else None
 
-    async def link(self) -> WorkerLink:
-        """The ready worker, waited for while a dead one is being replaced. Raises NotReady or WorkerLost."""
+    @property
+    def spare_pid(self) -> int | None:
+        """The process id of the spare worker, once it has loaded."""
+        return self._spare.pid if self._spare else None
+
+    async def wait_ready(self) -> None:
+        """Returns once a worker is ready; waits while a dead one is being replaced. Raises NotReady or WorkerLost."""
         while True:
             if self._refusal is not None:
                 raise self._refusal
-            if self._state is State.READY and self._link is not None:
-                return self._link
-            if self._state is State.LOADING:
-                raise NotReady
-            if self._state is State.LOST:
-                raise WorkerLost("the worker process cannot be brought back")
+            match self._state:
+                case State.READY:
+                    return
+                case State.LOADING:
+                    raise NotReady
+                case State.LOST:
+                    raise WorkerLost
             await self._changed.wait()
 
     def refuse(self, error: ParleyError) -> None:
-        """Has `link` raise this from now on, also for those that wait in it."""
+        """Has `wait_ready` raise this from now on, also for those that wait in it."""
         self._refusal = error
         self._enter(self._state)
 
     async def run(self) -> None:
         """Runs workers until cancelled. Raises StartupError if the first one cannot load its model."""
-        while True:
-            try:
-                await self._run_worker()
-            except StartupError as error:
-                if self._state is State.LOADING:
-                    raise
-                _logger.error("the worker cannot load its model again: %s", error)
-            self._losses += 1
-            if self._losses > self._max_restarts:
-                await self._give_up()
-            await asyncio.sleep(self._backoff_s())
-
-    async def _run_worker(self) -> None:
-        """One worker's life, from start to death."""
-        link = await WorkerLink.start(self._command)
-        self._link = link
+        self._worker = self._start_worker()
         try:
-            link.send(Start(self._settings, self._log_level))
-            while (message := await link.receive()) is not None:
-                match message:
-                    case Ready(info):
-                        await self._on_ready(info)
-                        self._enter(State.READY)
-                    case LoadFailed(text):
-                        raise StartupError(text)
-                    case Step(outputs):
-                        self._losses = 0  # it works: whatever killed the ones before is over
-                        self._client.dispatch(outputs)
+            while True:
+                await self._serve(self._worker)
+                self._worker = await self._replace(self._worker)
         finally:
-            self._link = None
-            if self._state is State.READY:
-                self._enter(State.REPLACING)
             self._client.fail_all(WorkerLost())
-            code = await link.stop()
-            _logger.log(
-                logging.INFO if code == 0 else logging.ERROR, "worker %d ended with exit code %d", link.pid, code
-            )
+            if self._spare:
+                await self._spare.stop()
+            await self._worker.stop()
+
+    async def _serve(self, worker: Worker) -> None:
+        """Lets a worker load, generates with it, and returns when it is gone."""
+        try:
+            info = await worker.load()
+        except (StartupError, WorkerLost) as error:
+            if self._state is State.LOADING and isinstance(error, StartupError):
+                raise
+            _logger.error("%s", error)
+            return
+        if info != self._info:
+            await self._on_ready(info)
+            self._info = info
+        if worker.gone.is_set() or worker.link is None:
+            return
+        self._client.attach(worker.link)
+        self._enter(State.READY)
+        if self._spare:
+            self._spare.start()
+        await self._watch(worker)
+        self._enter(State.REPLACING)
+        if self._client.detach():
+            self._losses = 0  # whatever killed the ones before is over
+
+    async def _watch(self, worker: Worker) -> None:
+        """Returns when the worker is gone; kills it if it does nothing for too long while there is work."""
+        num_quiet, num_seen = 0, -1
+        while not worker.gone.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(worker.gone.wait(), self._server.worker_timeout / _NUM_WATCHES)
+            is_quiet = worker.num_messages == num_seen and self._client.num_open > 0
+            num_quiet, num_seen = num_quiet + 1 if is_quiet else 0, worker.num_messages
+            if num_quiet == _NUM_WATCHES and worker.link is not None:
+                _logger.error("worker %d did nothing for %g s", worker.link.pid, self._server.worker_timeout)
+                worker.link.kill()
+
+    async def _replace(self, lost: Worker) -> Worker:
+        """The next worker, sooner or later; a spare one at once."""
+        self._losses += 1
+        self.num_restarts += 1
+        if self._losses > self._server.max_worker_restarts:
+            await self._give_up()
+        if self._spare and (spare := self._spare.take()):
+            return spare
+        await lost.ended()  # its memory is free by then
+        await asyncio.sleep(min(_FIRST_BACKOFF_S * 2 ** (self._losses - 1), _MAX_BACKOFF_S))
+        return self._start_worker()
 
     async def _give_up(self) -> None:
         """Refuses requests from now on, and waits to be cancelled."""
@@ -129,11 +160,21 @@ class Supervisor:
             raise StartupError(f"the worker process died {self._losses} times while it loaded the model")
         _logger.error("%d workers lost one after the other: giving up", self._losses)
         self._enter(State.LOST)
+        self._client.fail_all(WorkerLost())
         await self._on_lost()
         await asyncio.Event().wait()
 
-    def _backoff_s(self) -> float:
-        return float(min(_FIRST_BACKOFF_S * 2 ** (self._losses - 1), _MAX_BACKOFF_S))
+    def _start_worker(self) -> Worker:
+        return Worker(
+            self._settings,
+            log_level=self._server.log_level,
+            command=self._command,
+            on_outputs=self._take_outputs,
+        )
+
+    def _take_outputs(self, outputs: list[Output]) -> None:
+        self._losses = 0
+        self._client.dispatch(outputs)
 
     def _enter(self, state: State) -> None:
         self._state = state

@@ -57,6 +57,10 @@ class WorkerLink:
         payload = await read_frame_async(self._reader)
         return None if payload is None else messages.decode_to_gateway(payload)
 
+    def kill(self) -> None:
+        """Ends the process without a word, also one that is stopped."""
+        self._process.kill()
+
     async def stop(self) -> int:
         """Ends the process, kindly at first (it exits when its socket closes). Returns its exit code."""
         self._writer.close()

@@ -45,8 +45,12 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     outputs: list[Output]
 
 
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """Worker to gateway, now and then while it works: it is alive, even if a long prompt has made no token yet."""
+
+
 ToWorker = Start | Submit | Abort
-ToGateway = Ready | LoadFailed | Step
+ToGateway = Ready | LoadFailed | Step | Progress
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

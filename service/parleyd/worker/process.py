@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -20,6 +21,8 @@ from parleyd.telemetry import logging as telemetry_logging
 from parleyd.worker.loop import run_loop
 
 _logger = logging.getLogger("parleyd.worker")
+
+_PROGRESS_INTERVAL_S = 0.1
 
 Load = Callable[[ModelSettings], tuple[Engine, ModelInfo]]
 
@@ -40,12 +43,37 @@ def run(fd: int, load: Load) -> int:
         send_frame(sock, messages.encode(messages.LoadFailed(str(error))))
         return 1
     engine.set_result(loaded)
-    send_frame(sock, messages.encode(messages.Ready(info)))
+    sender = _Sender(sock)
+    sender.send(messages.Ready(info))
+    threading.Thread(target=_tell_progress, args=(loaded, sender), name="progress", daemon=True).start()
     try:
-        run_loop(loaded, lambda outputs: send_frame(sock, messages.encode(messages.Step(outputs))))
+        run_loop(loaded, lambda outputs: sender.send(messages.Step(outputs)))
     except Exception:
         _logger.exception("the generate thread failed")
     return 1
+
+
+class _Sender:
+    """Messages to the gateway, whole, from whichever thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+
+    def send(self, message: messages.ToGateway) -> None:
+        payload = messages.encode(message)
+        with self._lock:
+            send_frame(self._sock, payload)
+
+
+def _tell_progress(engine: Engine, sender: _Sender) -> None:
+    """Sends `Progress` as long as the engine gets on, and nothing while it is idle or hangs."""
+    told = engine.progress
+    while True:
+        time.sleep(_PROGRESS_INTERVAL_S)
+        if (progress := engine.progress) != told:
+            told = progress
+            sender.send(messages.Progress())
 
 
 def _ignore_signals() -> None:

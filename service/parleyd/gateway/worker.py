@@ -1,0 +1,80 @@
+"""One worker's life: started, loading, ready, gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from parleyd.config import ModelSettings
+from parleyd.errors import StartupError, WorkerLost
+from parleyd.gateway.worker_link import WorkerLink
+from parleyd.generation import ModelInfo, Output
+from parleyd.ipc.messages import LoadFailed, Progress, Ready, Start, Step
+
+_logger = logging.getLogger("parleyd.worker")
+
+
+class Worker:
+    """Begins to load when made. `ready` is set once it has loaded, `gone` once nothing more will come from it."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        log_level: str,
+        command: Sequence[str],
+        on_outputs: Callable[[list[Output]], None],
+    ) -> None:
+        self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+        self.gone = asyncio.Event()
+        self.link: WorkerLink | None = None
+        self.num_messages = 0
+        self._start = Start(settings, log_level)
+        self._command = command
+        self._on_outputs = on_outputs
+        self._life = asyncio.create_task(self._live())
+
+    async def load(self) -> ModelInfo:
+        """Waits until it is ready. Raises StartupError if it cannot load, WorkerLost if it dies before."""
+        return await asyncio.shield(self.ready)
+
+    async def stop(self) -> None:
+        """Ends the process and waits until it has ended."""
+        self._life.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._life
+
+    async def ended(self) -> None:
+        """Waits until the process has ended."""
+        await asyncio.shield(self._life)
+
+    async def _live(self) -> None:
+        try:
+            link = self.link = await WorkerLink.start(self._command)
+        except OSError as error:
+            self.ready.set_exception(StartupError(f"the worker process cannot be started: {error}"))
+            self.gone.set()
+            return
+        try:
+            link.send(self._start)
+            while (message := await link.receive()) is not None:
+                self.num_messages += 1
+                match message:
+                    case Ready(info):
+                        self.ready.set_result(info)
+                    case LoadFailed(text):
+                        self.ready.set_exception(StartupError(text))
+                    case Step(outputs):
+                        self._on_outputs(outputs)
+                    case Progress():
+                        pass
+        finally:
+            self.gone.set()
+            if not self.ready.done():
+                self.ready.set_exception(WorkerLost("the worker process died while it loaded the model"))
+            self.ready.exception()  # seen, also where nobody waits for it
+            code = await link.stop()
+            level = logging.INFO if code == 0 else logging.ERROR
+            _logger.log(level, "worker %d ended with exit code %d", link.pid, code)
