@@ -173,9 +173,7 @@ def test_a_chat_template_that_raises_is_an_invalid_request(start_gateway: StartG
 @pytest.mark.parametrize(
     ("request_fields", "field"),
     [
-        ({"num_return_sequences": 2, "do_sample": True}, "generation_config.num_return_sequences"),
         ({"tools": [message_pb2.Tool(name="f")]}, "tools"),
-        ({"resume": chat_pb2.Resume(token_ids=[1])}, "resume"),
         ({"response_format": generation_pb2.ResponseFormat(regex="a+")}, "response_format"),
     ],
 )

@@ -2,8 +2,8 @@
 
 It answers with the last message of the conversation, a byte a token, then the end token. Some messages are orders:
 `!forever` never ends, `!die` kills the process, `!die-at 3 text` kills it once, after 3 ids of its answer, `!hang-at`
-stops it there instead, `!fail` makes the engine fail, `!ids 240 159` answers with these ids, `!wait` gives no token
-until it is aborted.
+stops it there instead, `!fail` makes the engine fail, `!fail 2` makes it fail for choice 2, `!choice` answers with the
+choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is aborted.
 """
 
 from __future__ import annotations
@@ -111,12 +111,14 @@ def script(request: EngineRequest) -> Iterator[int]:
                 if position == int(words[1]) and len(request.output_ids) < position:
                     os.kill(os.getpid(), number)
                 yield token_id
-        case "!fail":
+        case "!choice":
+            yield from f"choice {request.params.choice}".encode()
+        case "!fail" if words[1:] in ([], [str(request.params.choice)]):
             raise_after_first_id = RuntimeError("scripted failure")
             yield ord("x")
             raise raise_after_first_id
         case "!ids":
-            yield from map(int, words[1:])
+            yield from map(int, filter(None, words[1:]))
         case _:
             yield from " ".join(words).encode()
     while True:

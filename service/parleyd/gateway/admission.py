@@ -19,26 +19,43 @@ _DURATION_WEIGHT = 0.2
 @dataclass(order=True)
 class _Waiter:
     order: tuple[int, int]
-    turn: asyncio.Future[None] = field(compare=False)
+    num_sequences: int = field(compare=False)
+    turn: asyncio.Future[int] = field(compare=False)
 
 
-class Slot:
-    """The right to generate, from `Admission.acquire` until released; releasing again does nothing."""
+class Slots:
+    """A request's right to generate, from `Admission.acquire` until released: a slot for each of its sequences.
 
-    def __init__(self, release: Callable[[float], None]) -> None:
+    One with more sequences than there are slots has all slots, and its sequences take turns in the worker.
+    """
+
+    def __init__(self, num_slots: int, num_sequences: int, release: Callable[[float], None]) -> None:
+        self._num_held = num_slots
+        self._num_sequences = num_sequences
         self._release = release
         self._started = time.monotonic()
-        self._is_held = True
+
+    def leave(self) -> None:
+        """One sequence has ended; a slot that none of the others needs goes to the next in the queue."""
+        self._num_sequences -= 1
+        self._release_down_to(max(self._num_sequences, 0))
 
     def release(self) -> None:
-        """Gives the slot to the next in the queue."""
-        if self._is_held:
-            self._is_held = False
+        """Gives up what is still held."""
+        self._release_down_to(0)
+
+    def _release_down_to(self, num_slots: int) -> None:
+        while self._num_held > num_slots:
+            self._num_held -= 1
             self._release(time.monotonic() - self._started)
 
 
 class Admission:
-    """At most `max_running` slots are held at once; at most `max_queue` requests wait for one."""
+    """At most `max_running` slots are held at once; at most `max_queue` requests wait for theirs.
+
+    Nobody passes a waiting request of higher rank, not even where it needs more slots than are free: or it would wait
+    for ever.
+    """
 
     def __init__(self, max_running: int, max_queue: int) -> None:
         self.max_running = max_running
@@ -56,10 +73,9 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._waiters)
 
-    async def acquire(self, priority: int = 0) -> Slot:
-        """A slot, after waiting for it. Raises QueueFull at once if there is no room to wait."""
-        await self._enter(priority)
-        return Slot(self._leave)
+    async def acquire(self, priority: int = 0, num_sequences: int = 1) -> Slots:
+        """A slot for each sequence, after waiting for them. Raises QueueFull at once if there is no room to wait."""
+        return Slots(await self._enter(priority, num_sequences), num_sequences, self._leave)
 
     def refuse_waiting(self, error: ParleyError) -> None:
         """Ends every waiting request with an error."""
@@ -68,36 +84,47 @@ class Admission:
             if not waiter.turn.done():
                 waiter.turn.set_exception(error)
 
-    async def _enter(self, priority: int) -> None:
+    async def _enter(self, priority: int, num_sequences: int) -> int:
+        """The number of slots taken."""
         waiting = len(self._waiters)
-        if self._running < self.max_running and not waiting:
-            self._running += 1
-            return
+        num_slots = min(num_sequences, self.max_running)
+        if self._running + num_slots <= self.max_running and not waiting:
+            self._running += num_slots
+            return num_slots
         if waiting >= self._max_queue:
             raise QueueFull(waiting, self._retry_after_s(waiting))
-        waiter = _Waiter((-priority, next(self._arrivals)), asyncio.get_running_loop().create_future())
+        turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter((-priority, next(self._arrivals)), num_sequences, turn)
         heapq.heappush(self._waiters, waiter)
+        self._admit()  # it may outrank one that waits for more slots than are free
         try:
-            await waiter.turn
+            return await turn
         except asyncio.CancelledError:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
                 heapq.heapify(self._waiters)
-            elif not waiter.turn.cancelled() and waiter.turn.exception() is None:
-                self._release()  # the turn came in the same moment as the cancellation
+                self._admit()  # who stood behind it may need less
+            elif not turn.cancelled() and turn.exception() is None:
+                self._release(turn.result())  # the turn came in the same moment as the cancellation
             raise
 
     def _leave(self, duration_s: float) -> None:
         self._mean_duration_s += _DURATION_WEIGHT * (duration_s - self._mean_duration_s)
-        self._release()
+        self._release(1)
 
-    def _release(self) -> None:
-        self._running -= 1
-        while self._waiters and self._running < self.max_running:
-            waiter = heapq.heappop(self._waiters)
-            if not waiter.turn.done():
-                self._running += 1
-                waiter.turn.set_result(None)
+    def _release(self, num_slots: int) -> None:
+        self._running -= num_slots
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiters:
+            num_slots = min(self._waiters[0].num_sequences, self.max_running)
+            if self._running + num_slots > self.max_running:
+                return
+            turn = heapq.heappop(self._waiters).turn
+            if not turn.done():
+                self._running += num_slots
+                turn.set_result(num_slots)
 
     def _retry_after_s(self, waiting: int) -> float:
         """When a place should be free, by the mean duration of recent requests."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -16,8 +16,9 @@ from parleyd.text.tokenizer import Tokenizer
 
 @dataclass
 class AnswerDelta:
-    """What is new of an answer: ids, their log-probabilities if asked for, and the text that is safe to send by now."""
+    """What is new of a choice: ids, their log-probabilities if asked for, and the text that is safe to send by now."""
 
+    index: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
     content: str = ""
@@ -30,6 +31,7 @@ class AnswerDelta:
         whole = cls()
         contents = []
         for delta in deltas:
+            whole.index = delta.index
             whole.token_ids += delta.token_ids
             whole.logprobs += delta.logprobs
             contents.append(delta.content)
@@ -47,6 +49,18 @@ class Answer:
         self._text = text
         self._hidden_ids = hidden_ids
         self.num_tokens = 0
+
+    def resume(self, token_ids: Sequence[int], ending_ids: frozenset[int], num_at_most: int) -> AnswerDelta | None:
+        """Takes the answer up after ids that the client has, with their text. The last delta, if they end the answer.
+
+        `ending_ids` end it, and so do `num_at_most` ids.
+        """
+        for token_id in token_ids:
+            ended = self.push(Delta([token_id], FinishReason.STOP if token_id in ending_ids else None))
+            if ended.finish_reason is not None:
+                self.num_tokens = len(token_ids)
+                return AnswerDelta(finish_reason=FinishReason.STOP, stop_string=ended.stop_string)
+        return AnswerDelta(finish_reason=FinishReason.LENGTH) if len(token_ids) >= num_at_most else None
 
     def push(self, delta: Delta) -> AnswerDelta:
         """The client's delta for the engine's. Ids after a completed stop string are dropped, and the answer ends."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -12,43 +11,25 @@ import grpc
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from parleyd.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Violation
 from parleyd.gateway import convert
-from parleyd.gateway.admission import Admission
 from parleyd.gateway.answer import Answer, AnswerDelta
 from parleyd.gateway.batch import answer_batch
 from parleyd.gateway.prompt import PromptBuilder
+from parleyd.gateway.runner import Generation, Runner
 from parleyd.gateway.served_model import ServedModel
-from parleyd.gateway.supervisor import Supervisor
-from parleyd.gateway.worker_client import WorkerClient
-from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.generation import SamplingParams
 from parleyd.telemetry.call import current_call
 from parleyd.text.sequence_text import SequenceText
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-@dataclass
-class _Generation:
-    """An admitted-to-be request: valid, tokenized, and what becomes of it."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    answer: Answer
-    priority: int
-    timings: convert.Timings | None = None
-    cached_prompt_tokens: int = 0
-
-
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Serves one model. `model` is None until the first worker is ready; the interceptor lets no call in before."""
 
-    def __init__(
-        self, prompts: PromptBuilder, admission: Admission, supervisor: Supervisor, worker: WorkerClient
-    ) -> None:
+    def __init__(self, prompts: PromptBuilder, runner: Runner) -> None:
         self.model: ServedModel | None = None
         self._prompts = prompts
-        self._admission = admission
-        self._supervisor = supervisor
-        self._worker = worker
+        self._runner = runner
 
     async def Generate(self, request: chat_pb2.GenerateRequest, context: Context) -> chat_pb2.GenerateResponse:
         """See chat.proto."""
@@ -64,12 +45,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             "model": self._served.name,
             "seed": generation.params.seed,
         }
-        async with aclosing(self._run(generation)) as deltas:
+        async with aclosing(self._runner.run(generation)) as deltas:
             async for delta in deltas:
                 response = convert.to_stream_response(delta)
                 response.MergeFrom(chat_pb2.GenerateStreamResponse(**first))
                 first = {}
-                if delta.finish_reason is not None:
+                if generation.timings is not None:
                     response.MergeFrom(chat_pb2.GenerateStreamResponse(**_closing_fields(generation)))
                 yield response
 
@@ -103,7 +84,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         if name not in ("", self._served.name):
             raise ModelNotFound(name, [self._served.name])
 
-    async def _prepare(self, request: chat_pb2.GenerateRequest, context: Context) -> _Generation:
+    async def _prepare(self, request: chat_pb2.GenerateRequest, context: Context) -> Generation:
         """Checks in the contract's order: fields, model, prompt length."""
         served = self._served
         params = await self._prompts.check(served.check_request, request)
@@ -116,7 +97,22 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineExceeded
-        return _Generation(prompt_ids, params, self._answer(request, params), request.priority)
+        num_choices = request.generation_config.num_return_sequences or 1
+        generation = Generation(
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            answers=[self._answer(request, params) for _ in range(num_choices)],
+            priority=request.priority,
+        )
+        if request.resume.token_ids:
+            await self._prompts.run(lambda: self._resume(generation, request.resume.token_ids))
+        return generation
+
+    def _resume(self, generation: Generation, token_ids: Sequence[int]) -> None:
+        params, info = generation.params, self._served.info
+        num_at_most = min(params.max_new_tokens, info.max_context_tokens - len(generation.prompt_ids))
+        generation.resumed_ids = tuple(token_ids)
+        generation.ending = generation.answers[0].resume(token_ids, self._served.ending_ids(params), num_at_most)
 
     def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> Answer:
         config = request.generation_config
@@ -131,54 +127,26 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
         return Answer(self._served.tokenizer, text, hidden_ids)
 
-    async def _respond(self, generation: _Generation) -> chat_pb2.GenerateResponse:
+    async def _respond(self, generation: Generation) -> chat_pb2.GenerateResponse:
         """The whole answer."""
-        async with aclosing(self._run(generation)) as deltas:
-            answer = AnswerDelta.merge([delta async for delta in deltas])
+        choices: list[list[AnswerDelta]] = [[] for _ in generation.answers]
+        async with aclosing(self._runner.run(generation)) as deltas:
+            async for delta in deltas:
+                choices[delta.index].append(delta)
         return chat_pb2.GenerateResponse(
             request_id=current_call.get().request_id,
             model=self._served.name,
             seed=generation.params.seed,
-            choices=[convert.to_choice(answer)],
+            choices=[convert.to_choice(AnswerDelta.merge(choice)) for choice in choices],
             **_closing_fields(generation),
         )
 
-    async def _run(self, generation: _Generation) -> AsyncGenerator[AnswerDelta]:
-        """The answer's deltas; the last one has a finish reason, and the timings are known by then."""
-        call = current_call.get()
-        slot = await self._admission.acquire(generation.priority)
-        try:
-            await self._supervisor.wait_ready()
-            queue_s, first_token_s = call.elapsed(), None
-            request = EngineRequest(
-                key=self._worker.next_key(),
-                prompt_ids=tuple(generation.prompt_ids),
-                params=generation.params,
-                priority=generation.priority,
-            )
-            # The slot is free again as soon as the worker is done: a reader that does not read holds up nobody.
-            async with aclosing(self._worker.generate(request, slot.release)) as steps:
-                async for step in steps:
-                    first_token_s = first_token_s or call.elapsed()
-                    generation.cached_prompt_tokens = step.cached_prompt_tokens
-                    delta = generation.answer.push(step)
-                    if delta.finish_reason is None:
-                        yield delta
-                        continue
-                    generation.timings = convert.Timings(queue_s, first_token_s, call.elapsed())
-                    # Before the last delta leaves: a stop string may have ended the answer ahead of the worker.
-                    await steps.aclose()
-                    yield delta
-                    return
-        finally:
-            slot.release()
 
-
-def _closing_fields(generation: _Generation) -> dict[str, Any]:
+def _closing_fields(generation: Generation) -> dict[str, Any]:
     assert generation.timings is not None
     return {
         "usage": convert.to_usage(
-            len(generation.prompt_ids), generation.answer.num_tokens, generation.cached_prompt_tokens
+            len(generation.prompt_ids), generation.completion_tokens, generation.cached_prompt_tokens
         ),
         "timings": convert.to_timings(generation.timings),
     }

@@ -115,9 +115,9 @@ def to_generation_config(params: SamplingParams) -> generation_pb2.GenerationCon
 
 
 def to_stream_response(delta: AnswerDelta) -> chat_pb2.GenerateStreamResponse:
-    """One delta of an answer's only choice."""
+    """One delta of a choice."""
     return chat_pb2.GenerateStreamResponse(
-        index=0,
+        index=delta.index,
         content=delta.content,
         token_ids=delta.token_ids,
         logprobs=delta.logprobs,
@@ -127,9 +127,9 @@ def to_stream_response(delta: AnswerDelta) -> chat_pb2.GenerateStreamResponse:
 
 
 def to_choice(delta: AnswerDelta) -> chat_pb2.Choice:
-    """A whole answer, given as one delta."""
+    """A whole choice, given as one delta."""
     return chat_pb2.Choice(
-        index=0,
+        index=delta.index,
         message=message_pb2.Message(role=message_pb2.ROLE_ASSISTANT, content=delta.content),
         finish_reason=_FINISH_REASONS[delta.finish_reason],
         stop_string=delta.stop_string or "",

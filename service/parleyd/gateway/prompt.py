@@ -36,7 +36,11 @@ class PromptBuilder:
         self, served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
     ) -> list[int]:
         """The conversation's token ids after the chat template. Raises InvalidRequest if the template refuses it."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, _build, served, request)
+        return await self.run(lambda: _build(served, request))
+
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        """Runs other work on a prompt's ids or text that may take long."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def close(self) -> None:
         """Ends the threads."""

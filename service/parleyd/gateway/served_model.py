@@ -17,7 +17,7 @@ from parleyd.text.tokenizer import Tokenizer
 _MAX_VIOLATIONS = 200
 _CAPABILITIES = (
     "chat", "stream", "batch", "count_tokens", "continue_final_message", "stop_strings", "seed", "penalties",
-    "logit_bias", "logprobs",
+    "logit_bias", "logprobs", "num_return_sequences", "resume",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from parleyd.gateway.health import Health
 from parleyd.gateway.options import server_options
 from parleyd.gateway.prompt import PromptBuilder
 from parleyd.gateway.reflection import add_reflection
+from parleyd.gateway.runner import Runner
 from parleyd.gateway.served_model import ServedModel
 from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker_client import WorkerClient
@@ -63,7 +64,7 @@ class Gateway:
             # Beside those that run or wait: calls that are being checked, and answers that nobody reads.
             max_open=server.max_queue + (model.max_running or 0) + _MAX_OTHER_CALLS,
         )
-        self._chat = ChatService(self._prompts, self.admission, self.supervisor, self.worker)
+        self._chat = ChatService(self._prompts, Runner(self.admission, self.supervisor, self.worker))
         self._server = self._build_server()
 
     async def start(self) -> str:

@@ -78,17 +78,8 @@ def config_violations(config: generation_pb2.GenerationConfig, info: ModelInfo) 
 def unsupported_in_request(request: chat_pb2.GenerateRequest) -> Iterator[Unsupported]:
     """What a valid GenerateRequest asks for that this build cannot do. Nothing is ever silently ignored."""
     yield from unsupported_in_conversation(request)
-    config = request.generation_config
-    asked = {
-        "num_return_sequences": config.num_return_sequences > 1,
-    }
-    for name, is_asked in asked.items():
-        if is_asked:
-            yield Unsupported(f"generation_config.{name}", "not supported by this server yet")
     if request.response_format.WhichOneof("format") not in (None, "text"):
         yield Unsupported("response_format", "this server answers in free text only, so far")
-    if request.resume.token_ids:
-        yield Unsupported("resume", "not supported by this server yet")
 
 
 def unsupported_in_conversation(

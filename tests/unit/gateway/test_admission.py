@@ -8,24 +8,25 @@ import random
 import pytest
 
 from parleyd.errors import Draining, QueueFull
-from parleyd.gateway.admission import Admission
+from parleyd.gateway.admission import Admission, Slots
 
 
 class Holder:
-    """A task that holds a slot until released."""
+    """A task that holds slots until released."""
 
-    def __init__(self, admission: Admission, priority: int = 0) -> None:
+    def __init__(self, admission: Admission, priority: int = 0, num_sequences: int = 1) -> None:
         self.entered, self._release = asyncio.Event(), asyncio.Event()
-        self.task = asyncio.create_task(self._hold(admission, priority))
+        self.slots: Slots
+        self.task = asyncio.create_task(self._hold(admission, priority, num_sequences))
 
-    async def _hold(self, admission: Admission, priority: int) -> None:
-        slot = await admission.acquire(priority)
+    async def _hold(self, admission: Admission, priority: int, num_sequences: int) -> None:
+        self.slots = await admission.acquire(priority, num_sequences)
         try:
             self.entered.set()
             await self._release.wait()
         finally:
-            slot.release()
-            slot.release()  # once too often does nothing
+            self.slots.release()
+            self.slots.release()  # once too often does nothing
 
     async def release(self) -> None:
         self._release.set()
@@ -92,15 +93,58 @@ async def test_a_turn_that_comes_together_with_a_cancellation_is_passed_on() -> 
     assert admission.num_running == 0
 
 
+async def test_who_needs_several_slots_waits_for_them_and_is_passed_by_higher_ranks_alone() -> None:
+    admission = Admission(max_running=3, max_queue=10)
+    running = [Holder(admission) for _ in range(2)]
+    await settle()
+    several, later, urgent = Holder(admission, 0, 3), Holder(admission), Holder(admission, 1)
+    await settle()
+    assert [one.entered.is_set() for one in (several, later, urgent)] == [False, False, True]
+    for holder in (*running, urgent):
+        await holder.release()
+        await settle()
+    assert several.entered.is_set() and not later.entered.is_set()
+    several.slots.leave()
+    await settle()
+    assert later.entered.is_set() and admission.num_running == 3
+    for holder in (several, later):
+        await holder.release()
+    assert admission.num_running == 0
+
+
+async def test_who_waits_for_more_slots_than_are_free_holds_up_nobody_once_cancelled() -> None:
+    admission = Admission(max_running=2, max_queue=10)
+    running, several, later = Holder(admission), Holder(admission, 0, 2), Holder(admission)
+    await settle()
+    assert not later.entered.is_set()
+    several.task.cancel()
+    await settle()
+    assert later.entered.is_set()
+    await running.release()
+    await later.release()
+
+
+async def test_more_sequences_than_slots_take_all_slots_and_give_them_back_as_the_last_ones_end() -> None:
+    admission = Admission(max_running=2, max_queue=10)
+    slots = await admission.acquire(0, 4)
+    held = [admission.num_running]
+    for _ in range(5):
+        slots.leave()
+        held.append(admission.num_running)
+    assert held == [2, 2, 2, 1, 0, 0]
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_no_slot_is_lost_whatever_is_cancelled(seed: int) -> None:
     chance = random.Random(seed)
     admission = Admission(max_running=3, max_queue=8)
     holders: list[Holder] = []
     for _ in range(200):
-        match chance.choice(["arrive", "arrive", "release", "cancel"]):
+        match chance.choice(["arrive", "arrive", "leave", "release", "cancel"]):
             case "arrive":
-                holders.append(Holder(admission, chance.randrange(3)))
+                holders.append(Holder(admission, chance.randrange(3), chance.choice([1, 1, 2, 5])))
+            case "leave" if holders and (entered := [one for one in holders if one.entered.is_set()]):
+                chance.choice(entered).slots.leave()
             case "release" if holders:
                 chance.choice(holders)._release.set()
             case "cancel" if holders:
