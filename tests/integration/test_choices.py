@@ -89,3 +89,10 @@ def test_choices_take_a_slot_each_and_never_more_than_there_are(start_gateway: S
     forever.cancel()
     assert len(waiting.result().choices) == 5
     gateway.wait_idle()
+
+
+def test_choices_survive_the_worker(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_running=4)
+    response = gateway.stub.Generate(several("!die-at 5 hello world", 3, logprobs=True), timeout=60)
+    assert [choice.message.content for choice in response.choices] == ["hello world"] * 3
+    assert all([one.token_id for one in choice.logprobs] == list(choice.token_ids) for choice in response.choices)
