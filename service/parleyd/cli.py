@@ -144,5 +144,5 @@ def _run(settings: Settings) -> None:
         raise StartupError(f"module {error.name} is missing: install parley[service]") from error
     from parleyd.telemetry import logging as telemetry_logging
 
-    telemetry_logging.configure(settings.server.log_level)
+    telemetry_logging.configure(settings.server.log_level, settings.server.log_format)
     asyncio.run(serve(settings, announce=lambda line: print(line, flush=True)))

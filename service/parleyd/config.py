@@ -98,6 +98,15 @@ class ServerSettings:
     spare_worker: bool = _option(
         False, "Keep a second worker loaded, so that a dead one is replaced at once. Takes the model's memory twice."
     )
+    admin_port: int | None = _option(
+        None, "Port for /metrics, /healthz and /readyz over HTTP; 0 takes a free one.", minimum=0, maximum=65535
+    )
+    otlp_endpoint: str | None = _option(
+        None,
+        "Where traces go: an OpenTelemetry collector that speaks gRPC, such as http://localhost:4317.",
+        metavar="URL",
+    )
+    log_format: str = _option("text", "One line of text or one JSON object for each event.", choices=("text", "json"))
     log_level: str = _option("info", "How much to log on stderr.", choices=("debug", "info", "warning", "error"))
 
 

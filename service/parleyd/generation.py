@@ -116,3 +116,17 @@ class ModelInfo:
     engine: str
     max_running: int
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine has to do, and what it has done since it started; an engine without blocks or a cache tells 0."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0

@@ -44,6 +44,7 @@ class GatewayThread:
         self.loop: asyncio.AbstractEventLoop
         self.gateway: Gateway
         self.target = ""
+        self.admin: str | None = None
         self.error: Exception | None = None
 
     def __enter__(self) -> GatewayThread:
@@ -93,6 +94,7 @@ class GatewayThread:
         self.loop = asyncio.get_running_loop()
         self.gateway = Gateway(self._settings, self._command)
         self.target = await self.gateway.start()
+        self.admin = self.gateway.start_admin()
         self._started.set()
         try:
             await self.gateway.serve()

@@ -22,6 +22,7 @@ from parleyd.engine.engine import Engine
 from parleyd.errors import StartupError
 from parleyd.generation import (
     EngineRequest,
+    EngineStats,
     FinishReason,
     ModelInfo,
     Output,
@@ -40,6 +41,7 @@ class ScriptedEngine:
 
     def __init__(self, step_delay_s: float) -> None:
         self.progress = 0
+        self._num_generated = 0
         self._step_delay_s = step_delay_s
         self._changed = threading.Condition()
         self._running: dict[int, tuple[EngineRequest, Iterator[int]]] = {}
@@ -54,6 +56,9 @@ class ScriptedEngine:
     def abort(self, key: int) -> None:
         with self._changed:
             self._running.pop(key, None)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self._running), num_generated_tokens=self._num_generated)
 
     def step(self) -> list[Output]:
         outputs: list[Output] = []
@@ -75,6 +80,7 @@ class ScriptedEngine:
         if token_id is None:
             return None
         self._counts[key] += 1
+        self._num_generated += 1
         reason = None
         stop_ids = {*request.params.stop_token_ids} | (
             {*()} if request.params.ignore_eos else {tiny_tokenizer.IM_END_ID}

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from parleyd.engine.model_runner import ModelRunner
-from parleyd.engine.scheduler import Scheduler, SchedulerStats
-from parleyd.generation import EngineRequest, Output
+from parleyd.engine.scheduler import Scheduler
+from parleyd.generation import EngineRequest, EngineStats, Output
 
 _logger = logging.getLogger("parleyd.engine")
 
@@ -33,8 +33,8 @@ class BatchingEngine:
         """See Engine."""
         self._inbox.put(key)
 
-    def stats(self) -> SchedulerStats:
-        """What the scheduler holds; called by the thread that steps."""
+    def stats(self) -> EngineStats:
+        """See Engine."""
         return self._scheduler.stats()
 
     def step(self) -> list[Output]:

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from parleyd.generation import EngineRequest, Output
-
-
-class EngineStats(Protocol):
-    """How much an engine has to do; engines may tell more."""
-
-    @property
-    def num_waiting(self) -> int: ...
-
-    @property
-    def num_running(self) -> int: ...
+from parleyd.generation import EngineRequest, EngineStats, Output
 
 
 class Engine(Protocol):
@@ -38,4 +28,4 @@ class Engine(Protocol):
         """What has been made since the last call, for all requests together; waits until there is something."""
 
     def stats(self) -> EngineStats:
-        """How much there is to do; called by the thread that steps."""
+        """How much there is to do, roughly where another thread asks than the one that steps."""

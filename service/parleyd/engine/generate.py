@@ -20,21 +20,13 @@ from transformers.generation.logits_process import LogitsProcessor, MinNewTokens
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from parleyd.engine.token_streamer import TokenStreamer
-from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams, TokenLogprob
+from parleyd.generation import EngineRequest, EngineStats, FinishReason, Output, SamplingParams, TokenLogprob
 
 _logger = logging.getLogger("parleyd.engine")
 
 # Below these the division of a float32 logit overflows; what they ask for is the greedy choice anyway.
 _MIN_TEMPERATURE = 1e-5
 _MIN_REPETITION_PENALTY = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateStats:
-    """See EngineStats."""
-
-    num_waiting: int
-    num_running: int
 
 
 class _Cancelled(Exception):
@@ -58,6 +50,8 @@ class GenerateEngine:
 
     def __init__(self, model: PreTrainedModel, eos_token_ids: tuple[int, ...], max_context_tokens: int) -> None:
         self.progress = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
         self._model = model
         self._eos_token_ids = eos_token_ids
         self._max_context_tokens = max_context_tokens
@@ -90,10 +84,15 @@ class GenerateEngine:
             outputs.append(self._next_output())
         return outputs
 
-    def stats(self) -> GenerateStats:
+    def stats(self) -> EngineStats:
         """See Engine."""
         num_open = len(self._sequences)
-        return GenerateStats(num_waiting=max(num_open - 1, 0), num_running=min(num_open, 1))
+        return EngineStats(
+            num_waiting=max(num_open - 1, 0),
+            num_running=min(num_open, 1),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+        )
 
     def _before_layer(self, *_: object) -> None:
         self.progress += 1
@@ -130,6 +129,7 @@ class GenerateEngine:
 
     def _call_model(self, sequence: _Sequence) -> None:
         request, params = sequence.request, sequence.request.params
+        self._num_prompt_tokens += len(request.prompt_ids)
         stop_ids = self._stop_ids(params)
         room = self._max_context_tokens - len(request.prompt_ids)
         max_new_tokens = min(params.max_new_tokens, room)
@@ -138,6 +138,7 @@ class GenerateEngine:
             if sequence.is_cancelled:
                 return
             sequence.num_generated += 1
+            self._num_generated_tokens += 1
             reason = None
             if token_id in stop_ids:
                 reason = FinishReason.STOP

@@ -10,29 +10,14 @@ from bisect import insort
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from operator import attrgetter
 
 from parleyd.engine.kv_cache import IntegrityError, KVLedger
 from parleyd.engine.request import Batch, Sequence, SequenceState
 from parleyd.errors import StartupError
-from parleyd.generation import EngineRequest, Output, TokenLogprob
+from parleyd.generation import EngineRequest, EngineStats, Output, TokenLogprob
 
 _NONE: Mapping[int, TokenLogprob] = {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerStats:
-    """The state now; tokens and preemptions are totals since the start."""
-
-    num_waiting: int
-    num_running: int
-    num_blocks: int
-    num_used_blocks: int
-    num_prompt_tokens: int
-    num_cached_prompt_tokens: int
-    num_generated_tokens: int
-    num_preemptions: int
 
 
 class Scheduler:
@@ -155,9 +140,9 @@ class Scheduler:
                 outputs.append(Output(key=item.sequence.key, error=error))
         return outputs
 
-    def stats(self) -> SchedulerStats:
+    def stats(self) -> EngineStats:
         """Counts for metrics, at no cost."""
-        return SchedulerStats(
+        return EngineStats(
             num_waiting=len(self._waiting),
             num_running=len(self._running),
             num_blocks=self._ledger.num_blocks,

@@ -12,13 +12,16 @@ class Health:
 
     def __init__(self) -> None:
         self.servicer = health.aio.HealthServicer()
+        self.is_serving = False
 
     async def set_serving(self, serving: bool) -> None:
         """Tells watchers and later checks."""
+        self.is_serving = serving
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in SERVICES:
             await self.servicer.set(service, status)
 
     async def shut_down(self) -> None:
         """NOT_SERVING from now on, whatever happens later."""
+        self.is_serving = False
         await self.servicer.enter_graceful_shutdown()

@@ -18,6 +18,7 @@ from parleyd.gateway.admission import Admission
 from parleyd.gateway.chat import ChatService
 from parleyd.gateway.doorkeeper import Doorkeeper
 from parleyd.gateway.health import Health
+from parleyd.gateway.observer import Observer
 from parleyd.gateway.options import server_options
 from parleyd.gateway.prompt import PromptBuilder
 from parleyd.gateway.reflection import add_reflection
@@ -28,6 +29,9 @@ from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import ModelInfo
 from parleyd.rpc.interceptors import CallInterceptor
+from parleyd.rpc.telemetry import TelemetryInterceptor
+from parleyd.telemetry.admin import AdminServer
+from parleyd.telemetry.metrics import Load
 from parleyd.text.chat_template import template_utils
 
 _logger = logging.getLogger("parleyd")
@@ -49,7 +53,9 @@ class Gateway:
         self._hurry = asyncio.Event()
         self._prompts = PromptBuilder()
         self.admission = Admission(model.max_running or 1, server.max_queue)
-        self.worker = WorkerClient()
+        self.observer = Observer(self.load, server.otlp_endpoint)
+        self.worker = WorkerClient(self.observer.metrics)
+        self._admin: AdminServer | None = None
         self.health = Health()
         self.supervisor = Supervisor(
             model,
@@ -70,8 +76,7 @@ class Gateway:
     async def start(self) -> str:
         """Binds the port and starts answering. Returns HOST:PORT. Raises StartupError if the port cannot be bound."""
         await self.health.set_serving(False)
-        host, port = self._settings.server.host, self._settings.server.port
-        bracketed = f"[{host}]" if ":" in host else host
+        bracketed, port = _bracketed(self._settings.server.host), self._settings.server.port
         try:
             bound = self._server.add_insecure_port(f"{bracketed}:{port}")
         except RuntimeError as error:
@@ -80,6 +85,30 @@ class Gateway:
             ) from error
         await self._server.start()
         return f"{bracketed}:{bound}"
+
+    def start_admin(self) -> str | None:
+        """Opens the admin port, if one is asked for. Returns HOST:PORT. Raises StartupError if it cannot be bound."""
+        server = self._settings.server
+        if server.admin_port is None:
+            return None
+        self._admin = AdminServer(
+            server.host, server.admin_port, self.observer.metrics.registry, lambda: self.health.is_serving
+        )
+        return f"{_bracketed(server.host)}:{self._admin.port}"
+
+    def load(self) -> Load:
+        """The state now; may be asked from any thread."""
+        return Load(
+            model=self._settings.served_model_name,
+            num_open_calls=self.doorkeeper.num_open,
+            num_waiting=self.admission.num_waiting,
+            num_running=self.admission.num_running,
+            max_running=self.admission.max_running,
+            is_serving=self.health.is_serving,
+            num_worker_restarts=self.supervisor.num_restarts,
+            num_handed_over=self.worker.num_handed_over,
+            engine=self.supervisor.engine_stats,
+        )
 
     def begin_shutdown(self) -> None:
         """Asks `serve` to drain and return; asked again, to end what is open at once."""
@@ -104,6 +133,9 @@ class Gateway:
             supervision.cancel()
             await asyncio.gather(supervision, return_exceptions=True)
             self._prompts.close()
+            self.observer.close()
+            if self._admin:
+                self._admin.close()
 
     async def _drain(self) -> None:
         server = self._settings.server
@@ -136,11 +168,16 @@ class Gateway:
 
     def _build_server(self) -> grpc.aio.Server:
         interceptor = CallInterceptor(_CHAT_SERVICE, self.doorkeeper.enter, self.doorkeeper.leave)
-        server = grpc.aio.server(interceptors=[interceptor], options=server_options(self._settings.server))
+        telemetry = TelemetryInterceptor(_CHAT_SERVICE, self.observer.call_ended, self.observer.load_report)
+        server = grpc.aio.server(interceptors=[telemetry, interceptor], options=server_options(self._settings.server))
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])
         return server
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 async def serve(
@@ -152,4 +189,6 @@ async def serve(
     for number in _SIGNALS:  # before anyone can know that we are here
         loop.add_signal_handler(number, gateway.begin_shutdown)
     announce(f"listening on {await gateway.start()}")
+    if admin := gateway.start_admin():
+        announce(f"admin on {admin}")
     await gateway.serve()

@@ -14,7 +14,8 @@ from parleyd.gateway.spare_worker import SpareWorker
 from parleyd.gateway.worker import Worker
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WORKER_COMMAND
-from parleyd.generation import ModelInfo, Output
+from parleyd.generation import EngineStats, ModelInfo, Output
+from parleyd.ipc.messages import Start
 
 _logger = logging.getLogger("parleyd.supervisor")
 
@@ -69,6 +70,11 @@ class Supervisor:
     def worker_pid(self) -> int | None:
         """The live worker's process id."""
         return self._worker.link.pid if self._worker and self._worker.link else None
+
+    @property
+    def engine_stats(self) -> EngineStats:
+        """What the worker last told of its engine."""
+        return self._worker.stats if self._worker else EngineStats()
 
     @property
     def spare_pid(self) -> int | None:
@@ -165,12 +171,8 @@ class Supervisor:
         await asyncio.Event().wait()
 
     def _start_worker(self) -> Worker:
-        return Worker(
-            self._settings,
-            log_level=self._server.log_level,
-            command=self._command,
-            on_outputs=self._take_outputs,
-        )
+        start = Start(self._settings, self._server.log_level, self._server.log_format)
+        return Worker(start, command=self._command, on_outputs=self._take_outputs)
 
     def _take_outputs(self, outputs: list[Output]) -> None:
         self._losses = 0

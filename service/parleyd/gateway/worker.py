@@ -7,23 +7,21 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from parleyd.config import ModelSettings
 from parleyd.errors import StartupError, WorkerLost
 from parleyd.gateway.worker_link import WorkerLink
-from parleyd.generation import ModelInfo, Output
+from parleyd.generation import EngineStats, ModelInfo, Output
 from parleyd.ipc.messages import LoadFailed, Progress, Ready, Start, Step
 
 _logger = logging.getLogger("parleyd.worker")
 
 
 class Worker:
-    """Begins to load when made. `ready` is set once it has loaded, `gone` once nothing more will come from it."""
+    """Begins to load what `start` names when made; `gone` is set once nothing more will come from it."""
 
     def __init__(
         self,
-        settings: ModelSettings,
+        start: Start,
         *,
-        log_level: str,
         command: Sequence[str],
         on_outputs: Callable[[list[Output]], None],
     ) -> None:
@@ -31,7 +29,8 @@ class Worker:
         self.gone = asyncio.Event()
         self.link: WorkerLink | None = None
         self.num_messages = 0
-        self._start = Start(settings, log_level)
+        self.stats = EngineStats()
+        self._start = start
         self._command = command
         self._on_outputs = on_outputs
         self._life = asyncio.create_task(self._live())
@@ -68,8 +67,8 @@ class Worker:
                         self.ready.set_exception(StartupError(text))
                     case Step(outputs):
                         self._on_outputs(outputs)
-                    case Progress():
-                        pass
+                    case Progress(stats):
+                        self.stats = stats
         finally:
             self.gone.set()
             if not self.ready.done():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from parleyd.gateway.streamer import Delta, Streamer
 from parleyd.gateway.worker_link import WorkerLink
 from parleyd.generation import EngineRequest, Output
 from parleyd.ipc.messages import Abort, Submit
+from parleyd.telemetry.call import Call, current_call
+from parleyd.telemetry.metrics import Metrics
 
 _logger = logging.getLogger("parleyd.worker")
 
@@ -28,6 +31,8 @@ class _OpenRequest:
 
     request: EngineRequest
     streamer: Streamer
+    call: Call
+    last_token_time: float | None = None  # on the monotonic clock
     made_ids: array[int] = field(default_factory=lambda: array("i"))
     is_submitted: bool = False  # to the attached worker
     has_progressed: bool = False  # there
@@ -43,8 +48,9 @@ class _OpenRequest:
 class WorkerClient:
     """Generates through whichever worker is attached; between two, requests wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self.num_handed_over = 0
+        self._metrics = metrics
         self._keys = itertools.count()
         self._link: WorkerLink | None = None
         self._open: dict[int, _OpenRequest] = {}
@@ -62,7 +68,8 @@ class WorkerClient:
         `on_end` is called once the worker is done with the request, however much of it its reader has taken by then.
         Raises EngineFault, or whatever else ended the request.
         """
-        entry = self._open[request.key] = _OpenRequest(request, Streamer(on_end))
+        entry = self._open[request.key] = _OpenRequest(request, Streamer(on_end), current_call.get())
+        self._observe_start(entry)
         self._submit(entry)
         try:
             while True:
@@ -84,11 +91,15 @@ class WorkerClient:
 
     def dispatch(self, outputs: list[Output]) -> None:
         """Hands one step's outputs to their streamers; those of requests aborted meanwhile have none."""
+        now = time.monotonic()
+        self._metrics.batch_size.observe(len(outputs))
         for output in outputs:
             entry = self._open.pop(output.key, None) if output.is_last else self._open.get(output.key)
             if entry is None:
                 continue
-            entry.made_ids.extend(output.token_ids)
+            if output.token_ids:
+                entry.made_ids.extend(output.token_ids)
+                self._observe_token(entry, now)
             entry.streamer.put(output)
             if not entry.has_progressed:
                 entry.has_progressed, entry.is_suspect = True, False
@@ -131,6 +142,23 @@ class WorkerClient:
         entries, self._open = self._open, {}
         for entry in entries.values():
             entry.streamer.fail(error)
+
+    def _observe_start(self, entry: _OpenRequest) -> None:
+        call, request = entry.call, entry.request
+        call.queue_s = call.queue_s or call.elapsed()
+        self._metrics.queue_seconds.observe(call.queue_s)
+        self._metrics.prompt_tokens.observe(len(request.prompt_ids))
+        if request.output_ids:
+            self._metrics.resumed.inc()
+
+    def _observe_token(self, entry: _OpenRequest, now: float) -> None:
+        if entry.last_token_time is None:
+            call = entry.call
+            call.first_token_s = call.first_token_s or now - call.arrived
+            self._metrics.first_token_seconds.observe(now - call.arrived)
+        else:
+            self._metrics.token_seconds.observe(now - entry.last_token_time)
+        entry.last_token_time = now
 
     def _submit(self, entry: _OpenRequest) -> None:
         if self._link is not None:

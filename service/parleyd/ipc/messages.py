@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from parleyd.config import ModelSettings
-from parleyd.generation import EngineRequest, ModelInfo, Output
+from parleyd.generation import EngineRequest, EngineStats, ModelInfo, Output
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
@@ -13,6 +13,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
     settings: ModelSettings
     log_level: str = "info"
+    log_format: str = "text"
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -47,6 +48,8 @@ class Step(msgspec.Struct, tag=True, frozen=True):
 
 class Progress(msgspec.Struct, tag=True, frozen=True):
     """Worker to gateway, now and then while it works: it is alive, even if a long prompt has made no token yet."""
+
+    stats: EngineStats
 
 
 ToWorker = Start | Submit | Abort

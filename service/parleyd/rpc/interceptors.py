@@ -127,6 +127,7 @@ def named_error(call: Call, error: Exception) -> ParleyError:
         _log_refusal(call, error)
         return error
     _logger.error("%s failed", call.method, exc_info=error)
+    call.refusal = Reason.INTERNAL.value
     return EngineFault("unexpected exception")
 
 
@@ -142,6 +143,7 @@ async def _abort(context: Context, error: ParleyError, call: Call) -> NoReturn:
 
 
 def _log_refusal(call: Call, error: ParleyError) -> None:
+    call.refusal = error.reason.value
     level = logging.ERROR if error.reason is Reason.INTERNAL else logging.INFO
     # An invalid request's message may quote what the client sent; the reason alone may not.
     text = error.message if level == logging.ERROR else error.reason.value

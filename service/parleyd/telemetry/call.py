@@ -9,11 +9,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Call:
-    """One RPC, or one item of a batch. `arrived` is on the monotonic clock, in seconds."""
+    """One RPC, or one item of a batch. `arrived` is on the monotonic clock, in seconds.
+
+    What happened to it is None until it happens: `queue_s` and `first_token_s` in seconds from arrival, `refusal` the
+    reason of the error that ended it.
+    """
 
     method: str
     request_id: str
     arrived: float = field(default_factory=time.monotonic)
+    queue_s: float | None = None
+    first_token_s: float | None = None
+    refusal: str | None = None
 
     def elapsed(self) -> float:
         """Seconds since arrival."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 
+from pythonjsonlogger.json import JsonFormatter
+
 from parleyd.telemetry.call import current_call
 
-_FORMAT = "%(asctime)s %(levelname)-7s %(name)s%(request)s %(message)s"
+_TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s%(request)s %(message)s"
+_JSON_FORMAT = "%(asctime)s %(levelname)s %(name)s %(request_id)s %(message)s"
 
 
 class _RequestFilter(logging.Filter):
@@ -15,13 +18,15 @@ class _RequestFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         call = current_call.get(None)
+        record.request_id = call.request_id if call else None
         record.request = f" [{call.request_id}]" if call else ""
         return True
 
 
-def configure(level: str) -> None:
-    """Sends this process's logs to stderr, from `level` ("debug" … "error") up."""
+def configure(level: str, log_format: str = "text") -> None:
+    """Sends this process's logs to stderr, from `level` ("debug" … "error") up, as `log_format` ("text" or "json")."""
+    is_json = log_format == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(JsonFormatter(_JSON_FORMAT) if is_json else logging.Formatter(_TEXT_FORMAT))
     handler.addFilter(_RequestFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -36,7 +36,7 @@ def run(fd: int, load: Load) -> int:
     threading.Thread(target=_receive, args=(sock, start, engine), name="receive", daemon=True).start()
 
     message = start.result()
-    telemetry_logging.configure(message.log_level)
+    telemetry_logging.configure(message.log_level, message.log_format)
     try:
         loaded, info = load(message.settings)
     except StartupError as error:
@@ -68,12 +68,12 @@ class _Sender:
 
 def _tell_progress(engine: Engine, sender: _Sender) -> None:
     """Sends `Progress` as long as the engine gets on, and nothing while it is idle or hangs."""
-    told = engine.progress
+    told = None
     while True:
+        if (news := (engine.progress, engine.stats())) != told:
+            told = news
+            sender.send(messages.Progress(news[1]))
         time.sleep(_PROGRESS_INTERVAL_S)
-        if (progress := engine.progress) != told:
-            told = progress
-            sender.send(messages.Progress())
 
 
 def _ignore_signals() -> None:

@@ -1,0 +1,55 @@
+"""What every ChatService call leaves behind: an observation when it ends, and a load report for weighted balancers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+
+# https://github.com/cncf/xds: `xds.data.orca.v3.OrcaLoadReport`, serialised.
+LOAD_REPORT_KEY = "endpoint-load-metrics-bin"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+Observe = Callable[[str, Mapping[str, Any], str], None]
+
+
+class TelemetryInterceptor(grpc.aio.ServerInterceptor):
+    """Goes around all others. `observe` gets each call's method, metadata and status code, in the task that served it;
+    `report` makes the load report that answers carry in their trailing metadata."""
+
+    def __init__(self, service: str, observe: Observe, report: Callable[[], bytes]) -> None:
+        self._prefix = f"/{service}/"
+        self._observe = observe
+        self._report = report
+
+    async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
+        """See grpc.aio.ServerInterceptor."""
+        handler: Any = await continuation(details)
+        if handler is None or not details.method.startswith(self._prefix):
+            return handler
+        method = details.method.removeprefix(self._prefix)
+        kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+        return handler._replace(**{kind: self._wrap(method, f) for kind in kinds if (f := getattr(handler, kind))})
+
+    def _wrap(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def handle(request: Any, context: Context) -> Any:
+            code = "UNKNOWN"
+            try:
+                result = await behaviour(request, context)
+                context.set_trailing_metadata(((LOAD_REPORT_KEY, self._report()),))
+                code = "OK"
+                return result
+            except asyncio.CancelledError:
+                remaining_s = context.time_remaining()
+                code = "DEADLINE_EXCEEDED" if remaining_s is not None and remaining_s <= 0 else "CANCELLED"
+                raise
+            except grpc.aio.AbortError:
+                code = context.code().name
+                raise
+            finally:
+                self._observe(method, dict(context.invocation_metadata() or ()), code)
+
+        return handle

@@ -1,0 +1,192 @@
+"""What operators see: metrics, probes, traces, load reports, logs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import h2.config
+import h2.connection
+import h2.events
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client.parser import text_string_to_metric_families
+from xds.data.orca.v3.orca_load_report_pb2 import OrcaLoadReport
+
+from parley.v1 import chat_pb2
+from parleyd.errors import StartupError
+from parleyd.telemetry.tracing import Tracing
+from tests.integration.conftest import StartGateway
+from tests.support.gateway import GatewayThread
+from tests.support.requests import ask
+
+DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/parley.json"
+TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
+
+
+@pytest.fixture
+def observed(start_gateway: StartGateway) -> GatewayThread:
+    return start_gateway(max_running=2, max_queue=0, admin_port=0)
+
+
+def get(gateway: GatewayThread, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{gateway.admin}{path}", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+
+def samples(gateway: GatewayThread) -> dict[tuple[str, tuple[str, ...]], float]:
+    status, text = get(gateway, "/metrics")
+    assert status == 200
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_tell_what_was_served_and_refused(observed: GatewayThread) -> None:
+    for _ in range(3):
+        observed.stub.Generate(ask("0123456789"), timeout=10)
+    held = [observed.stub.GenerateStream(ask("!forever", max_new_tokens=4000)) for _ in range(2)]
+    for call in held:
+        next(call)
+    with pytest.raises(grpc.RpcError):
+        observed.stub.Generate(ask("x"), timeout=10)
+    seen = samples(observed)
+    assert seen["parley_running_requests", ()] == seen["vllm:num_requests_running", ("scripted",)] == 2
+    assert seen["parley_open_calls", ()] == 2
+    for call in held:
+        call.cancel()
+    observed.wait_idle()
+    seen = samples(observed)
+    assert seen["parley_requests_total", ("OK", "Generate")] == 3
+    assert seen["parley_requests_total", ("RESOURCE_EXHAUSTED", "Generate")] == 1
+    assert seen["parley_requests_total", ("CANCELLED", "GenerateStream")] == 2
+    assert seen["parley_rejected_requests_total", ("QUEUE_FULL",)] == 1
+    assert seen["gen_ai_server_time_to_first_token_seconds_count", ()] == 5
+    assert seen["gen_ai_server_time_per_output_token_seconds_count", ()] >= 30
+    assert seen["parley_queue_time_seconds_count", ()] == 5
+    assert seen["parley_running_requests", ()] == seen["parley_open_calls", ()] == 0
+    assert seen["parley_serving", ()] == 1
+
+
+def test_metrics_tell_of_the_worker(observed: GatewayThread) -> None:
+    observed.stub.Generate(ask("!die-at 5 0123456789"), timeout=20)
+    seen = samples(observed)
+    assert seen["parley_worker_restarts_total", ()] == seen["parley_handed_over_streams_total", ()] == 1
+    assert seen["parley_generated_tokens_total", ()] >= 0
+
+
+def test_probes_follow_the_service(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--load-delay", "1"), wait_ready=False, admin_port=0)
+    assert (get(gateway, "/healthz")[0], get(gateway, "/readyz")[0], get(gateway, "/else")[0]) == (200, 503, 404)
+    gateway.wait_health(1)
+    assert get(gateway, "/readyz")[0] == 200
+
+
+def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:
+    from parleyd.telemetry.admin import AdminServer
+
+    host, port = observed.admin.split(":")
+    with pytest.raises(StartupError, match=f"{host}:{port}"):
+        AdminServer(host, int(port), observed.gateway.observer.metrics.registry, lambda: True)
+
+
+def test_every_query_of_the_dashboard_names_metrics_that_there_are(observed: GatewayThread) -> None:
+    observed.stub.Generate(ask("hello"), timeout=10)
+    names = {name for name, _ in samples(observed)}
+    families = names | {"parley_rejected_requests_total", "parley_requests_total"}
+    queries = re.findall(r'"expr": "((?:[^"\\]|\\.)*)"', DASHBOARD.read_text())
+    assert len(queries) >= 10
+    for query in queries:
+        asked = set(re.findall(r"\b(?:parley|gen_ai|process|vllm)[a-z_:]*\b", query))
+        assert asked and asked <= families, query
+
+
+def raw_trailers(target: str, request: chat_pb2.GenerateRequest) -> dict[str, str]:
+    """The trailers as a balancer sees them; gRPC's own client keeps load reports from its caller."""
+    host, port = target.split(":")
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        connection.initiate_connection()
+        headers = [
+            (":method", "POST"), (":path", "/parley.v1.ChatService/Generate"), (":scheme", "http"),
+            (":authority", target), ("te", "trailers"), ("content-type", "application/grpc"),
+        ]  # fmt: skip
+        connection.send_headers(1, headers)
+        payload = request.SerializeToString()
+        connection.send_data(1, b"\0" + len(payload).to_bytes(4, "big") + payload, end_stream=True)
+        while True:
+            raw.sendall(connection.data_to_send())
+            for event in connection.receive_data(raw.recv(65536)):
+                if isinstance(event, h2.events.TrailersReceived):
+                    return dict(event.headers)
+
+
+def test_answers_carry_a_load_report(observed: GatewayThread) -> None:
+    held = observed.stub.GenerateStream(ask("!forever", max_new_tokens=4000))
+    next(held)
+    trailers = raw_trailers(observed.target, ask("hello"))
+    value = trailers["endpoint-load-metrics-bin"]
+    report = OrcaLoadReport.FromString(base64.b64decode(value + "=" * (-len(value) % 4)))
+    assert 0 < report.application_utilization <= 1
+    assert report.rps_fractional > 0
+    assert report.named_metrics["queue_depth"] == 0
+    held.cancel()
+
+
+@pytest.fixture
+def spans(observed: GatewayThread) -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    observed.gateway.observer._tracing = Tracing(SimpleSpanProcessor(exporter))
+    yield exporter
+
+
+def test_a_call_makes_spans_in_its_clients_trace(observed: GatewayThread, spans: InMemorySpanExporter) -> None:
+    parent = f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01"
+    observed.stub.Generate(ask("hello"), timeout=10, metadata=(("traceparent", parent),))
+    observed.wait_idle()
+    made: dict[str, ReadableSpan] = {span.name: span for span in spans.get_finished_spans()}
+    call = made["parley.v1.ChatService/Generate"]
+    assert call.context.trace_id == TRACE_ID and call.parent is not None and call.parent.span_id == PARENT_ID
+    stages = [made[name] for name in ("queue", "prefill", "decode")]
+    assert all(stage.parent is not None and stage.parent.span_id == call.context.span_id for stage in stages)
+    times = [time for stage in stages for time in (stage.start_time, stage.end_time)]
+    assert times == sorted(times) and call.start_time == times[0]
+
+
+def test_a_refused_call_makes_a_span_with_its_code(observed: GatewayThread, spans: InMemorySpanExporter) -> None:
+    with pytest.raises(grpc.RpcError):
+        observed.stub.Generate(ask("x", temperature=-1.0), timeout=10)
+    observed.wait_idle()
+    (span,) = spans.get_finished_spans()
+    assert span.attributes is not None and span.attributes["rpc.grpc.status"] == "INVALID_ARGUMENT"
+    assert not span.status.is_ok
+
+
+def test_logs_can_be_json() -> None:
+    script = """
+import logging
+from parleyd.telemetry import logging as telemetry_logging
+from parleyd.telemetry.call import Call, current_call
+telemetry_logging.configure("info", "json")
+current_call.set(Call("Generate", "abc"))
+logging.getLogger("parleyd").info("hi")
+"""
+    stderr = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    event = json.loads(stderr)
+    assert (event["message"], event["request_id"], event["levelname"]) == ("hi", "abc", "INFO")
