@@ -35,6 +35,7 @@ from parley_client.errors import (
     WorkerLost,
 )
 from parley_client.health import HealthStatus
+from parley_client.logprobs import TokenLogprob, TopLogprob
 from parley_client.messages import Message, Role, ToolCall, assistant, system, tool, user
 from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions, GenerationOptions
@@ -74,7 +75,9 @@ __all__ = [
     "Role",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "ToolCall",
+    "TopLogprob",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

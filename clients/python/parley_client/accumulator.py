@@ -48,14 +48,21 @@ class Accumulator:
     """The answer to `request`, as far as it has come."""
 
     def __init__(self, request: chat_pb2.GenerateRequest) -> None:
+        self._request = request
         # If the request leaves the number to the model's defaults, the choices that show up have to do.
         self._num_choices = request.generation_config.num_return_sequences or 1
         self._choices: dict[int, _ChoiceParts] = {}
         self._head = chat_pb2.GenerateResponse()
 
     def add(self, response: chat_pb2.GenerateStreamResponse) -> Piece:
-        """Takes in the stream's next message."""
-        if response.request_id:
+        """Takes in the stream's next message.
+
+        Those of a resumed stream tell once more what its first message told: the piece does not.
+        """
+        if self._head.request_id:
+            for name in ("request_id", "model", "seed"):
+                response.ClearField(name)
+        elif response.request_id:
             self._head.request_id = response.request_id
             self._head.model = response.model
             self._head.seed = response.seed
@@ -81,6 +88,26 @@ class Accumulator:
         return all(index in self._choices for index in range(self._num_choices)) and all(
             choice.rest.finish_reason != unfinished for choice in self._choices.values()
         )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the stream's very last message is here; however the call ends then, nothing is missing."""
+        return self.complete and self._head.HasField("usage")
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a server can go on from what is here: it has begun, and is not one of several answers."""
+        return bool(self._head.request_id) and self._num_choices == 1
+
+    def remainder(self) -> chat_pb2.GenerateRequest:
+        """The request for the rest of the answer, which any server of the same model can answer."""
+        request = chat_pb2.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.request_id, request.model = self._head.request_id, self._head.model
+        request.generation_config.seed = self._head.seed
+        for choice in self._choices.values():
+            request.resume.token_ids.extend(choice.rest.token_ids)
+        return request
 
     def check_ended(self) -> None:
         """To be called when the stream has ended well.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -14,7 +15,7 @@ from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 from parley_client import request, status
 from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
-from parley_client.channel import CallDefaults, channel_options
+from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
 from parley_client.errors import Cancelled
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.model_info import ModelInfo
@@ -22,6 +23,7 @@ from parley_client.options import ChatOptions
 from parley_client.piece import Piece
 from parley_client.reply import Reply
 from parley_client.request import AnyMessage
+from parley_client.resumption import Resumption
 
 
 class AsyncClient:
@@ -38,8 +40,9 @@ class AsyncClient:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Mapping[str, str] | None = None,
         max_attempts: int = 4,
+        max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
-        self._defaults = CallDefaults.create(timeout, metadata)
+        self._defaults = CallDefaults.create(timeout, metadata, max_resumes)
         options = channel_options(max_attempts)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
@@ -71,7 +74,8 @@ class AsyncClient:
     ) -> AsyncStream:
         """Gives the answer as it is made: `async for piece in client.stream(...)`. As `Client.stream`."""
         message = request.generate("stream", messages, options)
-        return AsyncStream(self._chat.GenerateStream, message, self._defaults.args(timeout))
+        args, max_resumes = self._defaults.args(timeout), self._defaults.max_resumes
+        return AsyncStream(self._chat.GenerateStream, message, args, max_resumes)
 
     def generate_batch(
         self,
@@ -176,10 +180,17 @@ class AsyncStream(AsyncIterator[Piece]):
     task cancels the call, which frees the model.
     """
 
-    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
+    def __init__(
+        self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any], max_resumes: int = 0
+    ) -> None:
         self._accumulator = Accumulator(message)
-        self._cancelled = False
-        self._call = method(message, **args)
+        self._resumption = Resumption(self._accumulator, args, max_resumes)
+        self._cancelled = asyncio.Event()
+        self._method = method
+        self._begin(message, args)
+
+    def _begin(self, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
+        self._call = self._method(message, **args)
         # Not read(): that one answers "end" as soon as the status is there, with messages still waiting to be read.
         self._responses = aiter(self._call)
 
@@ -188,21 +199,41 @@ class AsyncStream(AsyncIterator[Piece]):
 
     async def __anext__(self) -> Piece:
         """The next piece. Raises as `Stream.__next__`."""
-        if self._cancelled:
-            self._accumulator.check_cancelled()
-            raise StopAsyncIteration
         try:
-            return self._accumulator.add(await anext(self._responses))
-        except StopAsyncIteration:
-            self._accumulator.check_ended()
-            raise
-        except grpc.RpcError as error:
-            raise status.from_rpc_error(error) from error
+            while not self._cancelled.is_set():
+                try:
+                    piece = self._accumulator.add(await anext(self._responses))
+                    self._resumption.note_progress()
+                    return piece
+                except StopAsyncIteration:
+                    self._accumulator.check_ended()
+                    raise
+                except grpc.RpcError as error:
+                    if self._accumulator.is_whole:
+                        break
+                    await self._resume(error)
         except asyncio.CancelledError:
             self.cancel()
             if not _is_about_this_task():
                 self._accumulator.check_cancelled()
             raise
+        self._accumulator.check_cancelled()
+        raise StopAsyncIteration
+
+    async def _resume(self, error: grpc.RpcError) -> None:
+        """As `Stream._resume`."""
+        failure = status.from_rpc_error(error)
+        delay_s = self._resumption.delay_after(failure)
+        if delay_s is None:
+            raise failure from error
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._cancelled.wait(), delay_s)
+        if self._cancelled.is_set():
+            return
+        try:
+            self._begin(self._resumption.request(), self._resumption.call_args())
+        except grpc.aio.UsageError as closed:
+            raise Cancelled("the client was closed") from closed
 
     @property
     def reply(self) -> Reply:
@@ -211,7 +242,7 @@ class AsyncStream(AsyncIterator[Piece]):
 
     def cancel(self) -> None:
         """Ends the call. What has arrived stays in `reply`."""
-        self._cancelled = True
+        self._cancelled.set()
         self._call.cancel()
 
     async def close(self) -> None:

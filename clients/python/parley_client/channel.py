@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
+DEFAULT_MAX_RESUMES = 8  # over some 16 s: longer than a server takes to come back
 
 
 def channel_options(max_attempts: int) -> list[tuple[str, str | int]]:
@@ -35,14 +36,15 @@ def channel_options(max_attempts: int) -> list[tuple[str, str | int]]:
 
 
 def service_config(max_attempts: int) -> str:
-    """The gRPC service config, as JSON: which calls are tried again, and when.
+    """The gRPC service config, as JSON: calls take turns among a target's addresses; which are tried again, and when.
 
     gRPC tries again only until the answer's headers arrive, and a Parley server sends these with the first message: so
     no part of an answer is ever seen twice. The throttle stops retries once more than about a third of all calls fail,
     so that they do not add load to a server in trouble.
     """
+    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if max_attempts == 1:
-        return "{}"
+        return json.dumps(config)
     retry_policy = {
         "maxAttempts": max_attempts,
         "initialBackoff": "0.1s",
@@ -50,26 +52,31 @@ def service_config(max_attempts: int) -> str:
         "backoffMultiplier": 2,
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
-    return json.dumps(
-        {
-            # Not the health service: its answer is about now.
-            "methodConfig": [{"name": [{"service": "parley.v1.ChatService"}], "retryPolicy": retry_policy}],
-            "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.5},
-        }
-    )
+    # Not the health service: its answer is about now.
+    config["methodConfig"] = [{"name": [{"service": "parley.v1.ChatService"}], "retryPolicy": retry_policy}]
+    config["retryThrottling"] = {"maxTokens": 10, "tokenRatio": 0.5}
+    return json.dumps(config)
 
 
 @dataclass(frozen=True)
 class CallDefaults:
-    """What each call of a client carries: its timeout in seconds (None: no limit) and metadata."""
+    """What each call of a client carries: its timeout in seconds (None: no limit) and metadata; and how often in a row
+    a broken stream is resumed."""
 
     timeout: float | None
     metadata: tuple[tuple[str, str], ...]
+    max_resumes: int
 
     @classmethod
-    def create(cls, timeout: float | None, metadata: Mapping[str, str] | None) -> CallDefaults:
-        """Defaults from the arguments of a client. gRPC wants metadata keys in lower case."""
-        return cls(timeout, tuple((key.lower(), value) for key, value in (metadata or {}).items()))
+    def create(cls, timeout: float | None, metadata: Mapping[str, str] | None, max_resumes: int) -> CallDefaults:
+        """Defaults from the arguments of a client. gRPC wants metadata keys in lower case.
+
+        Raises:
+            ValueError: `max_resumes` is negative.
+        """
+        if max_resumes < 0:
+            raise ValueError(f"max_resumes must be 0 or more, not {max_resumes}")
+        return cls(timeout, tuple((key.lower(), value) for key, value in (metadata or {}).items()), max_resumes)
 
     def args(self, timeout: float | None) -> dict[str, Any]:
         """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""

@@ -74,8 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help='what to answer; "-" reads it from stdin')
     _add_connection(generate, timeout_help="seconds that the answer may take (default: no limit)")
     _add_generation(generate)
+    generate.add_argument("--num-return-sequences", metavar="N", type=int, help="how many answers; needs --json")
+    generate.add_argument("--top-logprobs", metavar="N", type=int, help="tell log-probabilities; needs --json")
     _add_json(generate, "print the whole answer as one JSON object, with token ids, usage and timings")
-    generate.set_defaults(run=commands.generate)
+    generate.set_defaults(run=commands.generate, usage_error=generate.error)
 
     batch = subparsers.add_parser(
         "batch",
@@ -136,6 +138,8 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", metavar="N", type=int, help="draw among this many most likely tokens; 0 is off")
     group.add_argument("--min-p", metavar="X", type=float, help="draw among tokens at least this relatively likely")
     group.add_argument("--repetition-penalty", metavar="X", type=float, help="above 1 avoids repetition")
+    group.add_argument("--presence-penalty", metavar="X", type=float, help="-2 to 2; above 0 avoids used tokens")
+    group.add_argument("--frequency-penalty", metavar="X", type=float, help="-2 to 2; above 0 avoids frequent tokens")
     group.add_argument("--seed", metavar="N", type=int, help="makes the draws repeatable")
     group.add_argument("--stop", metavar="TEXT", action="append", help="ends the answer; may be given several times")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -14,25 +15,31 @@ from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 from parley_client import request, status
 from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
-from parley_client.channel import CallDefaults, channel_options
+from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
+from parley_client.errors import Cancelled
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions
 from parley_client.piece import Piece
 from parley_client.reply import Reply
 from parley_client.request import AnyMessage
+from parley_client.resumption import Resumption
 
 
 class Client:
     """A connection to a Parley server; threads may share it. Close it, or use it as a context manager.
 
     Args:
-        target: where the server listens, "HOST:PORT" or any other gRPC target.
+        target: where the server listens, "HOST:PORT" or any other gRPC target. Calls take turns among the addresses of
+            a target that has several, such as "ipv4:10.0.0.1:50051,10.0.0.2:50051" or "dns:///parley.internal:50051".
         timeout: seconds that each call may take, unless the call says otherwise; None is no limit.
         credentials: channel credentials, such as `grpc.ssl_channel_credentials()`; None connects in plain text.
         metadata: metadata for each call, such as {"authorization": "Bearer …"}.
         max_attempts: how often a call is tried while the server is unavailable, 1 (no retry) to 5. Only until the
             first part of the answer arrives, so nothing is ever seen twice.
+        max_resumes: how often in a row a stream that breaks after that is taken up where it broke, by this server or
+            another of the same target, before its error is raised; 0 is never. Pieces are those of an unbroken stream.
+            Streams of several answers (`num_return_sequences`) are not resumed.
 
     The connection is made with the first call. Every call raises a subclass of `ParleyError` when it fails.
     """
@@ -45,8 +52,9 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Mapping[str, str] | None = None,
         max_attempts: int = 4,
+        max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
-        self._defaults = CallDefaults.create(timeout, metadata)
+        self._defaults = CallDefaults.create(timeout, metadata, max_resumes)
         options = channel_options(max_attempts)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options)
@@ -90,7 +98,7 @@ class Client:
         The call starts at once; what `chat` raises, the iteration raises (except for requests that cannot be built).
         """
         message = request.generate("stream", messages, options)
-        return Stream(self._chat.GenerateStream, message, self._defaults.args(timeout))
+        return Stream(self._chat.GenerateStream, message, self._defaults.args(timeout), self._defaults.max_resumes)
 
     def generate_batch(
         self,
@@ -194,9 +202,13 @@ class Stream(Iterator[Piece]):
     stream cancels the call, which frees the model. Only the iteration itself must stay in one thread.
     """
 
-    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
+    def __init__(
+        self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any], max_resumes: int = 0
+    ) -> None:
         self._accumulator = Accumulator(message)
-        self._cancelled = False
+        self._resumption = Resumption(self._accumulator, args, max_resumes)
+        self._cancelled = threading.Event()
+        self._method = method
         self._call = method(message, **args)
 
     def __iter__(self) -> Self:
@@ -209,19 +221,41 @@ class Stream(Iterator[Piece]):
             ParleyError: the call failed; IncompleteStream if it ended without a finish reason; Cancelled after
                 `cancel`, unless the answer was complete by then.
         """
-        if self._cancelled:
-            self._accumulator.check_cancelled()
-            raise StopIteration
+        while not self._cancelled.is_set():
+            try:
+                piece = self._accumulator.add(next(self._call))
+                self._resumption.note_progress()
+                return piece
+            except StopIteration:
+                self._accumulator.check_ended()
+                raise
+            except grpc.RpcError as error:
+                if self._accumulator.is_whole:
+                    break
+                self._resume(error)
+            except BaseException:
+                self.cancel()
+                raise
+        self._accumulator.check_cancelled()
+        raise StopIteration
+
+    def _resume(self, error: grpc.RpcError) -> None:
+        """Takes the answer up again after a while. Raises the typed error where that would not help."""
+        failure = status.from_rpc_error(error)
+        delay_s = self._resumption.delay_after(failure)
+        if delay_s is None:
+            raise failure from error
         try:
-            return self._accumulator.add(next(self._call))
-        except StopIteration:
-            self._accumulator.check_ended()
-            raise
-        except grpc.RpcError as error:
-            raise status.from_rpc_error(error) from error
+            if self._cancelled.wait(delay_s):
+                return
+            self._call = self._method(self._resumption.request(), **self._resumption.call_args())
+        except ValueError as closed:
+            raise Cancelled("the client was closed") from closed
         except BaseException:
             self.cancel()
             raise
+        if self._cancelled.is_set():  # in the meantime, by another thread
+            self._call.cancel()
 
     @property
     def reply(self) -> Reply:
@@ -230,7 +264,7 @@ class Stream(Iterator[Piece]):
 
     def cancel(self) -> None:
         """Ends the call, from any thread. What has arrived stays in `reply`."""
-        self._cancelled = True
+        self._cancelled.set()
         self._call.cancel()
 
     close = cancel

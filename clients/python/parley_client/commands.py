@@ -19,13 +19,17 @@ from parley_client.options import ChatOptions
 
 def generate(args: Namespace) -> int:
     """`parley generate PROMPT`: the answer's text as it is made, or the whole answer as JSON."""
+    options = chat_options(args)
+    options["num_return_sequences"], options["top_logprobs"] = args.num_return_sequences, args.top_logprobs
+    if not args.json and (args.num_return_sequences is not None or args.top_logprobs is not None):
+        args.usage_error("--num-return-sequences and --top-logprobs need --json")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     messages = [*opening(args), user(prompt)]
     with Client(args.target, timeout=args.timeout) as client:
         if args.json:
-            print_json(to_json(client.chat(messages, **chat_options(args)).proto))
+            print_json(to_json(client.chat(messages, **options).proto))
             return 0
-        print_pieces(client.stream(messages, **chat_options(args)))
+        print_pieces(client.stream(messages, **options))
     return 0
 
 
@@ -77,6 +81,8 @@ def chat_options(args: Namespace) -> ChatOptions:
         "top_k": args.top_k,
         "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
         "seed": args.seed,
         "stop_strings": args.stop,
     }

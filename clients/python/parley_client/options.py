@@ -57,3 +57,6 @@ class ChatOptions(GenerationOptions, total=False):
     request_id: str | None
     # Higher leaves the server's queue sooner; default: 0.
     priority: int | None
+    # Output token ids that you already have: the answer holds only what follows them. A request that samples needs the
+    # seed that came with them. A stream that breaks does this by itself (see `max_resumes` of the client).
+    resume: Sequence[int] | None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from parley.v1 import chat_pb2, message_pb2
+from parley_client.logprobs import TokenLogprob
 from parley_client.reply import FinishReason, Timings, Usage
 
 
@@ -44,9 +45,9 @@ class Piece:
         return list(self.proto.token_ids)
 
     @property
-    def logprobs(self) -> list[generation_pb2.TokenLogprob]:
+    def logprobs(self) -> list[TokenLogprob]:
         """One for each of `token_ids`, if asked for."""
-        return list(self.proto.logprobs)
+        return [TokenLogprob.from_proto(one) for one in self.proto.logprobs]
 
     @property
     def finish_reason(self) -> FinishReason | None:

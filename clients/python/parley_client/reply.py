@@ -8,6 +8,7 @@ from enum import StrEnum
 from google.protobuf import duration_pb2
 
 from parley.v1 import chat_pb2, generation_pb2
+from parley_client.logprobs import TokenLogprob
 from parley_client.messages import Message, Role, ToolCall
 
 
@@ -104,9 +105,9 @@ class Choice:
         return list(self.proto.token_ids)
 
     @property
-    def logprobs(self) -> list[generation_pb2.TokenLogprob]:
+    def logprobs(self) -> list[TokenLogprob]:
         """One for each of `token_ids`, if asked for."""
-        return list(self.proto.logprobs)
+        return [TokenLogprob.from_proto(one) for one in self.proto.logprobs]
 
 
 class Reply:
@@ -163,7 +164,7 @@ class Reply:
         return self.choices[0].token_ids
 
     @property
-    def logprobs(self) -> list[generation_pb2.TokenLogprob]:
+    def logprobs(self) -> list[TokenLogprob]:
         """One for each of `token_ids`, if asked for."""
         return self.choices[0].logprobs
 

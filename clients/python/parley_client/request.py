@@ -49,6 +49,7 @@ def generate(method: str, messages: Iterable[AnyMessage], options: ChatOptions) 
     _set_config(request.generation_config, config)
     _set_tool_choice(request, options.get("tool_choice"))
     _set_response_format(request, options.get("response_format"))
+    extend_field(request.resume, "token_ids", options.get("resume") or (), "resume")
     for name in ("request_id", "priority"):
         if options.get(name) is not None:
             set_field(request, name, options.get(name), "")

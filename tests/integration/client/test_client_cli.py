@@ -88,7 +88,8 @@ def test_generate_as_json_prints_the_whole_answer_as_protobufs_json(server, caps
 
 def test_flags_become_generation_options(server, capsys):
     server.says("x")
-    flags = "--max-new-tokens 5 --temperature 0 --top-p 0.5 --top-k 3 --min-p 0.25 --repetition-penalty 1.5 --seed 7"
+    flags = "--max-new-tokens 5 --temperature 0 --top-p 0.5 --top-k 3 --min-p 0.25 --repetition-penalty 1.5 --seed 7 "
+    flags += "--presence-penalty 0.5 --frequency-penalty -0.5"
     main(["generate", "Hi", "--model", "scripted", "--stop", "a", "--stop", "b", *flags.split()])
     assert server.requests[-1].model == "scripted"
     assert server.requests[-1].generation_config == generation_pb2.GenerationConfig(
@@ -98,6 +99,8 @@ def test_flags_become_generation_options(server, capsys):
         top_k=3,
         min_p=0.25,
         repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
         seed=7,
         stop_strings=["a", "b"],
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 
-from parley_client import FinishReason, HealthStatus, InvalidRequest, ModelNotFound, PromptTooLong, user
+from parley_client import FinishReason, HealthStatus, InvalidRequest, ModelNotFound, PromptTooLong, TopLogprob, user
 from parley_client.cli import main
+from tests.support.tiny_tokenizer import IM_END_ID
 
 
 @pytest.fixture
@@ -55,6 +60,52 @@ def test_the_gateway_is_healthy_and_tells_what_it_serves(chatting):
     chatting.wait_until_ready(timeout=20)
     assert chatting.health() is chatting.health("parley.v1.ChatService") is HealthStatus.SERVING
     assert chatting.model_info().model == "scripted"
+
+
+@pytest.mark.parametrize("stop", ["drain", "worker"])
+def test_a_stream_goes_on_at_another_server(connect, start_gateway, stop):
+    text = "naïve 家族 👨‍👩‍👧‍👦 " * 12
+    slow = {"worker": ("--step-delay", "0.005"), "drain_timeout": 0.0, "max_worker_restarts": 0}
+    gateways = [start_gateway(**slow) for _ in range(2)]
+    with connect("ipv4:" + ",".join(gateway.target for gateway in gateways)) as client:
+        client.wait_until_ready(timeout=20)
+        stream = client.stream([user(text)], top_logprobs=2)
+        pieces = [next(stream) for _ in range(20)]
+        (serving,) = [gateway for gateway in gateways if gateway.gateway.admission.num_running]
+        if stop == "drain":
+            serving.loop.call_soon_threadsafe(serving.gateway.begin_shutdown)
+        else:
+            os.kill(serving.gateway.supervisor.worker_pid, signal.SIGKILL)
+        pieces += stream
+        assert "".join(map(str, pieces)) == stream.reply.content == text
+        assert stream.reply.token_ids == [*text.encode(), IM_END_ID]
+        assert [one.token_id for one in stream.reply.logprobs] == stream.reply.token_ids
+        assert stream.reply.usage.completion_tokens == len(stream.reply.token_ids)
+        (other,) = [gateway for gateway in gateways if gateway is not serving]
+        other.wait_idle()
+
+
+def test_several_answers_and_their_logprobs_are_typed(chatting):
+    reply = chatting.chat([user("!choice")], num_return_sequences=2, do_sample=True, top_logprobs=2)
+    assert [choice.content for choice in reply.choices] == ["choice 0", "choice 1"]
+    (first, *_) = reply.choices[1].logprobs
+    assert (first.token_id, first.token, first.bytes) == (ord("c"), "c", b"c")
+    assert first.top[0] == TopLogprob(ord("c"), "c", b"c", first.logprob)
+    assert len(first.top) == 2
+
+
+def test_calls_take_turns_among_the_addresses_of_a_target(connect, start_gateway):
+    gateways = [start_gateway() for _ in range(2)]
+    with connect("ipv4:" + ",".join(gateway.target for gateway in gateways)) as client:
+        client.wait_until_ready(timeout=20)
+        streams = []
+        deadline = time.monotonic() + 20
+        while not all(gateway.gateway.admission.num_running for gateway in gateways):
+            assert time.monotonic() < deadline
+            streams.append(client.stream([user("!wait")]))
+            time.sleep(0.05)
+        for stream in streams:
+            stream.cancel()
 
 
 def test_the_command_line_reaches_the_gateway(gateway, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from parley.v1 import chat_pb2
 from parley_client import ConnectionFailed, NotReady, ParleyError, user
 
 QUESTION = [user("Hello?")]
@@ -80,19 +79,6 @@ def test_no_other_status_is_tried_again(client, server, refuse_first, method, co
     refuse_first(1, code)
     with pytest.raises(ParleyError):
         ask(client, method)
-    assert len(server.requests) == 1
-
-
-def test_a_stream_is_not_tried_again_after_its_first_message(client, server):
-    def break_off(request, context):
-        yield chat_pb2.GenerateStreamResponse(content="Hel", token_ids=[1])
-        context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
-
-    server.script["GenerateStream"] = break_off
-    stream = client.stream(QUESTION)
-    assert next(stream).content == "Hel"
-    with pytest.raises(ConnectionFailed, match="gone"):
-        next(stream)
     assert len(server.requests) == 1
 
 

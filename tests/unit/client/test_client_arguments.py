@@ -25,6 +25,7 @@ def test_every_command_has_help(command, capsys):
         ["generate"],
         ["chat", "--json"],
         ["generate", "Hi", "--top-k", "many"],
+        ["generate", "Hi", "--top-logprobs", "3"],
         ["generate", "Hi", "--timeout", "0"],
         ["generate", "Hi", "--timeout", "nan"],
         ["health", "--timeout", "soon"],
