@@ -60,6 +60,10 @@ test-integration: $(INSTALLED) ## run the tests of gateway and client over loopb
 test-e2e: $(INSTALLED) $(PROTOC)/.installed ## run the tests of the whole service with a real model, and of the package
 	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
+.PHONY: test-clients
+test-clients: $(INSTALLED) $(PROTOC)/.installed ## build the Node client and run its tests, alone and against the service
+	@$(BIN)/python -m pytest tests/e2e/test_node_client.py $(ARGS)
+
 ##### checks
 
 .PHONY: verify
@@ -90,6 +94,7 @@ verify-protos: $(INSTALLED) $(PROTOC)/.installed ## check the protos' style, com
 .PHONY: verify-docs
 verify-docs: $(INSTALLED) ## check that generated pages are current and links lead somewhere
 	@$(BIN)/python tools/generate_configuration_docs.py --check
+	@$(BIN)/python tools/generate_api_docs.py --check
 	@$(BIN)/python tools/verify_links.py
 
 ##### repairs
@@ -104,8 +109,9 @@ fix-protos: $(PROTOC)/.installed ## generate the stubs from the protos
 	@$(PROTOC)/bin/python tools/protos.py fix
 
 .PHONY: fix-docs
-fix-docs: $(INSTALLED) ## generate docs/configuration.md
+fix-docs: $(INSTALLED) ## generate docs/configuration.md and docs/api.md
 	@$(BIN)/python tools/generate_configuration_docs.py
+	@$(BIN)/python tools/generate_api_docs.py
 
 .PHONY: release-protos
 release-protos: $(INSTALLED) ## at a release: what is in protos/ now is what later versions stay compatible with
@@ -123,5 +129,6 @@ bench-online: $(INSTALLED) ## measure the service under load, engine batching ag
 
 .PHONY: clean
 clean: ## remove .venv, caches and build results
-	@rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist tests/clients/node/node_modules
+	@rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist \
+		clients/node/node_modules clients/node/dist clients/node/src/gen
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,230 @@
+// The client: one connection, every RPC of parley.v1.ChatService.
+import { setTimeout as sleep } from "node:timers/promises";
+
+import {
+  type CallOptions as GrpcCallOptions,
+  type ChannelOptions,
+  type ClientReadableStream,
+  type ClientUnaryCall,
+  credentials,
+  Metadata,
+  type ServiceError,
+  status,
+} from "@grpc/grpc-js";
+
+import { ParleyError } from "./errors.js";
+import {
+  ChatServiceClient,
+  CountTokensRequest,
+  GenerateBatchRequest,
+  GenerateRequest,
+  type GenerateResponse,
+  GetModelRequest,
+  type GetModelResponse,
+} from "./gen/parley/v1/chat.js";
+import type { CountTokensInput, GenerateInput } from "./messages.js";
+import { Stream } from "./stream.js";
+
+/** Certificates and keys, in PEM. */
+export interface TlsOptions {
+  /** Who vouches for the server; default: the certificate authorities that Node knows. */
+  rootCertificates?: Buffer;
+  /** This client's own key and certificate chain, where the server asks for them (mutual TLS). */
+  privateKey?: Buffer;
+  certificateChain?: Buffer;
+  /** The name in the server's certificate, where it is not the one connected to. */
+  serverName?: string;
+}
+
+export interface ClientOptions {
+  /** Encrypts the connection; default: plain text. */
+  tls?: boolean | TlsOptions;
+  /** Sent as `authorization: Bearer …` with each call. */
+  apiKey?: string;
+  /** Further metadata of each call. */
+  metadata?: Record<string, string>;
+  /** Milliseconds that each call may take, unless it says otherwise; default: no limit. */
+  timeoutMs?: number;
+  /** How often in a row a broken stream is resumed, without a token in between. Default: 4; 0 is never. */
+  maxResumes?: number;
+}
+
+export interface CallOptions {
+  /** Milliseconds that queueing and generation may take, resumes included. */
+  timeoutMs?: number;
+  /** Cancels the call, which frees the model; the call then throws `signal.reason`. */
+  signal?: AbortSignal;
+}
+
+/** What became of the item at `index` of a batch. */
+export type BatchResult =
+  | { index: number; response: GenerateResponse; error?: undefined }
+  | { index: number; response?: undefined; error: ParleyError };
+
+type Unary<Request, Response> = (
+  request: Request,
+  metadata: Metadata,
+  options: Partial<GrpcCallOptions>,
+  callback: (error: ServiceError | null, response: Response) => void,
+) => ClientUnaryCall;
+
+type Streaming<Request, Response> = (
+  request: Request,
+  metadata: Metadata,
+  options: Partial<GrpcCallOptions>,
+) => ClientReadableStream<Response>;
+
+const DEFAULT_MAX_RESUMES = 4;
+
+/** A connection to a Parley server, made with the first call. Every call that fails throws a ParleyError. */
+export class Client {
+  readonly #stub: ChatServiceClient;
+  readonly #metadata = new Metadata();
+  readonly #timeoutMs: number | undefined;
+  readonly #maxResumes: number;
+
+  /** `target`: where the server listens, "HOST:PORT" or any other gRPC target. */
+  constructor(target = "localhost:50051", options: ClientOptions = {}) {
+    const tls = options.tls === true ? {} : options.tls || undefined;
+    const channel = tls
+      ? credentials.createSsl(tls.rootCertificates, tls.privateKey, tls.certificateChain)
+      : credentials.createInsecure();
+    this.#stub = new ChatServiceClient(target, channel, channelOptions(tls?.serverName));
+    for (const [key, value] of Object.entries(options.metadata ?? {})) this.#metadata.set(key, value);
+    if (options.apiKey !== undefined) this.#metadata.set("authorization", `Bearer ${options.apiKey}`);
+    this.#timeoutMs = options.timeoutMs;
+    this.#maxResumes = options.maxResumes ?? DEFAULT_MAX_RESUMES;
+  }
+
+  /** Ends the connection. */
+  close(): void {
+    this.#stub.close();
+  }
+
+  /** Answers a conversation and waits for the whole answer. */
+  generate(request: GenerateInput, options: CallOptions = {}): Promise<GenerateResponse> {
+    return this.#unary(this.#stub.generate, GenerateRequest.fromPartial(request), options);
+  }
+
+  /** The same answer as it is made; resumed by itself where its connection breaks. See `Stream`. */
+  stream(request: GenerateInput, options: CallOptions = {}): Stream {
+    const deadline = this.#deadline(options);
+    return new Stream(
+      GenerateRequest.fromPartial(request),
+      (part) => this.#streaming(this.#stub.generateStream, part, deadline, options.signal),
+      (ms) => pause(ms, options.signal),
+      this.#maxResumes,
+    );
+  }
+
+  /** Answers up to 1,024 conversations, each as it finishes. An item that fails does so alone. */
+  async *batch(requests: GenerateInput[], options: CallOptions = {}): AsyncGenerator<BatchResult, void> {
+    const batch = GenerateBatchRequest.fromPartial({ requests });
+    const open = new Set(batch.requests.keys());
+    const deadline = this.#deadline(options);
+    for await (const { index, response, error } of this.#streaming(
+      this.#stub.generateBatch,
+      batch,
+      deadline,
+      options.signal,
+    )) {
+      open.delete(index);
+      if (response) yield { index, response };
+      else yield { index, error: ParleyError.fromStatus(error!, batch.requests[index]?.requestId || undefined) };
+    }
+    if (open.size > 0) throw new ParleyError(`the batch ended without ${open.size} of its results`, status.INTERNAL);
+  }
+
+  /** Tokens of the conversation as the model would read it, after the chat template. Counts over-long ones too. */
+  async countTokens(request: CountTokensInput, options: CallOptions = {}): Promise<number> {
+    const counted = CountTokensRequest.fromPartial(request);
+    return (await this.#unary(this.#stub.countTokens, counted, options)).promptTokens;
+  }
+
+  /** What is served, its limits and its defaults. */
+  model(name = "", options: CallOptions = {}): Promise<GetModelResponse> {
+    return this.#unary(this.#stub.getModel, GetModelRequest.fromPartial({ model: name }), options);
+  }
+
+  #deadline({ timeoutMs = this.#timeoutMs }: CallOptions): number | undefined {
+    return timeoutMs === undefined ? undefined : Date.now() + timeoutMs;
+  }
+
+  #unary<Request, Response>(
+    method: Unary<Request, Response>,
+    request: Request,
+    options: CallOptions,
+  ): Promise<Response> {
+    const { signal } = options;
+    return new Promise((resolve, reject) => {
+      signal?.throwIfAborted();
+      const call = method.call(
+        this.#stub,
+        request,
+        this.#metadata.clone(),
+        { deadline: this.#deadline(options) },
+        (error, response) => {
+          signal?.removeEventListener("abort", cancel);
+          if (signal?.aborted) reject(signal.reason);
+          else if (error) reject(ParleyError.fromCall(error));
+          else resolve(response);
+        },
+      );
+      const cancel = () => call.cancel();
+      signal?.addEventListener("abort", cancel, { once: true });
+    });
+  }
+
+  async *#streaming<Request, Response>(
+    method: Streaming<Request, Response>,
+    request: Request,
+    deadline: number | undefined,
+    signal: AbortSignal | undefined,
+  ): AsyncGenerator<Response, void> {
+    signal?.throwIfAborted();
+    const call = method.call(this.#stub, request, this.#metadata.clone(), { deadline });
+    const cancel = () => call.cancel();
+    signal?.addEventListener("abort", cancel, { once: true });
+    try {
+      for await (const message of call) yield message as Response;
+    } catch (error) {
+      signal?.throwIfAborted();
+      throw ParleyError.fromCall(error as ServiceError);
+    } finally {
+      signal?.removeEventListener("abort", cancel);
+      call.cancel();
+    }
+  }
+}
+
+async function pause(ms: number, signal: AbortSignal | undefined): Promise<void> {
+  try {
+    await sleep(ms, undefined, { signal });
+  } catch {
+    signal?.throwIfAborted();
+  }
+}
+
+/** As the Python client's: retries until the first message, and a dead connection noticed within 40 s. */
+function channelOptions(serverName: string | undefined): ChannelOptions {
+  const retryPolicy = {
+    maxAttempts: 4,
+    initialBackoff: "0.1s",
+    maxBackoff: "2s",
+    backoffMultiplier: 2,
+    retryableStatusCodes: ["UNAVAILABLE"],
+  };
+  const serviceConfig = {
+    methodConfig: [{ name: [{ service: "parley.v1.ChatService" }], retryPolicy }],
+    retryThrottling: { maxTokens: 10, tokenRatio: 0.5 },
+  };
+  return {
+    "grpc.max_receive_message_length": -1,
+    "grpc.keepalive_time_ms": 30_000,
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.initial_reconnect_backoff_ms": 200,
+    "grpc.max_reconnect_backoff_ms": 5_000,
+    "grpc.service_config": JSON.stringify(serviceConfig),
+    ...(serverName === undefined ? {} : { "grpc.ssl_target_name_override": serverName }),
+  };
+}

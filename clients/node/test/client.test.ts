@@ -1,0 +1,197 @@
+// The client against a server that answers by script: errors, resuming, credentials.
+import assert from "node:assert/strict";
+import { execFileSync } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, test } from "node:test";
+
+import { ServerCredentials } from "@grpc/grpc-js";
+
+import {
+  Client,
+  type ClientOptions,
+  FinishReason,
+  GenerateBatchResponse,
+  GenerateResponse,
+  GetModelResponse,
+  ParleyError,
+  status,
+  user,
+} from "../dist/index.js";
+import { delta, failure, refusal, serve, type StreamCall } from "./scripted.ts";
+
+const QUESTION = { messages: [user("Hi")] };
+
+function connect(target: string, options?: ClientOptions): Client {
+  const client = new Client(target, { timeoutMs: 20_000, ...options });
+  after(() => client.close());
+  return client;
+}
+
+test("an error tells reason, metadata, delay and request id", async () => {
+  const target = await serve({
+    generate: (_, callback) => callback(failure(status.RESOURCE_EXHAUSTED, "QUEUE_FULL", 1500)),
+  });
+  await assert.rejects(connect(target).generate(QUESTION), (error) => {
+    assert(error instanceof ParleyError);
+    const { code, reason, message, metadata, retryDelayMs, requestId, violations } = error;
+    assert.deepEqual([code, reason, message], [status.RESOURCE_EXHAUSTED, "QUEUE_FULL", "as scripted"]);
+    assert.deepEqual([metadata, retryDelayMs, requestId], [{ served: "scripted" }, 1500, "request-1"]);
+    assert.deepEqual(violations, []);
+    return true;
+  });
+});
+
+test("a server that is not there has no reason", async () => {
+  await assert.rejects(connect("localhost:1").generate(QUESTION), { code: status.UNAVAILABLE, reason: undefined });
+});
+
+test("a batch tells each item's answer or error", async () => {
+  const target = await serve({
+    generateBatch: (call) => {
+      call.write(GenerateBatchResponse.fromPartial({ index: 1, response: { seed: 7n } }));
+      call.write(
+        GenerateBatchResponse.fromPartial({ index: 0, error: refusal(status.RESOURCE_EXHAUSTED, "QUEUE_FULL", 250) }),
+      );
+      call.end();
+    },
+  });
+  const results = await Array.fromAsync(connect(target).batch([{ ...QUESTION, requestId: "mine" }, QUESTION]));
+  assert.deepEqual(results.map(({ index }) => index), [1, 0]);
+  assert.equal(results[0]?.response?.seed, 7n);
+  assert.equal(results[1]?.error?.reason, "QUEUE_FULL");
+  assert.equal(results[1]?.error?.retryDelayMs, 250);
+  assert.equal(results[1]?.error?.requestId, "mine");
+  await assert.rejects(Array.fromAsync(connect(target).batch([QUESTION, QUESTION, QUESTION])), /without 1 of its/);
+});
+
+/** Serves the ids 0 to 9, what a request already has left out, and breaks each call after `breakAfter` of them. */
+async function breaking(breakAfter: number, code = status.UNAVAILABLE) {
+  const calls: StreamCall["request"][] = [];
+  const target = await serve({
+    generateStream: (call) => {
+      calls.push(call.request);
+      const from = call.request.resume?.tokenIds.length ?? 0;
+      const to = Math.min(from + breakAfter, 10);
+      for (let id = from; id < to; id += 1) {
+        const head = id === from ? { requestId: "request-1", model: "scripted", seed: 2n ** 64n - 1n } : {};
+        const finishReason = id === 9 ? FinishReason.STOP : FinishReason.UNSPECIFIED;
+        call.write(delta({ ...head, content: `${id}`, tokenIds: [id], finishReason }));
+      }
+      if (to < 10) call.emit("error", failure(code, "WORKER_LOST", 10));
+      else call.end();
+    },
+  });
+  return { calls, target };
+}
+
+test("a stream that breaks is resumed by seed and ids, and reads as one", async () => {
+  const { calls, target } = await breaking(3);
+  const stream = connect(target).stream({ ...QUESTION, generationConfig: { temperature: 0.5 } });
+  const deltas = await Array.fromAsync(stream);
+  assert.equal(deltas.map(({ content }) => content).join(""), "0123456789");
+  assert.deepEqual(stream.tokenIds, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+  assert.equal(deltas.filter(({ requestId }) => requestId).length, 1);
+  assert.deepEqual(calls.map(({ resume }) => resume?.tokenIds.length ?? 0), [0, 3, 6, 9]);
+  assert.deepEqual(calls[1]?.generationConfig, { ...calls[0]?.generationConfig, seed: 2n ** 64n - 1n });
+});
+
+test("a stream is not resumed when that would not help", async () => {
+  const other = await breaking(3, status.INTERNAL);
+  await assert.rejects(Array.fromAsync(connect(other.target).stream(QUESTION)), { code: status.INTERNAL });
+  const { calls, target } = await breaking(3);
+  const several = { ...QUESTION, generationConfig: { numReturnSequences: 2, doSample: true } };
+  await assert.rejects(Array.fromAsync(connect(target).stream(several)), { code: status.UNAVAILABLE });
+  await assert.rejects(Array.fromAsync(connect(target, { maxResumes: 0 }).stream(QUESTION)), { reason: "WORKER_LOST" });
+  assert.equal(calls.length, 2);
+});
+
+test("a stream can be resumed by hand", async () => {
+  const { target } = await breaking(6);
+  const client = connect(target, { maxResumes: 0 });
+  const stream = client.stream(QUESTION);
+  await assert.rejects(Array.fromAsync(stream), { code: status.UNAVAILABLE });
+  const rest = await Array.fromAsync(client.stream(stream.resumeRequest()));
+  assert.equal(rest.map(({ content }) => content).join(""), "6789");
+});
+
+test("a stream that ends without a finish reason is an error", async () => {
+  const target = await serve({
+    generateStream: (call) => {
+      call.write(delta({ requestId: "r", content: "Hel" }));
+      call.end();
+    },
+  });
+  await assert.rejects(Array.fromAsync(connect(target).stream(QUESTION)), /without a finish reason/);
+});
+
+test("aborting a signal cancels the call and throws its reason", async () => {
+  const cancelled = Promise.withResolvers<void>();
+  const target = await serve({
+    generate: (call) => call.on("cancelled", cancelled.resolve),
+    generateStream: (call) => call.write(delta({ requestId: "r", content: "Hel" })),
+  });
+  const client = connect(target);
+  const stop = new AbortController();
+  await assert.rejects(async () => {
+    for await (const _ of client.stream(QUESTION, { signal: stop.signal })) stop.abort(new Error("enough"));
+  }, /enough/);
+  const late = new AbortController();
+  setTimeout(() => late.abort(new Error("too late")), 50);
+  await assert.rejects(client.generate(QUESTION, { signal: late.signal }), /too late/);
+  await cancelled.promise;
+  await assert.rejects(client.generate(QUESTION, { signal: AbortSignal.abort(new Error("at once")) }), /at once/);
+});
+
+test("leaving the loop cancels the stream", async () => {
+  const cancelled = Promise.withResolvers<void>();
+  const target = await serve({
+    generateStream: (call) => {
+      call.on("cancelled", cancelled.resolve);
+      call.write(delta({ requestId: "r", content: "Hel" }));
+    },
+  });
+  for await (const _ of connect(target).stream(QUESTION)) break;
+  await cancelled.promise;
+});
+
+test("a deadline ends a call", async () => {
+  const target = await serve({ generate: () => {} });
+  await assert.rejects(connect(target).generate(QUESTION, { timeoutMs: 50 }), { code: status.DEADLINE_EXCEEDED });
+});
+
+test("an API key and metadata go with each call", async () => {
+  const seen: unknown[] = [];
+  const target = await serve({
+    getModel: ({ metadata }, callback) => {
+      seen.push(metadata.get("authorization")[0], metadata.get("x-team")[0]);
+      callback(null, GetModelResponse.fromPartial({ model: "scripted" }));
+    },
+  });
+  await connect(target, { apiKey: "secret", metadata: { "x-team": "blue" } }).model();
+  assert.deepEqual(seen, ["Bearer secret", "blue"]);
+});
+
+test("TLS and mutual TLS", async () => {
+  const folder = mkdtempSync(join(tmpdir(), "parley-"));
+  after(() => rmSync(folder, { recursive: true }));
+  const [key, certificate] = [join(folder, "key.pem"), join(folder, "certificate.pem")];
+  const subject = ["-subj", "/CN=parley.test", "-addext", "subjectAltName=DNS:parley.test"];
+  const curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"];
+  execFileSync("openssl", ["req", "-x509", ...curve, "-nodes", "-days", "1", ...subject, "-keyout", key, "-out", certificate], {
+    stdio: "ignore",
+  });
+  const pem = { key: readFileSync(key), certificate: readFileSync(certificate) };
+  const pair = [{ private_key: pem.key, cert_chain: pem.certificate }];
+  const answers = { generate: (_: unknown, callback: Function) => callback(null, GenerateResponse.fromPartial({})) };
+
+  const tls = { rootCertificates: pem.certificate, serverName: "parley.test" };
+  const oneWay = await serve(answers as never, ServerCredentials.createSsl(null, pair));
+  await connect(oneWay, { tls }).generate(QUESTION);
+  await assert.rejects(connect(oneWay, { tls: true }).generate(QUESTION, { timeoutMs: 5_000 }));
+
+  const mutual = await serve(answers as never, ServerCredentials.createSsl(pem.certificate, pair, true));
+  await connect(mutual, { tls: { ...tls, privateKey: pem.key, certificateChain: pem.certificate } }).generate(QUESTION);
+  await assert.rejects(connect(mutual, { tls }).generate(QUESTION, { timeoutMs: 5_000 }));
+});
