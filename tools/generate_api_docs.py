@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "api.md"
 TESTS = ROOT / "tests"
 FIELD_TESTS = TESTS / "field_tests.toml"
-BUF = Path(sys.executable).parent / "buf"
+BUF = str(Path(sys.executable).parent / "buf")
 FILES = ("chat", "generation", "message", "errors")
 
 HEAD = """\

@@ -93,9 +93,7 @@ test("tokens are counted", async () => {
   assert.equal(await client.countTokens({ messages: QUESTION.messages }), usage?.promptTokens);
 });
 
-const { capabilities } = await client.model();
-
-test("a sampled stream that was left is resumed exactly where it was", { skip: !capabilities.includes("resume") }, async () => {
+test("a sampled stream that was left is resumed exactly where it was", async () => {
   const sampled = { ...QUESTION, generationConfig: { maxNewTokens: 24, temperature: 0.9, seed: 7n } };
   const whole = await text(sampled);
   const stream = client.stream(sampled);
