@@ -45,7 +45,7 @@ export interface ClientOptions {
   metadata?: Record<string, string>;
   /** Milliseconds that each call may take, unless it says otherwise; default: no limit. */
   timeoutMs?: number;
-  /** How often in a row a broken stream is resumed, without a token in between. Default: 4; 0 is never. */
+  /** How often in a row a broken stream is resumed, without a message in between. Default: 8; 0 is never. */
   maxResumes?: number;
 }
 
@@ -74,7 +74,7 @@ type Streaming<Request, Response> = (
   options: Partial<GrpcCallOptions>,
 ) => ClientReadableStream<Response>;
 
-const DEFAULT_MAX_RESUMES = 4;
+const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back
 
 /** A connection to a Parley server, made with the first call. Every call that fails throws a ParleyError. */
 export class Client {
@@ -205,7 +205,7 @@ async function pause(ms: number, signal: AbortSignal | undefined): Promise<void>
   }
 }
 
-/** As the Python client's: retries until the first message, and a dead connection noticed within 40 s. */
+/** As the Python client's: turns among addresses, retries until the first message, a dead connection noticed in 40 s. */
 function channelOptions(serverName: string | undefined): ChannelOptions {
   const retryPolicy = {
     maxAttempts: 4,
@@ -215,6 +215,7 @@ function channelOptions(serverName: string | undefined): ChannelOptions {
     retryableStatusCodes: ["UNAVAILABLE"],
   };
   const serviceConfig = {
+    loadBalancingConfig: [{ round_robin: {} }],
     methodConfig: [{ name: [{ service: "parley.v1.ChatService" }], retryPolicy }],
     retryThrottling: { maxTokens: 10, tokenRatio: 0.5 },
   };

@@ -6,7 +6,7 @@ import { GenerateRequest, type GenerateStreamResponse } from "./gen/parley/v1/ch
 import { FinishReason } from "./gen/parley/v1/generation.js";
 
 const FIRST_DELAY_MS = 100;
-const MAX_DELAY_MS = 2_000;
+const MAX_DELAY_MS = 5_000;
 
 /** Starts a call for a request; iterating over it gives the messages, leaving the iteration early cancels it. */
 export type Start = (request: GenerateRequest) => AsyncIterable<GenerateStreamResponse>;
@@ -28,9 +28,10 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
   readonly #start: Start;
   readonly #sleep: (ms: number) => Promise<void>;
   readonly #maxResumes: number;
-  #unfinished: Set<number>;
+  readonly #unfinished: Set<number>;
+  #head: { requestId?: string; model?: string } = {};
 
-  /** @internal `maxResumes`: how often in a row, without a single id in between. */
+  /** @internal `maxResumes`: how often in a row, without a message in between. */
   constructor(request: GenerateRequest, start: Start, sleep: (ms: number) => Promise<void>, maxResumes: number) {
     this.#request = request;
     this.#start = start;
@@ -41,25 +42,34 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
     this.tokenIds = [...(request.resume?.tokenIds ?? [])];
   }
 
-  /** The request for what is still to come: the same, with the ids and the seed. */
+  /** The request for what is still to come, which any server of the same model can answer. */
   resumeRequest(): GenerateRequest {
     const generationConfig = { ...this.#request.generationConfig };
     if (this.seed !== undefined) generationConfig.seed = this.seed;
-    return GenerateRequest.fromPartial({ ...this.#request, generationConfig, resume: { tokenIds: this.tokenIds } });
+    return GenerateRequest.fromPartial({
+      ...this.#request,
+      ...this.#head,
+      generationConfig,
+      resume: { tokenIds: this.tokenIds },
+    });
   }
 
   async *[Symbol.asyncIterator](): AsyncGenerator<GenerateStreamResponse, void, undefined> {
     let request = this.#request;
-    for (let resumes = 0; ; resumes += 1) {
-      const received = this.tokenIds.length;
+    let failures = 0; // one after the other, without a message in between
+    for (;;) {
       try {
-        for await (const delta of this.#start(request)) yield this.#take(delta);
+        for await (const delta of this.#start(request)) {
+          failures = 0;
+          yield this.#take(delta);
+        }
         break;
       } catch (error) {
         if (this.#unfinished.size === 0) return; // all of it is here
-        if (this.tokenIds.length > received) resumes = 0;
-        if (!this.#canResume(error) || resumes >= this.#maxResumes) throw error;
-        await this.#sleep(error.retryDelayMs ?? Math.min(FIRST_DELAY_MS * 2 ** resumes, MAX_DELAY_MS));
+        if (failures >= this.#maxResumes || !this.#canResume(error, failures)) throw error;
+        const backoffMs = Math.min(FIRST_DELAY_MS * 2 ** failures, MAX_DELAY_MS);
+        failures += 1;
+        await this.#sleep(Math.max(backoffMs * (0.8 + 0.4 * Math.random()), error.retryDelayMs ?? 0));
         request = this.resumeRequest();
       }
     }
@@ -70,15 +80,19 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
 
   #take(delta: GenerateStreamResponse): GenerateStreamResponse {
     if (delta.requestId !== "") {
-      if (this.seed === undefined) this.seed = delta.seed;
-      else Object.assign(delta, { requestId: "", model: "", seed: 0n }); // told already, before the stream broke
+      if (this.seed !== undefined) Object.assign(delta, { requestId: "", model: "", seed: 0n }); // told before it broke
+      else {
+        this.seed = delta.seed;
+        this.#head = { requestId: delta.requestId, model: delta.model };
+      }
     }
     if (delta.index === 0) this.tokenIds.push(...delta.tokenIds);
     if (delta.finishReason !== FinishReason.UNSPECIFIED) this.#unfinished.delete(delta.index);
     return delta;
   }
 
-  #canResume(error: unknown): error is ParleyError {
-    return error instanceof ParleyError && error.code === status.UNAVAILABLE && this.seed !== undefined;
+  #canResume(error: unknown, failures: number): error is ParleyError {
+    if (!(error instanceof ParleyError) || this.seed === undefined) return false;
+    return error.code === status.UNAVAILABLE || (failures > 0 && error.reason === "QUEUE_FULL");
   }
 }

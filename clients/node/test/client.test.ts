@@ -97,6 +97,23 @@ test("a stream that breaks is resumed by seed and ids, and reads as one", async 
   assert.deepEqual(calls[1]?.generationConfig, { ...calls[0]?.generationConfig, seed: 2n ** 64n - 1n });
 });
 
+test("a full queue ends no resumption that has begun", async () => {
+  const reasons = ["WORKER_LOST", "QUEUE_FULL", undefined, "QUEUE_FULL"];
+  const target = await serve({
+    generateStream: (call) => {
+      const reason = reasons.shift();
+      if (reason === "WORKER_LOST") call.write(delta({ requestId: "r", seed: 1n, content: "a", tokenIds: [1] }));
+      const code = reason === "QUEUE_FULL" ? status.RESOURCE_EXHAUSTED : status.UNAVAILABLE;
+      if (reason !== undefined) return void call.emit("error", failure(code, reason, 5));
+      call.write(delta({ requestId: "r", seed: 1n, content: "b", tokenIds: [2], finishReason: FinishReason.STOP }));
+      call.end();
+    },
+  });
+  const deltas = await Array.fromAsync(connect(target).stream(QUESTION));
+  assert.deepEqual(deltas.map(({ content }) => content), ["a", "b"]);
+  await assert.rejects(Array.fromAsync(connect(target).stream(QUESTION)), { reason: "QUEUE_FULL" });
+});
+
 test("a stream is not resumed when that would not help", async () => {
   const other = await breaking(3, status.INTERNAL);
   await assert.rejects(Array.fromAsync(connect(other.target).stream(QUESTION)), { code: status.INTERNAL });
