@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,3 +17,16 @@ def served(request: pytest.FixtureRequest) -> Iterator[ServedProcess]:
         process.wait_health()
         yield process
         assert process.terminate() == 0
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Any:
+    """The embedded model and its tokenizer, as transformers loads them from the converted folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from parleyd.config import ModelSettings
+    from parleyd.model.loader import load_model
+
+    folder = load_model(ModelSettings(dtype="float32")).info.tokenizer_dir
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    return model, AutoTokenizer.from_pretrained(folder)

@@ -25,19 +25,6 @@ PROMPTS: list[tuple[tuple[str, ...], str | None]] = [
 ]
 
 
-@pytest.fixture(scope="session")
-def oracle() -> Any:
-    """The embedded model and its tokenizer, as transformers loads them from the converted folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from parleyd.config import ModelSettings
-    from parleyd.model.loader import load_model
-
-    folder = load_model(ModelSettings(dtype="float32")).info.tokenizer_dir
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(("contents", "system"), PROMPTS)
 def test_greedy_ids_equal_model_generate(
     served: ServedProcess, oracle: Any, contents: tuple[str, ...], system: str | None

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from parleyd.engine.engine import Engine
 from parleyd.engine.generate import GenerateEngine
 from parleyd.generation import EngineRequest, SamplingParams, TokenLogprob
-from tests.unit.engine.test_batching_engine import CONTEXT, EOS, make_engine, make_model
+from tests.unit.engine.test_batching_engine import BLOCK_SIZE, CONTEXT, EOS, make_engine, make_model
 
 KEYS = itertools.count()
 PROMPT = (5, 17, 42, 8, 13, 42)
@@ -95,3 +95,23 @@ def test_a_choice_has_draws_of_its_own_and_the_first_those_of_a_single_answer(en
     answers = [run(engine, choice=choice, **sampled)[0] for choice in range(4)]
     assert len({tuple(answer) for answer in answers}) == 4
     assert run(engine, **sampled)[0] == answers[0]
+
+
+def test_choices_that_come_after_the_firsts_first_token_compute_no_full_block_of_the_prompt() -> None:
+    engine = make_engine(make_model("Llama"))
+    prompt = tuple(range(10, 10 + 5 * BLOCK_SIZE + 3))
+
+    def submit(choice: int) -> None:
+        params = SamplingParams(max_new_tokens=8, do_sample=True, seed=1, choice=choice, ignore_eos=True)
+        engine.submit(EngineRequest(key=choice, prompt_ids=prompt, params=params))
+
+    submit(0)
+    outputs = engine.step()
+    for choice in range(1, 16):
+        submit(choice)
+    while sum(output.is_last for output in outputs) < 16:
+        outputs += engine.step()
+    stats = engine.stats()
+    assert stats.num_prompt_tokens - stats.num_cached_prompt_tokens == len(prompt) + 15 * 3
+    assert {output.cached_prompt_tokens for output in outputs if output.key} == {5 * BLOCK_SIZE}
+    assert stats.num_used_blocks == 0
