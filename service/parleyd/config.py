@@ -79,6 +79,11 @@ class ServerSettings:
         metavar="NAME",
     )
     max_queue: int = _option(256, "Most requests that wait; 0 refuses whatever cannot start at once.", minimum=0)
+    max_queue_tokens: int = _option(1_000_000, "Most prompt tokens that waiting requests have together.", minimum=1)
+    refuse_late: bool = _option(True, "Refuse at once what would wait beyond its deadline, by the queue's recent pace.")
+    slow_reader_timeout: float = _option(
+        60.0, "Seconds after which a client that reads nothing of its answer is cut off.", minimum=0.1
+    )
     default_max_new_tokens: int = _option(
         512, "max_new_tokens of requests that set none, where the model sets none.", minimum=1
     )

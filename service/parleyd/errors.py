@@ -105,8 +105,18 @@ class DeadlineExceeded(ParleyError):
 
     reason = Reason.DEADLINE_EXCEEDED
 
-    def __init__(self) -> None:
-        super().__init__("the deadline passed")
+    def __init__(self, message: str = "the deadline passed") -> None:
+        super().__init__(message)
+
+
+class SlowReader(ParleyError):
+    """The client stopped reading its answer, which we cannot keep for ever."""
+
+    reason = Reason.QUEUE_FULL
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"nothing of the answer was read for {timeout_s:g} s")
+        self.retry_after_s = 0.0
 
 
 class NotReady(ParleyError):

@@ -26,6 +26,7 @@ EXAMPLES: dict[type[ParleyError], ParleyError] = {
     errors.NotReady: errors.NotReady(),
     errors.Draining: errors.Draining(),
     errors.WorkerLost: errors.WorkerLost(),
+    errors.SlowReader: errors.SlowReader(60.0),
     errors.EngineFault: errors.EngineFault("secret"),
 }
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -161,8 +162,10 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_gets_every_id(start_gat
     assert ids == (list(b"all work and no play ") * 200)[:4000]
 
 
-def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> None:
-    host, port = single.target.split(":")
+@contextmanager
+def unread_stream(target: str) -> Iterator[None]:
+    """A stream whose client grants no HTTP/2 window, so that nothing of the answer can be written."""
+    host, port = target.split(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
         connection.local_settings = h2.settings.Settings(
@@ -170,17 +173,32 @@ def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> 
         )
         connection.initiate_connection()
         headers = [
-            (":method", "POST"), (":scheme", "http"), (":authority", single.target), ("te", "trailers"),
+            (":method", "POST"), (":scheme", "http"), (":authority", target), ("te", "trailers"),
             (":path", "/parley.v1.ChatService/GenerateStream"), ("content-type", "application/grpc"),
         ]  # fmt: skip
         connection.send_headers(1, sorted(headers))
         payload = ask("never read").SerializeToString()
         connection.send_data(1, b"\0" + len(payload).to_bytes(4, "big") + payload, end_stream=True)
         raw.sendall(connection.data_to_send())
+        yield
+
+
+def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> None:
+    with unread_stream(single.target):
         eventually(lambda: single.gateway.doorkeeper.num_open == 1)
         for _ in range(3):
             assert_answers(single)
         assert single.gateway.doorkeeper.num_open == 1  # still there, unread
+
+
+def test_a_client_that_never_reads_is_cut_off(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(slow_reader_timeout=0.5)
+    with unread_stream(gateway.target):
+        eventually(lambda: gateway.gateway.doorkeeper.num_open == 1)
+        time.sleep(0.2)
+        assert gateway.gateway.doorkeeper.num_open == 1
+        eventually(lambda: gateway.gateway.doorkeeper.num_open == 0)
+    assert_answers(gateway)
 
 
 def test_killing_the_worker_pauses_open_streams_and_queued_requests(single: GatewayThread) -> None:

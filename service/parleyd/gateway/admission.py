@@ -1,26 +1,20 @@
-"""Who may generate now, who waits, who is refused: a bounded queue in order of priority, then arrival."""
+"""Who may generate now, who waits, who is refused: slots, and a bounded queue before them."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from parleyd.errors import ParleyError, QueueFull
+from parleyd.errors import DeadlineExceeded, ParleyError, QueueFull
+from parleyd.gateway.fair_queue import FairQueue, Ticket, Waiter
 
 _MIN_RETRY_S = 0.1
 _MAX_RETRY_S = 60.0
 _DURATION_WEIGHT = 0.2
-
-
-@dataclass(order=True)
-class _Waiter:
-    order: tuple[int, int]
-    num_sequences: int = field(compare=False)
-    turn: asyncio.Future[int] = field(compare=False)
+# Requests are refused as too late only where even this share of the expected wait is too long: means are no promises.
+_CERTAIN_SHARE = 0.5
+_MIN_SAMPLES = 8
 
 
 class Slots:
@@ -51,19 +45,22 @@ class Slots:
 
 
 class Admission:
-    """At most `max_running` slots are held at once; at most `max_queue` requests wait for theirs.
+    """At most `max_running` slots are held at once; at most `max_queue` requests wait, `max_queue_tokens` together.
 
     Nobody passes a waiting request of higher rank, not even where it needs more slots than are free: or it would wait
     for ever.
     """
 
-    def __init__(self, max_running: int, max_queue: int) -> None:
+    def __init__(self, max_running: int, max_queue: int, *, max_queue_tokens: int, refuse_late: bool) -> None:
+        """`refuse_late`: whether to refuse at once what cannot begin before its deadline."""
         self.max_running = max_running
         self._max_queue = max_queue
+        self._max_queue_tokens = max_queue_tokens
+        self._refuse_late = refuse_late
         self._running = 0
-        self._waiters: list[_Waiter] = []
-        self._arrivals = itertools.count()
+        self._queue = FairQueue()
         self._mean_duration_s = 1.0
+        self._num_durations = 0
 
     @property
     def num_running(self) -> int:
@@ -71,45 +68,66 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiters)
+        return len(self._queue)
 
-    async def acquire(self, priority: int = 0, num_sequences: int = 1) -> Slots:
-        """A slot for each sequence, after waiting for them. Raises QueueFull at once if there is no room to wait."""
-        return Slots(await self._enter(priority, num_sequences), num_sequences, self._leave)
+    async def acquire(self, ticket: Ticket) -> Slots:
+        """A slot for each sequence, after waiting for them.
+
+        Raises QueueFull if there is no room to wait, at once or when the room goes to a client that has less of it;
+        DeadlineExceeded at once if the turn would certainly come too late.
+        """
+        num_slots = min(ticket.num_sequences, self.max_running)
+        if self._running + num_slots <= self.max_running and not self._queue:
+            self._running += num_slots
+        else:
+            num_slots = await self._wait(ticket)
+        return Slots(num_slots, ticket.num_sequences, self._leave)
 
     def refuse_waiting(self, error: ParleyError) -> None:
         """Ends every waiting request with an error."""
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.turn.done():
-                waiter.turn.set_exception(error)
+        for waiter in self._queue.clear():
+            _refuse(waiter, error)
 
-    async def _enter(self, priority: int, num_sequences: int) -> int:
+    async def _wait(self, ticket: Ticket) -> int:
         """The number of slots taken."""
-        waiting = len(self._waiters)
-        num_slots = min(num_sequences, self.max_running)
-        if self._running + num_slots <= self.max_running and not waiting:
-            self._running += num_slots
-            return num_slots
-        if waiting >= self._max_queue:
-            raise QueueFull(waiting, self._retry_after_s(waiting))
-        turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter((-priority, next(self._arrivals)), num_sequences, turn)
-        heapq.heappush(self._waiters, waiter)
+        self._check_deadline(ticket)
+        self._make_room(ticket)
+        waiter = self._queue.push(ticket)
         self._admit()  # it may outrank one that waits for more slots than are free
         try:
-            return await turn
+            return await waiter.turn
         except asyncio.CancelledError:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-                heapq.heapify(self._waiters)
+            if self._queue.remove(waiter):
                 self._admit()  # who stood behind it may need less
-            elif not turn.cancelled() and turn.exception() is None:
-                self._release(turn.result())  # the turn came in the same moment as the cancellation
+            elif not waiter.turn.cancelled() and waiter.turn.exception() is None:
+                self._release(waiter.turn.result())  # the turn came in the same moment as the cancellation
             raise
+
+    def _check_deadline(self, ticket: Ticket) -> None:
+        if not self._refuse_late or ticket.deadline is None or self._num_durations < _MIN_SAMPLES:
+            return
+        # A higher priority passes all that wait, and then waits for no more than one slot.
+        num_ahead = 0 if ticket.priority > 0 else self._queue.num_ahead(ticket.client)
+        expected_s = self._mean_duration_s * num_ahead / self.max_running
+        if time.monotonic() + _CERTAIN_SHARE * expected_s > ticket.deadline:
+            raise DeadlineExceeded("the deadline would pass before this request's turn")
+
+    def _make_room(self, ticket: Ticket) -> None:
+        """Raises QueueFull unless there is room to wait, or a client with more than its share of it."""
+        num_waiting = len(self._queue)
+        if num_waiting and self._queue.num_prompt_tokens + ticket.num_prompt_tokens > self._max_queue_tokens:
+            raise self._queue_full(num_waiting)
+        if num_waiting < self._max_queue:
+            return
+        last = self._queue.last_of_greediest(ticket.client)
+        if last is None:
+            raise self._queue_full(num_waiting)
+        self._queue.remove(last)
+        _refuse(last, self._queue_full(num_waiting))
 
     def _leave(self, duration_s: float) -> None:
         self._mean_duration_s += _DURATION_WEIGHT * (duration_s - self._mean_duration_s)
+        self._num_durations += 1
         self._release(1)
 
     def _release(self, num_slots: int) -> None:
@@ -117,16 +135,21 @@ class Admission:
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiters:
-            num_slots = min(self._waiters[0].num_sequences, self.max_running)
+        while self._queue:
+            num_slots = min(self._queue.first().ticket.num_sequences, self.max_running)
             if self._running + num_slots > self.max_running:
                 return
-            turn = heapq.heappop(self._waiters).turn
+            turn = self._queue.pop().turn
             if not turn.done():
                 self._running += num_slots
                 turn.set_result(num_slots)
 
-    def _retry_after_s(self, waiting: int) -> float:
-        """When a place should be free, by the mean duration of recent requests."""
-        expected_s = self._mean_duration_s * (waiting + 1) / self.max_running
-        return min(max(expected_s, _MIN_RETRY_S), _MAX_RETRY_S)
+    def _queue_full(self, num_waiting: int) -> QueueFull:
+        """With the time after which a place should be free, by how long recent requests held their slots."""
+        expected_s = self._mean_duration_s * (num_waiting + 1) / self.max_running
+        return QueueFull(num_waiting, min(max(expected_s, _MIN_RETRY_S), _MAX_RETRY_S))
+
+
+def _refuse(waiter: Waiter, error: ParleyError) -> None:
+    if not waiter.turn.done():
+        waiter.turn.set_exception(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -103,6 +104,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             params=params,
             answers=[self._answer(request, params) for _ in range(num_choices)],
             priority=request.priority,
+            deadline=None if remaining_s is None else time.monotonic() + remaining_s,
         )
         if request.resume.token_ids:
             await self._prompts.run(lambda: self._resume(generation, request.resume.token_ids))

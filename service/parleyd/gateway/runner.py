@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from parleyd.gateway.admission import Admission, Slots
 from parleyd.gateway.answer import Answer, AnswerDelta
 from parleyd.gateway.convert import Timings
+from parleyd.gateway.fair_queue import Ticket
 from parleyd.gateway.interleave import interleave
 from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker_client import WorkerClient
@@ -28,6 +29,7 @@ class Generation:
     params: SamplingParams
     answers: list[Answer]  # one for each choice
     priority: int
+    deadline: float | None = None  # on the monotonic clock
     resumed_ids: tuple[int, ...] = ()
     ending: AnswerDelta | None = None
     queue_s: float = 0.0
@@ -60,7 +62,15 @@ class Runner:
             yield generation.ending
             return
         num_open = len(generation.answers)
-        slots = await self._admission.acquire(generation.priority, num_open)
+        slots = await self._admission.acquire(
+            Ticket(
+                client=call.identity,
+                priority=generation.priority,
+                num_sequences=num_open,
+                num_prompt_tokens=len(generation.prompt_ids),
+                deadline=generation.deadline,
+            )
+        )
         try:
             has_prompt = asyncio.Event()
             choices = [self._choose(generation, choice, slots, has_prompt) for choice in range(num_open)]

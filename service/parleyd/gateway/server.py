@@ -52,7 +52,12 @@ class Gateway:
         self._shutdown = asyncio.Event()
         self._hurry = asyncio.Event()
         self._prompts = PromptBuilder()
-        self.admission = Admission(model.max_running or 1, server.max_queue)
+        self.admission = Admission(
+            model.max_running or 1,
+            server.max_queue,
+            max_queue_tokens=server.max_queue_tokens,
+            refuse_late=server.refuse_late,
+        )
         self.observer = Observer(self.load, server.otlp_endpoint)
         self.worker = WorkerClient(self.observer.metrics)
         self._admin: AdminServer | None = None
@@ -167,7 +172,12 @@ class Gateway:
         _logger.info("serving %s (%s, %s)", name, info.dtype, info.device)
 
     def _build_server(self) -> grpc.aio.Server:
-        interceptor = CallInterceptor(_CHAT_SERVICE, self.doorkeeper.enter, self.doorkeeper.leave)
+        interceptor = CallInterceptor(
+            _CHAT_SERVICE,
+            self.doorkeeper.enter,
+            self.doorkeeper.leave,
+            self._settings.server.slow_reader_timeout,
+        )
         telemetry = TelemetryInterceptor(_CHAT_SERVICE, self.observer.call_ended, self.observer.load_report)
         server = grpc.aio.server(interceptors=[telemetry, interceptor], options=server_options(self._settings.server))
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ Handlers raise ParleyErrors and know nothing of gRPC statuses; any other excepti
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, Violation
+from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Violation
 from parleyd.rpc import status
 from parleyd.telemetry.call import Call, current_call
 
@@ -35,10 +36,13 @@ class _Undecodable:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps one service's handlers. `enter` is called as each call begins and may refuse it; `leave` as it ends."""
 
-    def __init__(self, service: str, enter: Callable[[], None], leave: Callable[[], None]) -> None:
+    def __init__(
+        self, service: str, enter: Callable[[], None], leave: Callable[[], None], slow_reader_timeout_s: float = 60.0
+    ) -> None:
         self._prefix = f"/{service}/"
         self._enter = enter
         self._leave = leave
+        self._slow_reader_timeout_s = slow_reader_timeout_s
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
@@ -75,11 +79,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         if is_first:
                             await _send_headers(context, call)
                             is_first = False
-                        await context.write(response)
+                        await self._write(context, response)
 
             await self._guarded(method, request, context, run)
 
         return handle
+
+    async def _write(self, context: Context, response: Any) -> None:
+        """Waits while the client's window is full, but not for ever."""
+        try:
+            async with asyncio.timeout(self._slow_reader_timeout_s):
+                await context.write(response)
+        except TimeoutError as error:
+            raise SlowReader(self._slow_reader_timeout_s) from error
 
     async def _guarded(self, method: str, request: Any, context: Context, run: Callable[[Call], Awaitable[Any]]) -> Any:
         metadata = dict(context.invocation_metadata() or ())

@@ -18,6 +18,7 @@ class Call:
     method: str
     request_id: str
     arrived: float = field(default_factory=time.monotonic)
+    identity: str = ""
     queue_s: float | None = None
     first_token_s: float | None = None
     refusal: str | None = None

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from typing import Any
 
 import pytest
 
-from parleyd.errors import Draining, QueueFull
+from parleyd.errors import DeadlineExceeded, Draining, QueueFull
 from parleyd.gateway.admission import Admission, Slots
+from parleyd.gateway.fair_queue import Ticket
+
+
+def new_admission(max_running: int, max_queue: int, max_queue_tokens: int = 1_000_000) -> Admission:
+    return Admission(max_running, max_queue, max_queue_tokens=max_queue_tokens, refuse_late=True)
 
 
 class Holder:
     """A task that holds slots until released."""
 
-    def __init__(self, admission: Admission, priority: int = 0, num_sequences: int = 1) -> None:
+    def __init__(self, admission: Admission, priority: int = 0, num_sequences: int = 1, **ticket: Any) -> None:
         self.entered, self._release = asyncio.Event(), asyncio.Event()
         self.slots: Slots
-        self.task = asyncio.create_task(self._hold(admission, priority, num_sequences))
+        wanted = Ticket(priority=priority, num_sequences=num_sequences, **ticket)
+        self.task = asyncio.create_task(self._hold(admission, wanted))
 
-    async def _hold(self, admission: Admission, priority: int, num_sequences: int) -> None:
-        self.slots = await admission.acquire(priority, num_sequences)
+    async def _hold(self, admission: Admission, ticket: Ticket) -> None:
+        self.slots = await admission.acquire(ticket)
         try:
             self.entered.set()
             await self._release.wait()
@@ -39,7 +47,7 @@ async def settle() -> None:
 
 
 async def test_waiting_requests_enter_by_priority_then_arrival() -> None:
-    admission = Admission(max_running=1, max_queue=10)
+    admission = new_admission(max_running=1, max_queue=10)
     running = Holder(admission)
     await settle()
     waiting = []
@@ -59,7 +67,7 @@ async def test_waiting_requests_enter_by_priority_then_arrival() -> None:
 
 
 async def test_a_full_queue_refuses_with_a_delay() -> None:
-    admission = Admission(max_running=1, max_queue=1)
+    admission = new_admission(max_running=1, max_queue=1)
     running, waiting = Holder(admission), Holder(admission)
     await settle()
     with pytest.raises(QueueFull) as raised:
@@ -70,7 +78,7 @@ async def test_a_full_queue_refuses_with_a_delay() -> None:
 
 
 async def test_waiting_requests_can_be_refused_together() -> None:
-    admission = Admission(max_running=1, max_queue=5)
+    admission = new_admission(max_running=1, max_queue=5)
     running, *waiting = (Holder(admission) for _ in range(4))
     await settle()
     admission.refuse_waiting(Draining())
@@ -81,7 +89,7 @@ async def test_waiting_requests_can_be_refused_together() -> None:
 
 
 async def test_a_turn_that_comes_together_with_a_cancellation_is_passed_on() -> None:
-    admission = Admission(max_running=1, max_queue=5)
+    admission = new_admission(max_running=1, max_queue=5)
     running, cancelled, last = (Holder(admission) for _ in range(3))
     await settle()
     running._release.set()
@@ -94,7 +102,7 @@ async def test_a_turn_that_comes_together_with_a_cancellation_is_passed_on() -> 
 
 
 async def test_who_needs_several_slots_waits_for_them_and_is_passed_by_higher_ranks_alone() -> None:
-    admission = Admission(max_running=3, max_queue=10)
+    admission = new_admission(max_running=3, max_queue=10)
     running = [Holder(admission) for _ in range(2)]
     await settle()
     several, later, urgent = Holder(admission, 0, 3), Holder(admission), Holder(admission, 1)
@@ -113,7 +121,7 @@ async def test_who_needs_several_slots_waits_for_them_and_is_passed_by_higher_ra
 
 
 async def test_who_waits_for_more_slots_than_are_free_holds_up_nobody_once_cancelled() -> None:
-    admission = Admission(max_running=2, max_queue=10)
+    admission = new_admission(max_running=2, max_queue=10)
     running, several, later = Holder(admission), Holder(admission, 0, 2), Holder(admission)
     await settle()
     assert not later.entered.is_set()
@@ -125,8 +133,8 @@ async def test_who_waits_for_more_slots_than_are_free_holds_up_nobody_once_cance
 
 
 async def test_more_sequences_than_slots_take_all_slots_and_give_them_back_as_the_last_ones_end() -> None:
-    admission = Admission(max_running=2, max_queue=10)
-    slots = await admission.acquire(0, 4)
+    admission = new_admission(max_running=2, max_queue=10)
+    slots = await admission.acquire(Ticket(num_sequences=4))
     held = [admission.num_running]
     for _ in range(5):
         slots.leave()
@@ -137,12 +145,13 @@ async def test_more_sequences_than_slots_take_all_slots_and_give_them_back_as_th
 @pytest.mark.parametrize("seed", range(20))
 async def test_no_slot_is_lost_whatever_is_cancelled(seed: int) -> None:
     chance = random.Random(seed)
-    admission = Admission(max_running=3, max_queue=8)
+    admission = new_admission(max_running=3, max_queue=8)
     holders: list[Holder] = []
     for _ in range(200):
         match chance.choice(["arrive", "arrive", "leave", "release", "cancel"]):
             case "arrive":
-                holders.append(Holder(admission, chance.randrange(3), chance.choice([1, 1, 2, 5])))
+                client = chance.choice("ab")
+                holders.append(Holder(admission, chance.randrange(3), chance.choice([1, 1, 2, 5]), client=client))
             case "leave" if holders and (entered := [one for one in holders if one.entered.is_set()]):
                 chance.choice(entered).slots.leave()
             case "release" if holders:
@@ -156,3 +165,108 @@ async def test_no_slot_is_lost_whatever_is_cancelled(seed: int) -> None:
         holder._release.set()
     await asyncio.gather(*(holder.task for holder in holders), return_exceptions=True)
     assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+async def order_of(admission: Admission, running: Holder, waiting: list[Holder]) -> list[int]:
+    """The order in which they get their turns, one at a time."""
+    order: list[Holder] = []
+    current = running
+    while len(order) < len(waiting):
+        await current.release()
+        await settle()
+        current = next(h for h in waiting if h.entered.is_set() and h not in order)
+        order.append(current)
+    await current.release()
+    return [waiting.index(holder) for holder in order]
+
+
+async def test_one_clients_thousand_requests_do_not_hold_up_anothers_one() -> None:
+    admission = new_admission(max_running=1, max_queue=2000)
+    running = Holder(admission, client="many")
+    await settle()
+    waiting = [Holder(admission, client="many") for _ in range(1000)]
+    await settle()
+    waiting += [Holder(admission, client="one"), Holder(admission, client="two")]
+    await settle()
+    order = await order_of(admission, running, waiting)
+    assert {order.index(1000), order.index(1001)} <= {0, 1, 2}
+    assert [i for i in order if i < 1000] == list(range(1000))
+
+
+async def test_clients_share_by_slots_not_by_requests() -> None:
+    admission = new_admission(max_running=4, max_queue=20)
+    running = Holder(admission, 0, 4)
+    await settle()
+    wide = [Holder(admission, 0, 4, client="wide") for _ in range(2)]
+    narrow = [Holder(admission, client="narrow") for _ in range(4)]
+    await settle()
+    await running.release()
+    await wide[0].release()
+    await settle()
+    assert all(holder.entered.is_set() for holder in narrow) and not wide[1].entered.is_set()
+    for holder in (*narrow, wide[1]):
+        await holder.release()
+
+
+async def test_the_place_of_the_greediest_goes_to_a_newcomer_when_the_queue_is_full() -> None:
+    admission = new_admission(max_running=1, max_queue=3)
+    running, *greedy = (Holder(admission, client="greedy") for _ in range(4))
+    await settle()
+    one = Holder(admission, client="one")
+    with pytest.raises(QueueFull):
+        await greedy[2].task
+    another = Holder(admission, client="one")
+    with pytest.raises(QueueFull):
+        await another.task
+    assert await order_of(admission, running, [*greedy[:2], one]) == [0, 2, 1]
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+async def test_sooner_deadlines_go_first_and_priorities_before_deadlines() -> None:
+    admission = new_admission(max_running=1, max_queue=10)
+    running = Holder(admission)
+    await settle()
+    now = time.monotonic()
+    waiting = [
+        Holder(admission),
+        Holder(admission, deadline=now + 50),
+        Holder(admission, deadline=now + 20),
+        Holder(admission, 1, deadline=now + 90),
+        Holder(admission, deadline=now + 1000),
+    ]
+    await settle()
+    assert await order_of(admission, running, waiting) == [3, 2, 1, 0, 4]
+
+
+async def test_what_would_certainly_come_too_late_is_refused_at_once() -> None:
+    admission = new_admission(max_running=1, max_queue=100)
+    for _ in range(10):
+        (await admission.acquire(Ticket())).release()  # so that it knows a mean duration: a fifth of a second
+    running = Holder(admission)
+    await settle()
+    waiting = [Holder(admission) for _ in range(50)]
+    await settle()
+    late = time.monotonic() + 1.0
+    with pytest.raises(DeadlineExceeded):
+        await Holder(admission, deadline=late).task
+    hopeful = ({"deadline": late + 100}, {"deadline": late, "client": "other"}, {"deadline": late, "priority": 1})
+    waiting += [Holder(admission, **ticket) for ticket in hopeful]
+    await settle()
+    assert admission.num_waiting == 53
+    for holder in waiting:
+        holder.task.cancel()
+    await running.release()
+    await settle()
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+async def test_waiting_prompts_are_bounded_together() -> None:
+    admission = new_admission(max_running=1, max_queue=10, max_queue_tokens=100)
+    running = Holder(admission, num_prompt_tokens=1000)
+    await settle()
+    huge = Holder(admission, num_prompt_tokens=1000)  # alone, it may wait: else it could never be served
+    await settle()
+    with pytest.raises(QueueFull):
+        await Holder(admission, num_prompt_tokens=1).task
+    await running.release()
+    await huge.release()

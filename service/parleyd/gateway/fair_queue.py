@@ -1,0 +1,127 @@
+"""Who is next among those that wait: by priority; among equals clients take turns; a client's own by deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+# Who names no deadline is taken to be this patient, so that those who do cannot keep them out for ever.
+_PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """What a request wants: a slot for each of its sequences. `deadline` is on the monotonic clock, in seconds."""
+
+    client: str = ""
+    priority: int = 0
+    num_sequences: int = 1
+    num_prompt_tokens: int = 0
+    deadline: float | None = None
+
+
+@dataclass(eq=False)
+class Waiter:
+    """A ticket in the queue; `turn` is set to the number of slots that it gets."""
+
+    ticket: Ticket
+    turn: asyncio.Future[int]
+    rank: tuple[int, float, int]  # among its client's: the smaller, the sooner
+
+
+@dataclass
+class _Client:
+    """One client's waiters, by rank, and how much it has had: the virtual time of start-time fair queueing.
+
+    Source: Goyal, Vin, Cheng: Start-time fair queueing, SIGCOMM 1996.
+    """
+
+    waiters: list[Waiter] = field(default_factory=list)
+    finished: float = 0.0
+
+
+class FairQueue:
+    """A client that sends a thousand requests waits behind one that sends one, but for the first of the thousand."""
+
+    def __init__(self) -> None:
+        self.num_prompt_tokens = 0
+        self._clients: dict[str, _Client] = {}
+        self._num_waiters = 0
+        self._virtual_time = 0.0
+        self._arrivals = itertools.count()
+
+    def __len__(self) -> int:
+        return self._num_waiters
+
+    def push(self, ticket: Ticket) -> Waiter:
+        """Takes a ticket into the queue."""
+        deadline = time.monotonic() + _PATIENCE_S if ticket.deadline is None else ticket.deadline
+        rank = (-ticket.priority, deadline, next(self._arrivals))
+        waiter = Waiter(ticket, asyncio.get_running_loop().create_future(), rank)
+        client = self._clients.setdefault(ticket.client, _Client())
+        insort(client.waiters, waiter, key=attrgetter("rank"))
+        self._num_waiters += 1
+        self.num_prompt_tokens += ticket.num_prompt_tokens
+        return waiter
+
+    def first(self) -> Waiter:
+        """The next in turn. Raises ValueError if nobody waits."""
+        waiting = [client for client in self._clients.values() if client.waiters]
+        return min(waiting, key=self._turn).waiters[0]
+
+    def pop(self) -> Waiter:
+        """Takes the next in turn out."""
+        waiter = self.first()
+        client = self._clients[waiter.ticket.client]
+        self._virtual_time = max(client.finished, self._virtual_time)
+        client.finished = self._virtual_time + waiter.ticket.num_sequences
+        self.remove(waiter)
+        return waiter
+
+    def remove(self, waiter: Waiter) -> bool:
+        """Takes one out; False if it is not in."""
+        client = self._clients.get(waiter.ticket.client)
+        if client is None or waiter not in client.waiters:
+            return False
+        client.waiters.remove(waiter)
+        self._num_waiters -= 1
+        self.num_prompt_tokens -= waiter.ticket.num_prompt_tokens
+        self._forget_idle_clients()
+        return True
+
+    def last_of_greediest(self, client: str) -> Waiter | None:
+        """The last of whoever has most in the queue, if that is more than `client` would have with another one."""
+        greediest = max(self._clients.values(), key=lambda one: len(one.waiters), default=_Client())
+        has = len(self._clients[client].waiters) if client in self._clients else 0
+        return greediest.waiters[-1] if len(greediest.waiters) > has + 1 else None
+
+    def num_ahead(self, client: str) -> int:
+        """At least how many get their turn before another one of `client`'s, all of equal priority."""
+        has = len(self._clients[client].waiters) if client in self._clients else 0
+        others = (len(one.waiters) for name, one in self._clients.items() if name != client)
+        return has + sum(min(number, has) for number in others)
+
+    def clear(self) -> Iterator[Waiter]:
+        """Takes all out."""
+        clients, self._clients = self._clients, {}
+        self._num_waiters = self.num_prompt_tokens = 0
+        for client in clients.values():
+            yield from client.waiters
+
+    def _turn(self, client: _Client) -> tuple[int, float, tuple[int, float, int]]:
+        rank = client.waiters[0].rank
+        return rank[0], max(client.finished, self._virtual_time), rank
+
+    def _forget_idle_clients(self) -> None:
+        """Those that have nothing here and have had no more than the others."""
+        if len(self._clients) > 2 * self._num_waiters + 64:
+            self._clients = {
+                name: client
+                for name, client in self._clients.items()
+                if client.waiters or client.finished > self._virtual_time
+            }
