@@ -101,7 +101,7 @@ def test_a_thousand_items_are_answered(start_gateway: StartGateway) -> None:
 
 
 def test_items_beyond_the_queues_room_are_refused_at_once_and_alone(single: GatewayThread) -> None:
-    outcomes = batch(single, [ask(f"item {i}", max_new_tokens=50) for i in range(10)])
+    outcomes = batch(single, [ask("!forever", max_new_tokens=200)] * 10)
     refused = [outcome for outcome in outcomes if outcome.HasField("error")]
     assert len(outcomes) == 10
     assert len(refused) == 7
@@ -158,3 +158,17 @@ def test_who_does_not_read_a_batch_holds_up_nobody(start_gateway: StartGateway) 
     assert own.stub.Generate(ask("neighbour", priority=-1), timeout=20).choices
     assert len(list(call)) == 7
     channel.close()
+
+
+@pytest.mark.parametrize(("drain_timeout", "reason"), [(20.0, None), (0.0, "DRAINING")])
+def test_a_drain_lets_a_batch_finish_or_ends_each_item_left(
+    start_gateway: StartGateway, drain_timeout: float, reason: str | None
+) -> None:
+    own = start_gateway(worker=("--step-delay", "0.005"), max_running=1, drain_timeout=drain_timeout)
+    requests = [ask("quick"), *[ask("slow " * 8)] * 4]
+    call = own.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=requests), timeout=30)
+    assert next(call).index == 0
+    own.loop.call_soon_threadsafe(own.gateway.begin_shutdown)
+    rest = list(call)
+    assert len(rest) == 4
+    assert {reason_in(item.error) if item.HasField("error") else None for item in rest} == {reason}

@@ -1,5 +1,7 @@
 // The client against the service at PARLEY_TARGET.
 import assert from "node:assert/strict";
+import { connect, createServer, type Socket } from "node:net";
+import type { AddressInfo } from "node:net";
 import { after, test } from "node:test";
 
 import { Client, FinishReason, type GenerateInput, ParleyError, Role, status, user } from "../dist/index.js";
@@ -103,4 +105,40 @@ test("a sampled stream that was left is resumed exactly where it was", async () 
     if (stream.tokenIds.length >= 5) break;
   }
   assert.equal(begun + (await text(stream.resumeRequest())), whole);
+});
+
+/** A way to the service that can be cut: `cut` breaks every connection, and the next one goes through again. */
+async function cuttable(): Promise<{ target: string; cut: () => void }> {
+  const sockets = new Set<Socket>();
+  const [host, port] = target!.split(":");
+  const server = createServer((inward) => {
+    const outward = connect(Number(port), host);
+    for (const socket of [inward, outward]) sockets.add(socket.on("error", () => {}).on("close", () => sockets.delete(socket)));
+    inward.pipe(outward).pipe(inward);
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  after(() => server.close());
+  const cut = () => sockets.forEach((socket) => socket.destroy());
+  return { target: `127.0.0.1:${(server.address() as AddressInfo).port}`, cut };
+}
+
+test("a sampled stream whose connection breaks, twice, goes on by itself", async () => {
+  const sampled = { ...QUESTION, generationConfig: { maxNewTokens: 24, ignoreEos: true, temperature: 0.9, seed: 7n } };
+  const whole = (await client.generate(sampled)).choices[0]!;
+  const way = await cuttable();
+  const shaky = new Client(way.target, { timeoutMs: 100_000 });
+  const stream = shaky.stream(sampled);
+  let content = "";
+  const cuts = [4, 12];
+  for await (const delta of stream) {
+    content += delta.content;
+    if (stream.tokenIds.length >= (cuts[0] ?? Infinity)) {
+      cuts.shift();
+      way.cut();
+    }
+  }
+  shaky.close();
+  assert.deepEqual(cuts, []);
+  assert.equal(content, whole.message?.content);
+  assert.deepEqual(stream.tokenIds, whole.tokenIds);
 });

@@ -82,7 +82,8 @@ class ChatServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateBatch(self, request, context):
-        """Answers many conversations, each as it finishes (in any order, told apart by `index`). A bad item fails alone.
+        """Answers many conversations, each as it finishes (in any order, told apart by `index`). An item that fails does so
+        alone. The RPC's deadline bounds the whole batch, and cancelling the RPC frees the model of all of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
