@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -264,6 +265,37 @@ def test_ctrl_c_ends_a_batch_quietly(server, files):
     assert process.returncode == 130
     assert errors.startswith(b"1 of 2 answered")
     assert errors.count(b"\n") == 1
+
+
+def test_a_call_that_takes_too_long_fails_the_items_that_are_left(server, files):
+    def answer(request, context):
+        yield answered(1, "b")
+        server.hold(context)
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text(line_of("a") + line_of("b"))
+    assert run(files, "--timeout", "0.5") == 1
+    results = results_in(files[1])
+    assert (results[1]["code"], results[2]) == ("DEADLINE_EXCEEDED", "b")
+
+
+def test_a_terminal_shows_how_far_it_is_in_one_line(server, files):
+    def answer(request, context):
+        for index, item in enumerate(request.requests):
+            time.sleep(0.3)
+            yield answered(index, content(item))
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text(line_of("a") + line_of("b"))
+    shown, terminal = os.openpty()
+    command = [sys.executable, "-m", "parley_client", "batch", *files]
+    assert subprocess.run(command, stderr=terminal, timeout=20, check=False).returncode == 0
+    os.close(terminal)
+    text = os.read(shown, 10_000).decode()
+    os.close(shown)
+    assert text.startswith("\r1 of 2 answered, 0 failed, ")
+    assert text.splitlines()[-1].startswith("2 of 2 answered, 0 failed, ")
+    assert text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
