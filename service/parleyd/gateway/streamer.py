@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from parleyd.errors import EngineFault, ParleyError
 from parleyd.generation import FinishReason, Output, TokenLogprob
 
+# With all their log-probabilities they make some 150 KB; many clients take no message of more than 4 MiB.
+_MAX_IDS = 256
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -55,17 +58,15 @@ class Streamer:
             self._on_end()
 
     async def take(self) -> Delta:
-        """All ids not yet taken, at least one unless the request ended; raises the error that ended it."""
+        """The ids not yet taken, as many as a message may hold, at least one unless the request ended; raises the error
+        that ended it."""
         await self._news.wait()
         self._news.clear()
-        if self._error is not None:
-            if not self._token_ids:
-                raise self._error
+        if self._error is not None and not self._token_ids:
+            raise self._error
+        token_ids, self._token_ids = self._token_ids[:_MAX_IDS], self._token_ids[_MAX_IDS:]
+        logprobs, self._logprobs = self._logprobs[:_MAX_IDS], self._logprobs[_MAX_IDS:]
+        is_all = not self._token_ids
+        if not is_all or self._error is not None:
             self._news.set()
-            return self._drain(None)
-        return self._drain(self._finish_reason)
-
-    def _drain(self, finish_reason: FinishReason | None) -> Delta:
-        token_ids, self._token_ids = self._token_ids, []
-        logprobs, self._logprobs = self._logprobs, []
-        return Delta(token_ids, finish_reason, self._cached_prompt_tokens or 0, logprobs)
+        return Delta(token_ids, self._finish_reason if is_all else None, self._cached_prompt_tokens or 0, logprobs)

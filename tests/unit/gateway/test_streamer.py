@@ -8,7 +8,7 @@ import pytest
 
 from parleyd.errors import EngineFault, WorkerLost
 from parleyd.gateway.streamer import Streamer
-from parleyd.generation import FinishReason, Output
+from parleyd.generation import FinishReason, Output, TokenLogprob
 
 
 async def test_what_a_slow_reader_has_not_taken_is_merged() -> None:
@@ -20,6 +20,19 @@ async def test_what_a_slow_reader_has_not_taken_is_merged() -> None:
     streamer.put(Output(key=1, token_ids=(5,), finish_reason=FinishReason.STOP))
     delta = await streamer.take()
     assert (delta.token_ids, delta.finish_reason) == ([5], FinishReason.STOP)
+
+
+async def test_what_is_merged_is_taken_in_parts_that_fit_into_a_message() -> None:
+    streamer = Streamer()
+    logprobs = [TokenLogprob(-float(i)) for i in range(600)]
+    for token_id, logprob in enumerate(logprobs):
+        reason = FinishReason.STOP if token_id == 599 else None
+        streamer.put(Output(key=1, token_ids=(token_id,), logprobs=(logprob,), finish_reason=reason))
+    deltas = [await streamer.take() for _ in range(3)]
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == [*range(600)]
+    assert [logprob for delta in deltas for logprob in delta.logprobs] == logprobs
+    assert all(len(delta.token_ids) == len(delta.logprobs) <= 256 for delta in deltas)
+    assert [delta.finish_reason for delta in deltas] == [None, None, FinishReason.STOP]
 
 
 async def test_a_reader_waits_for_the_next_ids() -> None:
