@@ -88,7 +88,8 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """The sampling values of a model's `generation_config.json`; None where it sets none."""
+    """The values of a model's `generation_config.json` that requests may set; None, or no stop strings, where it sets
+    none."""
 
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
@@ -98,6 +99,7 @@ class SamplingDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

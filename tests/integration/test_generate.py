@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from tests.integration.conftest import StartGateway
 from tests.support import tiny_tokenizer
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask
@@ -110,6 +111,18 @@ def test_nothing_of_or_past_a_stop_string_is_sent(
     assert responses[-1].stop_string == stop_string
     if stop_string:
         assert bytes(choice.token_ids).decode().endswith(stop_string)  # its ids stay
+
+
+def test_the_models_own_stop_strings_end_an_answer_unless_the_request_brings_others(
+    start_gateway: StartGateway,
+) -> None:
+    own = start_gateway(worker=("--stop-string", "wor"))
+    defaults = own.stub.GetModel(chat_pb2.GetModelRequest(), timeout=20).default_generation_config
+    assert list(defaults.stop_strings) == ["wor"]
+    (choice,) = own.stub.Generate(ask("hello world"), timeout=20).choices
+    assert (choice.message.content, choice.stop_string) == ("hello ", "wor")
+    (choice,) = own.stub.Generate(ask("hello world", stop_strings=["ld"]), timeout=20).choices
+    assert (choice.message.content, choice.stop_string) == ("hello wor", "ld")
 
 
 def test_a_stop_string_can_be_kept(gateway: GatewayThread) -> None:

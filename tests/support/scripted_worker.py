@@ -149,6 +149,7 @@ def main() -> int:
     parser.add_argument("--load-delay", type=float, default=0.0)
     parser.add_argument("--load-error")
     parser.add_argument("--die-if", type=Path, help="dies instead of loading if this file is there")
+    parser.add_argument("--stop-string", action="append", default=[])
     parser.add_argument("--max-running", type=int, default=4)
     parser.add_argument("fd", type=int)
     arguments = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> int:
             device="cpu",
             engine="scripted",
             max_running=arguments.max_running,
-            defaults=SamplingDefaults(temperature=0.5),
+            defaults=SamplingDefaults(temperature=0.5, stop_strings=tuple(arguments.stop_string)),
         )
         return ScriptedEngine(arguments.step_delay), info
 

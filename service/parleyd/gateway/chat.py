@@ -122,7 +122,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         text = SequenceText(
             self._served.tokenizer,
             skip_special_tokens=skip_special_tokens,
-            stop_strings=config.stop_strings,
+            stop_strings=config.stop_strings or self._served.info.defaults.stop_strings,
             include_stop_string=config.include_stop_string,
             min_new_tokens=params.min_new_tokens,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ def effective_defaults(info: ModelInfo, default_max_new_tokens: int) -> Sampling
     given = {
         name: value for name in SamplingDefaults.__dataclass_fields__ if (value := getattr(defaults, name)) is not None
     }
+    given.pop("stop_strings", None)  # the engine knows no text
     wanted = given.pop("max_new_tokens", default_max_new_tokens)
     return SamplingParams(max_new_tokens=min(wanted, info.max_context_tokens), **given)
 
@@ -101,10 +102,10 @@ def resolved_violations(request: chat_pb2.GenerateRequest, params: SamplingParam
         )
 
 
-def to_generation_config(params: SamplingParams) -> generation_pb2.GenerationConfig:
+def to_generation_config(params: SamplingParams, stop_strings: Sequence[str]) -> generation_pb2.GenerationConfig:
     """Defaults, as GetModel tells them."""
     config = generation_pb2.GenerationConfig(
-        num_return_sequences=1, skip_special_tokens=True, include_stop_string=False
+        num_return_sequences=1, skip_special_tokens=True, include_stop_string=False, stop_strings=stop_strings
     )
     for name in (
         "max_new_tokens", "min_new_tokens", "do_sample", *_SAMPLING_FIELDS, "repetition_penalty", "presence_penalty",

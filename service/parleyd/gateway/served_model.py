@@ -41,7 +41,7 @@ class ServedModel:
             model=name,
             max_context_tokens=info.max_context_tokens,
             vocab_size=info.vocab_size,
-            default_generation_config=convert.to_generation_config(defaults),
+            default_generation_config=convert.to_generation_config(defaults, info.defaults.stop_strings),
             capabilities=_CAPABILITIES,
             engine=info.engine,
             dtype=info.dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,13 @@ def read_defaults(folder: Path) -> SamplingDefaults:
     Raises StartupError where the file, or a value that we use, is not what it should be.
     """
     values = _read(folder)
-    given = {field.name: values.get(field.name) for field in dataclasses.fields(SamplingDefaults)}
+    given = {name: values.get(name) for name in _KINDS}
     for name, value in given.items():
         if value is not None and (
             not isinstance(value, _KINDS[name]) or isinstance(value, bool) != (name == "do_sample")
         ):
-            raise StartupError(f"{folder / _FILE}: {name} is {value!r}, which is not a value of its kind")
-    return SamplingDefaults(**given)
+            raise _not_of_its_kind(folder, name, value)
+    return SamplingDefaults(**given, stop_strings=_stop_strings(folder, values.get("stop_strings")))
 
 
 def read_eos_token_ids(folder: Path, tokenizer_dir: Path, config: Any) -> tuple[int, ...]:
@@ -68,6 +67,17 @@ def max_context_tokens(config: Any, tokenizer_dir: Path) -> int:
     if isinstance(value, int | float) and 0 < value < _TOKENIZER_UNLIMITED:
         return int(value)
     return _UNSAID_CONTEXT
+
+
+def _stop_strings(folder: Path, value: Any) -> tuple[str, ...]:
+    strings = [value] if isinstance(value, str) else value or []
+    if not isinstance(strings, list) or not all(isinstance(one, str) and one for one in strings):
+        raise _not_of_its_kind(folder, "stop_strings", value)
+    return tuple(strings)
+
+
+def _not_of_its_kind(folder: Path, name: str, value: object) -> StartupError:
+    return StartupError(f"{folder / _FILE}: {name} is {value!r}, which is not a value of its kind")
 
 
 def _read(folder: Path, name: str = _FILE) -> dict[str, Any]:

@@ -48,9 +48,12 @@ def test_a_broken_generation_config_is_named(llama_folder: Path) -> None:
     assert "generation_config.json cannot be read" in startup_error(llama_folder)
 
 
-def test_a_generation_config_with_a_value_of_the_wrong_kind_is_named(llama_folder: Path) -> None:
-    edit_json(llama_folder / "generation_config.json", temperature="hot")
-    assert "temperature is 'hot'" in startup_error(llama_folder)
+@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("stop_strings", [1]), ("stop_strings", [""])])
+def test_a_generation_config_with_a_value_of_the_wrong_kind_is_named(
+    llama_folder: Path, name: str, value: object
+) -> None:
+    edit_json(llama_folder / "generation_config.json", **{name: value})
+    assert f"{name} is {value!r}" in startup_error(llama_folder)
 
 
 def test_a_folder_without_weights_is_named(llama_folder: Path) -> None:

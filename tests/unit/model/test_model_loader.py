@@ -62,6 +62,12 @@ def test_defaults_are_only_what_generation_config_sets(llama_folder: Path) -> No
     assert info(llama_folder).defaults == SamplingDefaults(temperature=0.7, top_k=20, do_sample=True)
 
 
+@pytest.mark.parametrize("given", ["END", ["END"]])
+def test_a_models_stop_strings_are_one_or_several(llama_folder: Path, given: str | list[str]) -> None:
+    edit_json(llama_folder / "generation_config.json", stop_strings=given)
+    assert info(llama_folder).defaults.stop_strings == ("END",)
+
+
 def test_a_model_without_generation_config_sets_no_defaults(llama_folder: Path) -> None:
     (llama_folder / "generation_config.json").unlink()
     described = info(llama_folder)
