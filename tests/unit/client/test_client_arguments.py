@@ -6,7 +6,7 @@ import pytest
 
 from parley_client.cli import build_parser, main
 
-COMMANDS = [["chat"], ["generate", "Hi"], ["model"], ["health"]]
+COMMANDS = [["chat"], ["generate", "Hi"], ["batch", "in.jsonl", "out.jsonl"], ["model"], ["health"]]
 
 
 @pytest.mark.parametrize("command", [[], *COMMANDS])
@@ -29,6 +29,9 @@ def test_every_command_has_help(command, capsys):
         ["generate", "Hi", "--timeout", "0"],
         ["generate", "Hi", "--timeout", "nan"],
         ["health", "--timeout", "soon"],
+        ["batch", "in.jsonl"],
+        ["batch", "in.jsonl", "out.jsonl", "--chunk", "0"],
+        ["batch", "in.jsonl", "out.jsonl", "--chunk", "1025"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
