@@ -13,8 +13,6 @@ from parleyd.rpc.interceptors import named_error, request_id_of
 from parleyd.telemetry.call import Call, current_call
 
 MAX_REQUESTS = 1024
-# Items of one batch whose prompts are made at the same time: other calls must not wait behind a thousand of them.
-_MAX_PREPARING = 2
 
 _Prepared = TypeVar("_Prepared")
 
@@ -31,29 +29,41 @@ async def answer_batch(
     """
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise InvalidRequest([Violation("requests", f"must hold 1 to {MAX_REQUESTS:,}, not {len(requests):,}")])
-    preparing = asyncio.Semaphore(_MAX_PREPARING)
     batch = current_call.get()
+    # One item after the other: they join the queue in their order, other calls' prompts do not wait behind a thousand,
+    # and what has not begun costs nothing.
+    preparing = asyncio.Lock()
+    outcomes: asyncio.Queue[chat_pb2.GenerateBatchResponse | None] = asyncio.Queue()
 
-    async def outcome(index: int) -> chat_pb2.GenerateBatchResponse:
+    async def serve(index: int) -> None:
         request = requests[index]
         call = Call(batch.method, request_id_of(request), batch.arrived)
         current_call.set(call)  # of this item's task
         try:
-            async with preparing:
+            try:
                 prepared = await prepare(request)
-            return chat_pb2.GenerateBatchResponse(index=index, response=await answer(prepared))
+            finally:
+                preparing.release()
+            outcome = chat_pb2.GenerateBatchResponse(index=index, response=await answer(prepared))
         except Exception as error:
             refusal = status.to_status(named_error(call, error), call.request_id)
-            return chat_pb2.GenerateBatchResponse(index=index, error=refusal)
+            outcome = chat_pb2.GenerateBatchResponse(index=index, error=refusal)
+        outcomes.put_nowait(outcome)
 
-    by_priority = sorted(range(len(requests)), key=lambda index: -requests[index].priority)
-    tasks = {asyncio.create_task(outcome(index)) for index in by_priority}
-    for task in tasks:
-        task.add_done_callback(tasks.discard)  # an answer is kept no longer than until it is sent
+    async def serve_all() -> None:
+        try:
+            async with asyncio.TaskGroup() as items:
+                for index in sorted(range(len(requests)), key=lambda index: -requests[index].priority):
+                    await preparing.acquire()
+                    items.create_task(serve(index))
+        finally:
+            outcomes.put_nowait(None)
+
+    service = asyncio.create_task(serve_all())
     try:
-        for next_outcome in asyncio.as_completed(list(tasks)):
-            yield await next_outcome
+        while (outcome := await outcomes.get()) is not None:
+            yield outcome
+        await service
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        service.cancel()
+        await asyncio.gather(service, return_exceptions=True)
