@@ -63,6 +63,7 @@ class PromptTooLong(ParleyError):
     reason = Reason.PROMPT_TOO_LONG
 
     def __init__(self, prompt_tokens: int, max_context_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
         super().__init__(
             f"the prompt has {prompt_tokens} tokens, but the model's context holds {max_context_tokens} "
             "and an answer needs at least one",

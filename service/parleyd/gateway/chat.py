@@ -69,7 +69,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         """See chat.proto."""
         await self._prompts.check(self._served.check_conversation, request)
         self._check_model(request.model)
-        return chat_pb2.CountTokensResponse(prompt_tokens=len(await self._prompts.build(self._served, request)))
+        try:
+            prompt_tokens = len(await self._prompts.build(self._served, request))
+        except PromptTooLong as error:  # is counted all the same
+            prompt_tokens = error.prompt_tokens
+        return chat_pb2.CountTokensResponse(prompt_tokens=prompt_tokens)
 
     async def GetModel(self, request: chat_pb2.GetModelRequest, context: Context) -> chat_pb2.GetModelResponse:
         """See chat.proto."""
@@ -93,8 +97,6 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         prompt_ids = await self._prompts.build(served, request)
         if not prompt_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
-        if len(prompt_ids) >= served.info.max_context_tokens:
-            raise PromptTooLong(len(prompt_ids), served.info.max_context_tokens)
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineExceeded

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from parley.v1 import chat_pb2
-from parleyd.errors import InvalidRequest, Violation
+from parleyd.errors import InvalidRequest, PromptTooLong, Violation
 from parleyd.gateway import convert
 from parleyd.gateway.served_model import ServedModel
 
@@ -35,7 +35,10 @@ class PromptBuilder:
     async def build(
         self, served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
     ) -> list[int]:
-        """The conversation's token ids after the chat template. Raises InvalidRequest if the template refuses it."""
+        """The conversation's token ids after the chat template.
+
+        Raises InvalidRequest if the template refuses it, PromptTooLong if they leave no room for an answer.
+        """
         return await self.run(lambda: _build(served, request))
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
@@ -53,7 +56,10 @@ def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.Cou
         continue_final_message=request.continue_final_message,
         kwargs=convert.to_template_kwargs(request),
     )
-    token_ids = served.tokenizer.encode(text)
+    encoding = served.tokenizer.encode_lazily(text)
+    if len(encoding) >= served.info.max_context_tokens:
+        raise PromptTooLong(len(encoding), served.info.max_context_tokens)
+    token_ids = encoding.ids
     # A tokenizer may know tokens that the model has no embedding for, and users may spell them.
     if token_ids and max(token_ids) >= served.info.vocab_size:
         raise InvalidRequest([Violation("messages", "spell a token that the model does not know")])

@@ -54,9 +54,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens only where the text spells them: chat templates write those themselves."""
+        return self.encode_lazily(text).ids
+
+    def encode_lazily(self, text: str) -> tokenizers.Encoding:
+        """As `encode`: `len()` counts the ids, `.ids` makes a list of them, which holds the GIL for long."""
         # A batch of one, because encode() holds the GIL to its end (0.5 s for 450,000 characters in tokenizers 0.23);
         # the fast variant leaves out the character offsets that nobody here reads.
-        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that make no character become U+FFFD, ids outside the vocabulary nothing."""
