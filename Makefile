@@ -4,9 +4,11 @@
 PYTHON ?= python3
 TARGET ?= localhost:50051
 ARGS ?=
+PEERS ?= .peers
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCH := .venv/.installed-bench
 PROTOC := .venv/protoc
 
 .DEFAULT_GOAL := help
@@ -22,6 +24,10 @@ $(INSTALLED): pyproject.toml constraints.txt tools/install.sh
 $(PROTOC)/.installed: tools/requirements-protos.txt $(INSTALLED)
 	@$(BIN)/python -m venv --clear $(PROTOC)
 	@$(PROTOC)/bin/python -m pip --disable-pip-version-check install -qq -r tools/requirements-protos.txt
+	@touch $@
+
+$(BENCH): $(INSTALLED)
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[bench]'
 	@touch $@
 
 .PHONY: help
@@ -117,15 +123,33 @@ fix-docs: $(INSTALLED) ## generate docs/configuration.md and docs/api.md
 release-protos: $(INSTALLED) ## at a release: what is in protos/ now is what later versions stay compatible with
 	@$(BIN)/buf build protos --exclude-source-info -o protos/baseline.binpb
 
-##### the rest
+##### benchmarks
+
+.PHONY: bench
+bench: $(BENCH) ## measure everything that has a target against the peers that are installed (10 minutes)
+	@$(BIN)/python -m benchmarks.suite --peers "$(PEERS)" $(ARGS)
+
+.PHONY: bench-full
+bench-full: $(BENCH) ## the same with all peers and workloads (an hour or two)
+	@$(BIN)/python -m benchmarks.suite --size full --peers "$(PEERS)" $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(INSTALLED) ## install the peers that bench compares with into PEERS=.peers
+	@sh benchmarks/peers/install.sh "$(PEERS)"
 
 .PHONY: bench-gateway
 bench-gateway: $(INSTALLED) ## measure the gateway alone
 	@$(BIN)/python -m benchmarks.gateway_cpu $(ARGS)
 
 .PHONY: bench-online
-bench-online: $(INSTALLED) ## measure the service under load, engine batching against engine generate
-	@$(BIN)/python -m benchmarks.online --against "--engine generate" $(ARGS)
+bench-online: $(BENCH) ## measure the service under load; ARGS="--peer vllm --concurrency 4 …"
+	@$(BIN)/python -m benchmarks.online --peers "$(PEERS)" $(ARGS)
+
+.PHONY: bench-offline
+bench-offline: $(BENCH) ## measure the engine alone, in process; ARGS="--peer llama-cpp …"
+	@$(BIN)/python -m benchmarks.offline --peers "$(PEERS)" $(ARGS)
+
+##### the rest
 
 .PHONY: clean
 clean: ## remove .venv, caches and build results

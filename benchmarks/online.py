@@ -1,138 +1,121 @@
-"""Throughput and latency as served: a closed loop of streams over gRPC, from this process to a server process.
+"""Throughput and latency as served: from this process to server processes, ours over gRPC, peers over HTTP.
 
-Each of `concurrency` clients sends its next request as soon as its last one is answered: prompts of about 64 tokens, no
-two alike, exactly `--new-tokens` greedy tokens back. With `--against` a second server with other arguments is measured
-in turns with the first (A B A B), and the ratio of the medians is told: on a noisy machine only that counts.
+All servers are measured in turns (A B A B) on the same seeded requests, and the ratio of the first to each other is
+the median over the turns: on a noisy machine only that counts. While one is measured the others are paused.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
-import random
 import shlex
-import statistics
 import sys
-import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.environment import describe
-from benchmarks.server import serving
-from parley_client import AsyncClient, user
+from benchmarks import workload
+from benchmarks.command import build_parser, num_requests, write_result
+from benchmarks.environment import bandwidth_gb_per_s
+from benchmarks.measure import in_turns
+from benchmarks.peers.installed import PEERS
+from benchmarks.server import Server, end_with_servers, serving, serving_peer
+from benchmarks.summary import Row, line, ratio, summarise
+from benchmarks.workload import Request
 
-_WORDS = ["river", "stone", "cloud", "engine", "garden", "winter", "letter", "signal", "copper", "island", "mirror"]
-_PROMPT_WORDS = 24
-
-
-@dataclass
-class Run:
-    """What one closed loop saw. Times in seconds."""
-
-    wall_s: float = 0.0
-    num_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)
-    between_tokens_s: list[float] = field(default_factory=list)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.wall_s
+WORKLOADS = ("fixed", "mixed", "cold-prefix", "shared-prefix")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--requests", type=int, help="requests a round (default: twice the concurrency, at least 4)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each answer (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians count (default: %(default)s)")
-    parser.add_argument("--serve", default="", help="arguments of parleyd serve, such as '--engine batching'")
-    parser.add_argument("--against", help="arguments of a second server to compare with")
-    parser.add_argument("--json", type=Path, help="file for the results as JSON")
-    arguments = parser.parse_args()
-
-    labels = [arguments.serve or "(defaults)"] + ([arguments.against] if arguments.against is not None else [])
-    results: list[dict[str, object]] = []
+    arguments = _parser().parse_args()
+    end_with_servers()
     with ExitStack() as stack:
-        quiet = ["--log-level", "warning"]
-        commands = [arguments.serve] + ([arguments.against] if arguments.against is not None else [])
-        targets = [stack.enter_context(serving([*quiet, *shlex.split(command)])).target for command in commands]
+        servers = [stack.enter_context(serving(["--log-level", "warning", *shlex.split(arguments.serve)]))]
+        if arguments.against is not None:
+            command = ["--log-level", "warning", *shlex.split(arguments.against)]
+            servers.append(stack.enter_context(serving(command, name=arguments.against or "(defaults)")))
+        servers += [stack.enter_context(serving_peer(name, arguments.peers)) for name in arguments.peer]
+        rows = []
         for concurrency in arguments.concurrency:
-            num_requests = arguments.requests or max(4, 2 * concurrency)
-            runs: list[list[Run]] = [[] for _ in targets]
-            for _ in tqdm(range(arguments.rounds + 1), desc=f"c={concurrency}", unit="round"):
-                for index, target in enumerate(targets):
-                    loop = closed_loop(target, concurrency, num_requests, arguments.new_tokens)
-                    runs[index].append(asyncio.run(loop))
-            results += [summarise(label, concurrency, one[1:]) for label, one in zip(labels, runs, strict=True)]
-            print_rows(results[-len(targets) :])
-    report = {"new_tokens": arguments.new_tokens, "rounds": arguments.rounds, "results": results, **describe()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(describe()))
-    return 0
+            rows += compare(
+                servers,
+                arguments.workload,
+                concurrency,
+                number=num_requests(arguments, concurrency),
+                new_tokens=arguments.new_tokens,
+                rounds=arguments.rounds,
+                limit_s=arguments.limit,
+                arrivals_per_s=arguments.arrivals_per_s,
+                seed=arguments.seed,
+            )
+    write_result(arguments.json, rows)
+    return 1 if any(row.get("num_errors") for row in rows) else 0
 
 
-async def closed_loop(target: str, concurrency: int, num_requests: int, new_tokens: int) -> Run:
-    """Sends the requests, at most `concurrency` at a time."""
-    run, remaining = Run(), iter(range(num_requests))
-    chance = random.Random(time.time_ns())
-
-    async with AsyncClient(target) as client:
-
-        async def one_client() -> None:
-            for _ in remaining:
-                await one_request(client, run, chance, new_tokens)
-
-        started = time.perf_counter()
-        await asyncio.gather(*(one_client() for _ in range(concurrency)))
-        run.wall_s = time.perf_counter() - started
-    return run
-
-
-async def one_request(client: AsyncClient, run: Run, chance: random.Random, new_tokens: int) -> None:
-    """Streams one answer and notes when its tokens came."""
-    prompt = " ".join(chance.choices(_WORDS, k=_PROMPT_WORDS))
-    last = time.perf_counter()
-    is_first = True
-    options = {"max_new_tokens": new_tokens, "ignore_eos": True, "do_sample": False}
-    async for piece in client.stream([user(f"Write a long story about: {prompt}")], **options):
-        now = time.perf_counter()
-        if count := len(piece.token_ids):
-            (run.first_token_s if is_first else run.between_tokens_s).extend([(now - last) / count] * count)
-            run.num_tokens += count
-            is_first, last = False, now
-
-
-def summarise(label: str, concurrency: int, runs: list[Run]) -> dict[str, object]:
-    """Medians over the rounds; percentiles over all their tokens."""
-    first = sorted(value for run in runs for value in run.first_token_s)
-    between = sorted(value for run in runs for value in run.between_tokens_s)
-    return {
-        "server": label,
-        "concurrency": concurrency,
-        "tokens_per_s": round(statistics.median(run.tokens_per_s for run in runs), 1),
-        "ttft_p50_ms": round(1000 * percentile(first, 0.5), 1),
-        "ttft_p95_ms": round(1000 * percentile(first, 0.95), 1),
-        "itl_p50_ms": round(1000 * percentile(between, 0.5), 2),
-        "itl_p95_ms": round(1000 * percentile(between, 0.95), 2),
-    }
+def compare(
+    servers: list[Server],
+    name: str,
+    concurrency: int,
+    *,
+    number: int,
+    new_tokens: int,
+    rounds: int,
+    limit_s: float | None = None,
+    arrivals_per_s: float | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """One row a server, printed as soon as it is there; those after the first with the first's ratio to them."""
+    make = _maker(name, number, new_tokens, arrivals_per_s, seed)
+    is_open = arrivals_per_s is not None
+    label = f"{name} c={concurrency}"
+    measured = in_turns(servers, make, concurrency, rounds=rounds, limit_s=limit_s, is_open=is_open, label=label)
+    rows = []
+    for server, runs in zip(servers, measured, strict=True):
+        labels = {
+            "server": server.name,
+            "workload": name,
+            "loop": f"open, {arrivals_per_s} a second" if is_open else "closed",
+            "concurrency": concurrency,
+        }
+        row = summarise(labels, runs, server.weight_bytes, bandwidth_gb_per_s() if name == "fixed" else 0)
+        if rows and row["tokens_per_s"]:
+            row["ratio_of_first"] = round(ratio(rows[0]["rounds"], row["rounds"]), 3)
+        rows.append(row)
+        tqdm.write(line(row), file=sys.stdout)
+    return rows
 
 
-def percentile(ordered: list[float], share: float) -> float:
-    """The value below which `share` of the ordered values lie."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+def _maker(
+    name: str, number: int, new_tokens: int, arrivals_per_s: float | None, first_seed: int
+) -> Callable[[int], list[Request]]:
+    """The requests of a round. Each round has prompts of its own: a cache that remembers the last one is of no use."""
+
+    def make(round_: int) -> list[Request]:
+        seed = 1000 * first_seed + round_
+        match name:
+            case "mixed":
+                requests = workload.mixed(seed, number)
+            case "cold-prefix" | "shared-prefix":
+                # A shared prompt is the same in all rounds, and the warm-up of the first round's first user.
+                is_shared = name == "shared-prefix"
+                requests = workload.shared_prefix(
+                    first_seed if is_shared else seed, number, new_tokens, is_shared=is_shared
+                )
+            case _:
+                requests = workload.fixed(seed, number, new_tokens)
+        return workload.poisson(seed, requests, arrivals_per_s) if arrivals_per_s is not None else requests
+
+    return make
 
 
-def print_rows(rows: list[dict[str, object]]) -> None:
-    """One line each, and the ratio of the first to the second."""
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if len(rows) == 2:
-        print(f"ratio of tokens_per_s: {float(str(rows[0]['tokens_per_s'])) / float(str(rows[1]['tokens_per_s'])):.2f}")
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser(__doc__, "online.json", PEERS)
+    add = parser.add_argument
+    add("--workload", choices=WORKLOADS, default="fixed", help="(default: %(default)s)")
+    add("--arrivals-per-s", type=float, help="an open loop: requests arrive at random, so many a second on average")
+    add("--limit", type=float, help="seconds after which a run is cut off (default: none)")
+    add("--against", help="arguments of a second server of ours to compare with")
+    return parser
 
 
 if __name__ == "__main__":

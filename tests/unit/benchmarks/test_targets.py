@@ -1,0 +1,84 @@
+"""From a suite's rows to the table of targets: what is met, missed or not measured is said plainly."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from benchmarks import workload
+from benchmarks.load import Clock, Run
+from benchmarks.report import targets_table
+from benchmarks.summary import percentile, ratio
+from benchmarks.targets import TARGETS
+
+
+def cell(server: str, concurrency: int, *rounds: float, ttft_ms: float = 10.0) -> dict[str, Any]:
+    """A row of the throughput step."""
+    return {
+        "server": server,
+        "workload": "fixed",
+        "concurrency": concurrency,
+        "tokens_per_s": sorted(rounds)[len(rounds) // 2],
+        "rounds": list(rounds),
+        "ttft_p50_rounds_ms": [ttft_ms] * len(rounds),
+        "itl_p50_ms": 1.0,
+    }
+
+
+def verdict(table: str, what: str) -> str:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {what} |")]
+    return line.split("|")[4].strip()
+
+
+def test_a_target_is_met_missed_or_not_measured() -> None:
+    table = targets_table([cell("parley-bf16", 1, 140), cell("vllm", 1, 100), {"experiment": "start", "value": 6.0}])
+    assert verdict(table, "tokens/s over vLLM's, same bf16 weights, c=1") == "met"
+    assert verdict(table, "start to serving, warm cache") == "**MISSED**"
+    assert verdict(table, "tokens/s over vLLM's, same bf16 weights, c=64") == "–"
+
+
+def test_the_peers_best_configuration_counts() -> None:
+    rows = [cell("parley-bf16", 4, 150, ttft_ms=9), cell("vllm", 4, 90, ttft_ms=10)]
+    assert verdict(targets_table(rows), "tokens/s over vLLM's, same bf16 weights, c=4") == "met"
+    rows.append(cell("vllm-reserved-core", 4, 120, ttft_ms=30))
+    table = targets_table(rows)
+    assert verdict(table, "tokens/s over vLLM's, same bf16 weights, c=4") == "**MISSED**"
+    assert verdict(table, "TTFT p50 over vLLM's, c=4") == "**MISSED**"
+
+
+def test_a_peer_that_failed_is_named() -> None:
+    table = targets_table([{"server": "vllm", "failed": "vllm is not installed: make bench-peers"}])
+    assert "- vllm: vllm is not installed" in table
+    assert "MISSED" not in table
+
+
+def test_every_target_tells_its_command() -> None:
+    table = targets_table([])
+    assert len(re.findall(r"`python -m benchmarks\.suite --only [a-z-]+`", table)) == len(TARGETS)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    assert ratio([100, 50, 10], [50, 25, 20]) == 2
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    assert [percentile([3, 1, 2], percent) for percent in (0, 50, 100)] == [1, 2, 3]
+
+
+def test_tokens_of_one_message_share_its_time_and_a_short_answer_is_an_error() -> None:
+    run = Run()
+    clock = Clock(run)
+    clock.saw(1)
+    clock.saw(4)
+    assert len(run.first_token_s) == 1 and len(run.between_tokens_s) == 4 and len(set(run.between_tokens_s)) == 1
+    clock.ended(6)
+    assert run.num_answers == 0 and run.errors == ["5 tokens instead of 6"]
+
+
+def test_workloads_are_seeded_and_no_two_prompts_alike() -> None:
+    assert workload.mixed(3, 50) == workload.mixed(3, 50) != workload.mixed(4, 50)
+    assert len({request.messages for request in workload.fixed(0, 1000, 8)}) == 1000
+    arrivals = [request.arrival_s for request in workload.poisson(0, workload.fixed(0, 2000, 8), 50.0)]
+    assert arrivals == sorted(arrivals) and 35 < arrivals[-1] < 45
+    cold, shared = (workload.shared_prefix(0, 16, 4, is_shared=value) for value in (False, True))
+    assert [len({request.messages[0] for request in requests}) for requests in (cold, shared)] == [16, 1]
