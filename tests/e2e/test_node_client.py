@@ -42,11 +42,7 @@ def test_the_client_alone() -> None:
 
 
 @pytest.mark.usefixtures("built")
-def test_the_client_and_a_real_service(served: ServedProcess) -> None:
-    npm("run", "test:live", PARLEY_TARGET=served.target)
-
-
-@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("served", ["batching"], indirect=True)
-def test_the_example_runs(served: ServedProcess) -> None:
-    npm("run", "example", PARLEY_TARGET=served.target)
+@pytest.mark.parametrize("script", ["test:live", "example"])
+def test_the_client_and_a_real_service(served: ServedProcess, script: str) -> None:
+    npm("run", script, PARLEY_TARGET=served.target)
