@@ -5,6 +5,7 @@ PYTHON ?= python3
 TARGET ?= localhost:50051
 ARGS ?=
 PEERS ?= .peers
+SECONDS ?= 600
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -69,6 +70,11 @@ test-e2e: $(INSTALLED) $(PROTOC)/.installed ## run the tests of the whole servic
 .PHONY: test-clients
 test-clients: $(INSTALLED) $(PROTOC)/.installed ## build the Node client and run its tests, alone and against the service
 	@$(BIN)/python -m pytest tests/e2e/test_node_client.py $(ARGS)
+
+.PHONY: test-robustness
+test-robustness: $(INSTALLED) ## run traffic under faults for SECONDS=600, from a random seed that it prints
+	@ROBUSTNESS_SEED=$${ROBUSTNESS_SEED:-$$(date +%s)} ROBUSTNESS_SECONDS=$$(( $(SECONDS) / 4 )) \
+		$(BIN)/python -m pytest tests/robustness -s $(ARGS)
 
 ##### checks
 

@@ -217,7 +217,7 @@ function channelOptions(serverName: string | undefined): ChannelOptions {
   const serviceConfig = {
     loadBalancingConfig: [{ round_robin: {} }],
     methodConfig: [{ name: [{ service: "parley.v1.ChatService" }], retryPolicy }],
-    retryThrottling: { maxTokens: 10, tokenRatio: 0.5 },
+    retryThrottling: { maxTokens: 1000, tokenRatio: 0.5 },
   };
   return {
     "grpc.max_receive_message_length": -1,

@@ -39,8 +39,9 @@ def service_config(max_attempts: int) -> str:
     """The gRPC service config, as JSON: calls take turns among a target's addresses; which are tried again, and when.
 
     gRPC tries again only until the answer's headers arrive, and a Parley server sends these with the first message: so
-    no part of an answer is ever seen twice. The throttle stops retries once more than about a third of all calls fail,
-    so that they do not add load to a server in trouble.
+    no part of an answer is ever seen twice. The throttle stops retries once more than about a third of all calls fail
+    for a while, so that they do not add load to a server in trouble; it lets what a replica takes with it be tried
+    again, up to some 500 calls at once.
     """
     config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if max_attempts == 1:
@@ -54,7 +55,7 @@ def service_config(max_attempts: int) -> str:
     }
     # Not the health service: its answer is about now.
     config["methodConfig"] = [{"name": [{"service": "parley.v1.ChatService"}], "retryPolicy": retry_policy}]
-    config["retryThrottling"] = {"maxTokens": 10, "tokenRatio": 0.5}
+    config["retryThrottling"] = {"maxTokens": 1000, "tokenRatio": 0.5}
     return json.dumps(config)
 
 

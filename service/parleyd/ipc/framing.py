@@ -17,11 +17,14 @@ def frame(payload: bytes) -> bytes:
 
 def read_frame(stream: BinaryIO) -> bytes | None:
     """The next payload of a blocking stream, or None when the other end is gone."""
-    header = stream.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
+    try:
+        header = stream.read(_LENGTH.size)
+        if len(header) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack(header)
+        payload = stream.read(length)
+    except ConnectionError:  # it went with bytes of ours unread
         return None
-    (length,) = _LENGTH.unpack(header)
-    payload = stream.read(length)
     return payload if len(payload) == length else None
 
 

@@ -108,6 +108,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return result
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError as error:
+            # The connection broke before gRPC could cancel us: as if it had.
+            raise asyncio.CancelledError from error
         except Exception as error:
             await _abort(context, named_error(call, error), call)
         finally:

@@ -84,7 +84,16 @@ def _ignore_signals() -> None:
 
 
 def _receive(sock: socket.socket, start: Future[messages.Start], engine: Future[Engine]) -> None:
-    """Reads the gateway's messages; leaves the process when the gateway is gone, whatever the other threads do."""
+    """Takes the gateway's messages; leaves the process when the gateway is gone, whatever the other threads do."""
+    try:
+        _take_messages(sock, start, engine)
+    except Exception:
+        _logger.exception("the gateway's messages cannot be taken")
+        os._exit(1)
+    os._exit(0)
+
+
+def _take_messages(sock: socket.socket, start: Future[messages.Start], engine: Future[Engine]) -> None:
     stream = sock.makefile("rb")
     while (payload := read_frame(stream)) is not None:
         match messages.decode_to_worker(payload):
@@ -94,4 +103,3 @@ def _receive(sock: socket.socket, start: Future[messages.Start], engine: Future[
                 engine.result().submit(request)
             case messages.Abort(key):
                 engine.result().abort(key)
-    os._exit(0)

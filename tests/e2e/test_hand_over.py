@@ -1,0 +1,86 @@
+"""The real model: an answer goes on, id for id, in a new worker or at another replica."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from parley.v1 import chat_pb2
+from parley_client import Client, user
+from tests.support.requests import ask
+from tests.support.served import ServedProcess
+
+_FLAGS = ("--dtype", "float32", "--drain-delay", "0", "--kv-cache-memory", "0.5")
+_NUM_TOKENS = 40
+_QUESTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("Tell me a story about a lighthouse.", {}),
+    ("Tell me a story about a lighthouse.", {"do_sample": True, "temperature": 0.9, "seed": 7}),
+    ("Name some rivers.", {"do_sample": True, "top_p": 0.9, "frequency_penalty": 0.5, "seed": 8, "logprobs": True}),
+    ("Count to a hundred.", {"repetition_penalty": 1.2, "stop_strings": ["never said"]}),
+)
+
+
+@pytest.fixture(scope="module", params=["batching", "generate"])
+def replica(request: pytest.FixtureRequest) -> Iterator[ServedProcess]:
+    with ServedProcess("--engine", request.param, *_FLAGS) as served:
+        served.wait_health()
+        yield served
+        assert served.terminate() == 0
+
+
+def requests() -> list[chat_pb2.GenerateRequest]:
+    return [ask(text, max_new_tokens=_NUM_TOKENS, ignore_eos=True, **config) for text, config in _QUESTIONS]
+
+
+def test_answers_survive_their_worker_unchanged(replica: ServedProcess) -> None:
+    expected = [replica.stub.Generate(request, timeout=100).choices[0] for request in requests()]
+    streams = [replica.stub.GenerateStream(request, timeout=100) for request in requests()]
+    begun = [next(streams[0])]
+    begun += [next(streams[0]) for _ in range(5)]
+    (worker,) = replica.worker_pids()
+    os.kill(worker, signal.SIGKILL)
+    answers = [[*begun, *streams[0]], *(list(stream) for stream in streams[1:])]
+    for answer, choice in zip(answers, expected, strict=True):
+        assert "".join(delta.content for delta in answer) == choice.message.content
+        assert [i for delta in answer for i in delta.token_ids] == list(choice.token_ids)
+        logprobs = [one.logprob for delta in answer for one in delta.logprobs]
+        assert logprobs == pytest.approx([one.logprob for one in choice.logprobs], abs=1e-4)
+        assert answer[-1].finish_reason == choice.finish_reason
+    assert replica.worker_pids() != [worker]
+
+
+def test_the_clients_stream_goes_on_at_another_replica() -> None:
+    with ServedProcess(*_FLAGS) as first, ServedProcess(*_FLAGS) as second:
+        for replica in (first, second):
+            replica.wait_health()
+        options = {"do_sample": True, "temperature": 0.9, "seed": 7, "max_new_tokens": 100, "ignore_eos": True}
+        question = [user("Tell me a story about a lighthouse.")]
+        with Client(f"ipv4:{first.target},{second.target}") as client:
+            expected = client.chat(question, **options)
+            stream = client.stream(question, **options)
+            text = "".join(str(next(stream)) for _ in range(5))
+            serving = max((first, second), key=busy_seconds)
+            serving.process.kill()
+            text += "".join(map(str, stream))
+        assert text == expected.content
+        assert stream.reply.token_ids == expected.token_ids
+        assert stream.reply.usage.completion_tokens == 100
+
+
+def busy_seconds(replica: ServedProcess) -> float:
+    """How long its worker has computed within a moment: which replica serves the stream is seen by that."""
+
+    def used() -> float:
+        (worker,) = replica.worker_pids()
+        with open(f"/proc/{worker}/stat") as file:
+            fields = file.read().rpartition(") ")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = used()
+    time.sleep(0.2)
+    return used() - before

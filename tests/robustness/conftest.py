@@ -1,0 +1,32 @@
+"""Seed and length of the robustness runs: ROBUSTNESS_SEED repeats one, ROBUSTNESS_SECONDS makes it longer."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
+
+SECONDS = float(os.environ.get("ROBUSTNESS_SECONDS", "6"))
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """All that is left to chance; a failing test shows the seed."""
+    seed = int(os.environ.get("ROBUSTNESS_SEED", "20250101"))
+    print(f"ROBUSTNESS_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_tokenizer(tmp_path_factory.mktemp("robustness"))
+
+
+@pytest.fixture
+def seconds() -> float:
+    """How long traffic is to last."""
+    return SECONDS

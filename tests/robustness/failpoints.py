@@ -1,0 +1,128 @@
+"""What goes wrong with a replica, on purpose. Each failpoint returns once its fault has been dealt out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import h2.config
+import h2.connection
+
+from parleyd.gateway.supervisor import State
+from tests.support.gateway import GatewayThread
+from tests.support.requests import ask
+
+Failpoint = Callable[[GatewayThread, random.Random], Awaitable[None]]
+
+# Longer than the watchdog's patience in these tests, and a good deal shorter.
+WORKER_TIMEOUT_S = 1.0
+_SHORT_STOP_S = 0.2
+
+
+async def kill_worker(gateway: GatewayThread, chance: random.Random) -> None:
+    """At whatever it is doing, loading included."""
+    _signal_worker(gateway, signal.SIGKILL)
+
+
+async def kill_worker_twice(gateway: GatewayThread, chance: random.Random) -> None:
+    """The second as soon as there is one: while it loads, or as it is handed the first one's requests."""
+    supervisor = gateway.gateway.supervisor
+    first = supervisor.worker_pid
+    _signal_worker(gateway, signal.SIGKILL)
+    while supervisor.worker_pid in (first, None):
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(chance.uniform(0, 0.4))
+    _signal_worker(gateway, signal.SIGKILL)
+
+
+async def kill_worker_at_hand_over(gateway: GatewayThread, chance: random.Random) -> None:
+    """In the moment in which it has been handed the first one's requests."""
+    supervisor = gateway.gateway.supervisor
+    first = supervisor.worker_pid
+    _signal_worker(gateway, signal.SIGKILL)
+    while supervisor.worker_pid in (first, None) or supervisor.state is not State.READY:
+        await asyncio.sleep(0.0005)
+    _signal_worker(gateway, signal.SIGKILL)
+
+
+async def stop_worker(gateway: GatewayThread, chance: random.Random) -> None:
+    """Until the watchdog has had enough of it."""
+    _signal_worker(gateway, signal.SIGSTOP)
+
+
+async def stop_worker_for_a_moment(gateway: GatewayThread, chance: random.Random) -> None:
+    """And let it go again."""
+    _signal_worker(gateway, signal.SIGSTOP)
+    await asyncio.sleep(_SHORT_STOP_S)
+    _signal_worker(gateway, signal.SIGCONT)
+
+
+async def crash_worker(gateway: GatewayThread, chance: random.Random) -> None:
+    """A fault that the operating system reports."""
+    _signal_worker(gateway, signal.SIGSEGV)
+
+
+async def close_ipc(gateway: GatewayThread, chance: random.Random) -> None:
+    """The socket pair breaks, and both processes live."""
+    worker = gateway.gateway.supervisor._worker
+    if worker is not None and worker.link is not None:
+        gateway.loop.call_soon_threadsafe(worker.link._writer.transport.abort)
+
+
+async def vanish(gateway: GatewayThread, chance: random.Random) -> None:
+    """A client resets its connection in the middle of an answer."""
+    raw = await asyncio.to_thread(_begin_raw_stream, gateway.target)
+    await asyncio.sleep(0.05)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raw.close()
+
+
+async def send_garbage(gateway: GatewayThread, chance: random.Random) -> None:
+    """A client that speaks no HTTP/2."""
+    host, port = gateway.target.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(os.urandom(512))
+    await writer.drain()
+    await reader.read(100)
+    writer.close()
+
+
+WORKER_FAULTS: tuple[Failpoint, ...] = (
+    kill_worker,
+    kill_worker_twice,
+    kill_worker_at_hand_over,
+    stop_worker,
+    stop_worker_for_a_moment,
+    crash_worker,
+    close_ipc,
+)
+CLIENT_FAULTS: tuple[Failpoint, ...] = (vanish, send_garbage)
+
+
+def _signal_worker(gateway: GatewayThread, number: int) -> None:
+    pid = gateway.gateway.supervisor.worker_pid
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _begin_raw_stream(target: str) -> socket.socket:
+    host, port = target.split(":")
+    raw = socket.create_connection((host, int(port)), timeout=10)
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    connection.initiate_connection()
+    headers = [
+        (":method", "POST"), (":path", "/parley.v1.ChatService/GenerateStream"), (":scheme", "http"),
+        (":authority", target), ("te", "trailers"), ("content-type", "application/grpc"),
+    ]  # fmt: skip
+    connection.send_headers(1, headers)
+    payload = ask("!forever", max_new_tokens=4000).SerializeToString()
+    connection.send_data(1, b"\0" + len(payload).to_bytes(4, "big") + payload, end_stream=True)
+    raw.sendall(connection.data_to_send())
+    return raw

@@ -1,0 +1,77 @@
+"""Traffic while the worker dies in every way and clients misbehave: each request ends once, and rightly."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.robustness.failpoints import CLIENT_FAULTS, WORKER_FAULTS, WORKER_TIMEOUT_S, Failpoint
+from tests.robustness.traffic import Traffic
+from tests.robustness.validators import Belongings, assert_idle, assert_no_leaks, assert_no_orphans
+from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
+from tests.support.requests import ask
+
+pytestmark = pytest.mark.timeout(0)
+
+_NUM_CLIENTS = 24
+
+
+@pytest.fixture
+def before(tokenizer_folder: Path) -> Belongings:
+    """What this process holds once gRPC has been used, which keeps some of what it opens."""
+    with GatewayThread(scripted_settings(), scripted_command(tokenizer_folder)) as gateway:
+        gateway.stub.Generate(ask("hello"), timeout=10)
+    return Belongings()
+
+
+@pytest.mark.parametrize("spare_worker", [False, True])
+def test_no_answer_is_lost_doubled_or_crossed_whatever_happens_to_the_worker(
+    tokenizer_folder: Path, chance: random.Random, seconds: float, before: Belongings, spare_worker: bool
+) -> None:
+    settings = scripted_settings(
+        max_running=16,
+        max_queue=100,
+        max_worker_restarts=20,
+        worker_timeout=WORKER_TIMEOUT_S,
+        spare_worker=spare_worker,
+    )
+    command = scripted_command(tokenizer_folder, "--step-delay", "0.002", "--max-running", "16")
+    with GatewayThread(settings, command) as gateway:
+        traffic = Traffic(gateway.target, chance, _NUM_CLIENTS)
+        dealt = asyncio.run(_traffic_under_faults(gateway, traffic, chance, seconds))
+        print(f"{traffic.num_begun} requests, {dict(traffic.outcomes.counts)}, {len(dealt)} faults: {sorted(dealt)}")
+        num_restarts, num_handed_over = gateway.gateway.supervisor.num_restarts, gateway.gateway.worker.num_handed_over
+        print(f"{num_restarts} workers replaced, {num_handed_over} requests handed over")
+        assert traffic.outcomes.faults == []
+        assert traffic.outcomes.num_ended == traffic.num_begun > 50
+        assert num_handed_over > 0
+        assert_idle(gateway)
+    assert_no_leaks(before)
+    assert_no_orphans(tokenizer_folder)
+
+
+async def _traffic_under_faults(
+    gateway: GatewayThread, traffic: Traffic, chance: random.Random, seconds: float
+) -> list[str]:
+    """The names of the failpoints that were set off."""
+    dealt: list[str] = []
+    end = time.monotonic() + seconds
+
+    async def deal() -> None:
+        # Every failpoint once, then by chance.
+        planned: list[Failpoint] = [*WORKER_FAULTS, *CLIENT_FAULTS]
+        chance.shuffle(planned)
+        while time.monotonic() < end or planned:
+            failpoint = planned.pop() if planned else chance.choice([*WORKER_FAULTS, *CLIENT_FAULTS])
+            await failpoint(gateway, chance)
+            dealt.append(failpoint.__name__)
+            await asyncio.sleep(chance.uniform(0.2, 1.2))
+
+    dealing = asyncio.create_task(deal())
+    await traffic.run(lambda _: time.monotonic() > end and dealing.done())
+    await dealing
+    return dealt

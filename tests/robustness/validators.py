@@ -1,0 +1,66 @@
+"""What must be true once traffic and faults are over."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.support.gateway import GatewayThread
+
+_SETTLE_S = 10.0
+
+
+class Belongings:
+    """What this process holds: threads, file descriptors and child processes."""
+
+    def __init__(self) -> None:
+        self.num_threads = threading.active_count()
+        self.num_files = len(os.listdir("/proc/self/fd"))
+        self.num_children = len(psutil.Process().children(recursive=True))
+        self.memory_bytes = psutil.Process().memory_info().rss
+
+    def __repr__(self) -> str:
+        return f"{self.num_threads} threads, {self.num_files} files, {self.num_children} processes"
+
+    def covers(self, later: Belongings) -> bool:
+        """Whether nothing has been added; gRPC keeps a few descriptors of its own."""
+        return (
+            later.num_threads <= self.num_threads + 2
+            and later.num_files <= self.num_files + 4
+            and later.num_children <= self.num_children
+        )
+
+
+def assert_idle(gateway: GatewayThread) -> None:
+    """No call, slot, queue place or request is left, in the gateway or the engine."""
+    gateway.wait_idle()
+    inner = gateway.gateway
+    assert (inner.admission.num_running, inner.admission.num_waiting) == (0, 0)
+    eventually(lambda: inner.load().engine.num_running == 0, "the engine still runs something")
+
+
+def assert_no_leaks(before: Belongings) -> None:
+    """All that was opened since has been closed."""
+    eventually(lambda: before.covers(Belongings()), f"from {before} to {Belongings()}")
+
+
+def assert_no_orphans(marker: Path) -> None:
+    """No worker outlives its gateway; `marker` is in the command line of those started here."""
+
+    def orphans() -> list[int]:
+        return [p.pid for p in psutil.process_iter(["cmdline"]) if str(marker) in (p.info["cmdline"] or [])]
+
+    eventually(lambda: not orphans(), "a worker has no gateway any more")
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Waits for what takes a moment to come true."""
+    deadline = time.monotonic() + _SETTLE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
