@@ -162,8 +162,15 @@ def check_field_tests(files: dict[str, ProtoFile], field_tests: dict[str, dict[s
     for message, field in sorted(listed):
         tests = field_tests[message][field]
         complaints += [f"{message}.{field}: there is no {test}" for test in tests if not _exists(test)]
-        complaints += [f"{message}.{field} has no test"] if not tests else []
+        if not any(_names(test, field) for test in tests):
+            complaints.append(f"{message}.{field}: none of its tests' files names it")
     return complaints
+
+
+def _names(test: str, field: str) -> bool:
+    """Whether the file of a test, which may hold its parameters, has the field's name in it."""
+    path = TESTS / test.partition("::")[0]
+    return path.is_file() and re.search(rf"\b{field}\b", path.read_text()) is not None
 
 
 def _exists(test: str) -> bool:

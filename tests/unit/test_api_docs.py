@@ -37,9 +37,11 @@ def test_a_field_without_a_test_a_test_that_is_gone_and_a_field_that_is_gone_are
     assert check_field_tests(files, table) == [
         "Choice.index has no test",
         "Message.colour is no field",
+        "Message.colour: none of its tests' files names it",
         "Message.name: there is no integration/test_no_such.py::test_no_such",
+        "Message.name: none of its tests' files names it",
         "Message.role: there is no integration/test_generate.py::test_no_such",
-        "Usage.prompt_tokens has no test",
+        "Usage.prompt_tokens: none of its tests' files names it",
     ]
 
 
