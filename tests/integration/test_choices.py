@@ -76,6 +76,18 @@ def test_cancelling_frees_all_choices(gateway: GatewayThread, order: str) -> Non
     gateway.wait_idle()
 
 
+@pytest.mark.parametrize("how", ["cancelled", "expired"])
+def test_a_unary_call_that_is_given_up_frees_all_choices(gateway: GatewayThread, how: str) -> None:
+    future = gateway.stub.Generate.future(several("!wait"), timeout=0.5 if how == "expired" else 20)
+    if how == "cancelled":
+        while not gateway.gateway.worker.num_open:
+            time.sleep(0.005)
+        future.cancel()
+    else:
+        assert future.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    gateway.wait_idle()
+
+
 def test_choices_take_a_slot_each_and_never_more_than_there_are(start_gateway: StartGateway) -> None:
     gateway = start_gateway(max_running=2, max_queue=1, worker=("--max-running", "2"))
     forever = gateway.stub.GenerateStream(several("!forever", 2, max_new_tokens=4000), timeout=20)
