@@ -71,6 +71,10 @@ test-e2e: $(INSTALLED) $(PROTOC)/.installed ## run the tests of the whole servic
 test-clients: $(INSTALLED) $(PROTOC)/.installed ## build the Node client and run its tests, alone and against the service
 	@$(BIN)/python -m pytest tests/e2e/test_node_client.py $(ARGS)
 
+.PHONY: test-mesh
+test-mesh: $(INSTALLED) ## run the tests behind a real Envoy, and those of gRPC-Web in a browser
+	@$(BIN)/python -m pytest tests/mesh $(ARGS)
+
 .PHONY: test-robustness
 test-robustness: $(INSTALLED) ## run traffic under faults for SECONDS=600, from a random seed that it prints
 	@ROBUSTNESS_SEED=$${ROBUSTNESS_SEED:-$$(date +%s)} ROBUSTNESS_SECONDS=$$(( $(SECONDS) / 4 )) \

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from parley_client import AsyncClient, user
-from tests.robustness.replica import Replica
 from tests.robustness.traffic import Outcomes
 from tests.robustness.validators import assert_no_orphans
+from tests.support.replica import Replica
 
 pytestmark = pytest.mark.timeout(0)
 

@@ -45,7 +45,8 @@ class Observer:
         load = self._load()
         self._answers.count()
         report = OrcaLoadReport(
-            application_utilization=load.utilisation,
+            # At least the answer that the report goes with: a utilisation of 0 would mean that it is not known.
+            application_utilization=max(load.utilisation, 1 / load.max_running),
             mem_utilization=load.kv_cache_usage,
             rps_fractional=self._answers.per_second(),
             eps=self._errors.per_second(),
