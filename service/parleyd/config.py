@@ -65,6 +65,9 @@ class ModelSettings:
     )
     lean_layers: bool = _option(True, "Run the Llama, Mistral and Qwen families without transformers' own modules.")
     packed_linear: bool = _option(True, "Lay bfloat16 weights out for the CPU at load.")
+    four_bit_linear: bool = _option(
+        True, "On a CPU, compute with the 4-bit weights of a .gguf file where few streams run and that is faster."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

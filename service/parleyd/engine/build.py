@@ -19,6 +19,7 @@ from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
 from parleyd.engine.scheduler import Scheduler
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
+from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.memory import free_bytes
 
 _logger = logging.getLogger("parleyd.engine")
@@ -27,6 +28,7 @@ _BLOCK_SIZE = 32
 _DEFAULT_MAX_RUNNING = 64
 # Of what is free once the weights are loaded. Main memory is shared with everything else on the machine.
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85
+_BLOCKS_SHARE = 0.25
 # Prompt tokens in a step beside running streams: on a CPU each costs about as much as a stream's own token.
 _CPU_MIXED_PREFILL_TOKENS = 64
 # Chosen by the longest sequence of a forward pass, and so by whatever else is in the batch.
@@ -38,9 +40,11 @@ _CHECK_TOLERANCE = 0.05
 
 
 def build_engine(
-    settings: ModelSettings, model: PreTrainedModel, info: ModelInfo
+    settings: ModelSettings, model: PreTrainedModel, info: ModelInfo, blocks: GgufBlocks | None = None
 ) -> tuple[str, BatchingEngine | GenerateEngine]:
     """The engine that the settings ask for, and its name; `generate` where `batching` cannot drive the model.
+
+    `blocks`: what the weights were in a .gguf file.
 
     Raises StartupError where the KV cache does not hold one full context.
     """
@@ -48,7 +52,7 @@ def build_engine(
         if settings.attn_implementation != "auto":
             _logger.warning("--attn-implementation is for engine generate: engine batching has its own attention")
         obstacle = batching_obstacle(model)
-        engine = None if obstacle else _build_batching(settings, model, info)
+        engine = None if obstacle else _build_batching(settings, model, info, blocks)
         if engine is not None:
             return "batching", engine
         obstacle = obstacle or "with our attention it computes something else"
@@ -81,7 +85,9 @@ def _rope_types(config: Any) -> set[str]:
     return {str(one.get("rope_type")) for one in (parameters, *of_layers)}
 
 
-def _build_batching(settings: ModelSettings, model: PreTrainedModel, info: ModelInfo) -> BatchingEngine | None:
+def _build_batching(
+    settings: ModelSettings, model: PreTrainedModel, info: ModelInfo, blocks: GgufBlocks | None
+) -> BatchingEngine | None:
     """None where the model's own layers do not work with our attention."""
     max_running = min(settings.max_running or _DEFAULT_MAX_RUNNING, settings.max_batch_tokens)
     cache = _build_cache(settings, model, info.max_context_tokens, max_running)
@@ -96,7 +102,7 @@ def _build_batching(settings: ModelSettings, model: PreTrainedModel, info: Model
     )
     forward: Forward | None
     if settings.lean_layers and lean_forward.can_run(model):
-        forward = LeanForward(model, cache, packed=settings.packed_linear)
+        forward = LeanForward(model, cache, packed=settings.packed_linear, blocks=_wanted_blocks(settings, blocks))
     else:
         forward = checked_stock_forward(model, cache)
     if forward is None:
@@ -108,6 +114,15 @@ def _build_batching(settings: ModelSettings, model: PreTrainedModel, info: Model
         max_running,
     )
     return BatchingEngine(scheduler, ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids), max_running)
+
+
+def _wanted_blocks(settings: ModelSettings, blocks: GgufBlocks | None) -> GgufBlocks | None:
+    if blocks is None or not settings.four_bit_linear:
+        return None
+    if blocks.num_bytes > free_bytes(torch.device("cpu")) * _BLOCKS_SHARE:
+        _logger.warning("too little memory is free to hold the weights in 4 bits beside those in bfloat16")
+        return None
+    return blocks
 
 
 def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockForward | None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parleyd.engine.attention import PagedKVCache, StepLayout, attend
-from parleyd.model.linear import Linear, build_linear
+from parleyd.model.gguf_blocks import GgufBlocks
+from parleyd.model.linear.maker import LinearMaker
+from parleyd.model.linear.plain import Linear
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
@@ -35,8 +37,10 @@ class _Layer:
 class LeanForward:
     """See `Forward`. For models whose `config.model_type` is one of FAMILIES and whose activation is SiLU."""
 
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, *, packed: bool = True) -> None:
-        """`packed`: lay weights out for this CPU, where that can be. The model's own layers are of no use after."""
+    def __init__(
+        self, model: PreTrainedModel, cache: PagedKVCache, *, packed: bool = True, blocks: GgufBlocks | None = None
+    ) -> None:
+        """`packed`, `blocks`: see LinearMaker. The model's own layers are of no use after."""
         decoder: Any = model.model
         config: Any = model.config
         self._cache = cache
@@ -48,9 +52,11 @@ class LeanForward:
         self._embedding = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
         self._norm = decoder.norm.weight
-        self._layers = [_lean_layer(layer, packed) for layer in decoder.layers]
+        linears = LinearMaker(packed=packed, blocks=blocks)
+        self._layers = [_lean_layer(layer, linears) for layer in decoder.layers]
         head: Any = model.get_output_embeddings()
-        self._head = build_linear(head.weight, head.bias, packed=packed)
+        self._head = linears.make(head, keep=head.weight is self._embedding)
+        linears.choose()
 
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward."""
@@ -92,24 +98,15 @@ def can_run(model: PreTrainedModel) -> bool:
     )
 
 
-def _lean_layer(layer: Any, packed: bool) -> _Layer:
+def _lean_layer(layer: Any, linears: LinearMaker) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
     return _Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj], packed),
+        qkv=linears.make(attention.q_proj, attention.k_proj, attention.v_proj),
         qk_norms=norms,
-        out=_fused([attention.o_proj], packed),
+        out=linears.make(attention.o_proj),
         post_norm=layer.post_attention_layernorm.weight,
-        gate_up=_fused([mlp.gate_proj, mlp.up_proj], packed),
-        down=_fused([mlp.down_proj], packed),
+        gate_up=linears.make(mlp.gate_proj, mlp.up_proj),
+        down=linears.make(mlp.down_proj),
     )
-
-
-def _fused(modules: list[Any], packed: bool) -> Linear:
-    """Linear layers of one input as one; their own weights are let go, so that they are not held twice."""
-    weight = torch.cat([module.weight.detach() for module in modules])
-    bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
-    for module in modules:
-        module.weight = module.bias = None
-    return build_linear(weight, bias, packed=packed)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("parleyd.model")
 
 # Part of the cache's key: raise it with every change to what a conversion writes.
-_VERSION = 1
+_VERSION = 2
 
 _SPECIAL_TOKENS = {
     "bos_token": "bos_token_id",
@@ -57,11 +57,14 @@ def _check_magic(gguf_file: Path) -> None:
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
+    from parleyd.model.gguf_blocks import read_blocks, save_blocks
+
     _logger.info("converting %s; this happens once", gguf_file)
     started = time.monotonic()
     try:
         with _parsed_once():
             model, tokenizer = _read(gguf_file)
+            blocks = read_blocks(gguf_file, model)
     except StartupError:
         raise
     except Exception as error:  # a broken file fails in many places of gguf, numpy, tokenizers and transformers
@@ -70,6 +73,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
             f"--model {gguf_file}: this GGUF file is broken or of a kind that cannot be read: {explain.one_line(error)}"
         ) from error
     model.save_pretrained(folder)
+    save_blocks(blocks, folder)
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)  # safetensors makes files that only their owner can read

@@ -18,6 +18,7 @@ from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
 from parleyd.model import explain, generation_config
 from parleyd.model.checkpoint import Checkpoint
+from parleyd.model.gguf_blocks import GgufBlocks, open_blocks
 from parleyd.model.memory import check_device_map, check_fits
 from parleyd.model.quiet import silence_transformers
 from parleyd.model.source import find_folder
@@ -28,10 +29,14 @@ _logger = logging.getLogger("parleyd.model")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to generate, in evaluation mode, and what the gateway must know about it."""
+    """A model ready to generate, in evaluation mode, and what the gateway must know about it.
+
+    `blocks`: what its weights were in the .gguf file that it was converted from.
+    """
 
     model: PreTrainedModel
     info: ModelInfo
+    blocks: GgufBlocks | None = None
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:
@@ -64,7 +69,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         max_running=1,  # the engine that is built on it knows better
         defaults=defaults,
     )
-    return LoadedModel(model, info)
+    return LoadedModel(model, info, open_blocks(folder, model))
 
 
 def _check_attention(settings: ModelSettings) -> None:

@@ -22,7 +22,7 @@ def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     """Raises StartupError if the model cannot be loaded, or does not generate."""
     started = time.monotonic()
     loaded = load_model(settings)
-    name, engine = build_engine(settings, loaded.model, loaded.info)
+    name, engine = build_engine(settings, loaded.model, loaded.info, loaded.blocks)
     info = replace(loaded.info, engine=name, max_running=engine.max_running)
     _warm_up(engine, info)
     _logger.info("model ready on %s after %.1f s", info.device, time.monotonic() - started)

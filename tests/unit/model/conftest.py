@@ -69,8 +69,17 @@ def startup_error(model: Path | str, **settings: Any) -> str:
     return message
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", leave_out: str | None = None) -> Path:
-    """A random Llama in float32 with a byte vocabulary of three special tokens, as llama.cpp writes it."""
+def write_gguf(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    leave_out: str | None = None,
+    matrices: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """A random Llama in float32 with a byte vocabulary of three special tokens, as llama.cpp writes it.
+
+    `matrices`: the type of the decoder layers' matrices.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
@@ -103,7 +112,9 @@ def write_gguf(path: Path, *, architecture: str = "llama", leave_out: str | None
         }  # fmt: skip
     for name, shape in shapes.items():
         if name != leave_out:
-            writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+            kind = matrices if len(shape) == 2 and "blk" in name else gguf.GGMLQuantizationType.F32
+            values = gguf.quantize(random.normal(size=shape).astype(np.float32), kind)
+            writer.add_tensor(f"{name}.weight", values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

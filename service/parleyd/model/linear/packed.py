@@ -1,26 +1,18 @@
-"""Linear layers as functions of a tensor: the stock one, and one whose weights are laid out for the CPU beforehand."""
+"""Linear layers with oneDNN's own weight layout, which saves a reorder at every call: bfloat16 on a CPU only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Linear = Callable[[Tensor], Tensor]
+from parleyd.model.linear.plain import Linear
 
 # The number of rows that oneDNN is told to lay the weights out for; they are then used with any number.
 _PACKED_ROWS = 16
 
 
-def plain_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """`weight`: `[out, in]`, `bias`: `[out]`."""
-    return lambda x: F.linear(x, weight, bias)
-
-
 def packed_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """The same with oneDNN's own weight layout, which saves a reorder at every call: bfloat16 on a CPU only."""
+    """As `plain_linear`."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_ROWS)
 
     def apply(x: Tensor) -> Tensor:
@@ -38,8 +30,3 @@ def can_pack(weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def build_linear(weight: Tensor, bias: Tensor | None, *, packed: bool) -> Linear:
-    """The packed one where it is wanted and to be had."""
-    return packed_linear(weight, bias) if packed and can_pack(weight) else plain_linear(weight, bias)

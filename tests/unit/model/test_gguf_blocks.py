@@ -1,0 +1,96 @@
+"""Quantised weights of a .gguf file as they stand: kept by the conversion, found again, computed with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from parleyd.config import ModelSettings
+from parleyd.model.gguf_blocks import FILE_NAME
+from parleyd.model.linear import by_rows
+from parleyd.model.linear.four_bit import four_bit_linear
+from parleyd.model.linear.maker import LinearMaker
+from parleyd.model.linear.plain import Linear
+from parleyd.model.loader import LoadedModel, load_model
+from tests.unit.model.conftest import write_gguf
+
+KINDS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0]
+
+
+def load(path: Path, kind: GGMLQuantizationType) -> LoadedModel:
+    write_gguf(path, matrices=kind)
+    return load_model(ModelSettings(model=str(path), cache=str(path.parent / "cache")))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_numbers_are_the_files_in_the_order_of_the_models_rows(tmp_path: Path, kind: GGMLQuantizationType) -> None:
+    loaded = load(tmp_path / "tiny.gguf", kind)
+    assert loaded.blocks is not None
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(tmp_path / "tiny.gguf")).tensors}
+    for index, layer in enumerate(loaded.model.model.layers):
+        for name, module in (
+            ("attn_q", layer.self_attn.q_proj), ("attn_k", layer.self_attn.k_proj), ("attn_v", layer.self_attn.v_proj),
+            ("attn_output", layer.self_attn.o_proj), ("ffn_up", layer.mlp.up_proj), ("ffn_down", layer.mlp.down_proj),
+        ):  # fmt: skip
+            numbers = loaded.blocks.numbers_of(module.weight)
+            assert numbers is not None
+            assert numbers.numbers.min() >= 0 and numbers.numbers.max() <= 15
+            assert torch.equal(numbers.dequantised().bfloat16(), module.weight)
+            in_file = gguf.dequantize(tensors[f"blk.{index}.{name}.weight"].data, kind)
+            ours = sorted(map(tuple, numbers.dequantised().tolist()))
+            assert torch.allclose(torch.tensor(ours), torch.tensor(sorted(map(tuple, in_file.tolist()))), atol=1e-6)
+    assert loaded.blocks.numbers_of(loaded.model.model.embed_tokens.weight) is None
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_kernel_multiplies_by_what_the_file_says(tmp_path: Path, kind: GGMLQuantizationType) -> None:
+    loaded = load(tmp_path / "tiny.gguf", kind)
+    assert loaded.blocks is not None
+    numbers = loaded.blocks.numbers_of(loaded.model.model.layers[1].mlp.down_proj.weight)
+    assert numbers is not None
+    bias = torch.randn(32).bfloat16()
+    result = four_bit_linear(numbers, bias)(torch.eye(64, dtype=torch.bfloat16)).float() - bias.float()
+    error = (result - numbers.dequantised().T).abs().max()
+    assert error < 2**-6 * numbers.dequantised().abs().max()  # bfloat16's rounding of scale, zero, product and sum
+
+
+def test_fused_layers_in_four_bits_agree_with_their_modules(tmp_path: Path) -> None:
+    loaded = load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_1)
+    attention = loaded.model.model.layers[0].self_attn
+    x = torch.randn(3, 32).bfloat16()
+    expected = torch.cat([module(x).detach() for module in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
+    linear = LinearMaker(packed=False, blocks=loaded.blocks).make(attention.q_proj, attention.k_proj, attention.v_proj)
+    assert isinstance(linear, by_rows.ByRows)
+    assert torch.equal(linear(x), expected)  # nothing has been measured, so all widths take the stock kind
+    linear.max_narrow_rows = 2
+    assert torch.equal(linear(x), expected)
+    assert torch.allclose(linear(x[:2]).float(), expected[:2].float(), atol=0.02 * float(expected.abs().max()))
+
+
+def test_a_file_without_such_blocks_keeps_none(gguf_file: Path, tmp_path: Path) -> None:
+    loaded = load_model(ModelSettings(model=str(gguf_file), cache=str(tmp_path / "cache")))
+    assert loaded.blocks is None
+    assert not (Path(loaded.info.tokenizer_dir) / FILE_NAME).exists()
+
+
+def test_the_narrow_kind_is_chosen_up_to_where_it_stops_being_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(by_rows, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def costing(first: float, each: float) -> Linear:
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            nonlocal now
+            now += (first + each * len(x)) * 1e-6
+            return x
+
+        return linear
+
+    layers = [by_rows.ByRows(costing(1, 10), costing(50, 1), (400, 400)) for _ in range(2)]
+    never = by_rows.ByRows(costing(50, 1), costing(51, 1), (7, 7))
+    assert by_rows.choose_by_cost([*layers, never], torch.float32) == {(400, 400): 4, (7, 7): 0}
+    assert [layer.max_narrow_rows for layer in (*layers, never)] == [4, 4, 0]
