@@ -53,7 +53,15 @@ ROOMS = (
         imports=("prometheus_client", "opentelemetry", "pythonjsonlogger", *SETTINGS),
     ),
     Room(("parleyd.text",), imports=("tokenizers", "jinja2", "transformers.utils", *SETTINGS)),
-    Room(("parleyd.engine.scheduler", "parleyd.engine.kv_cache", "parleyd.engine.request"), imports=SETTINGS),
+    Room(
+        (
+            "parleyd.engine.scheduler",
+            "parleyd.engine.kv_cache",
+            "parleyd.engine.request",
+            "parleyd.engine.prefill_budget",
+        ),
+        imports=SETTINGS,
+    ),
     Room(("parleyd.engine", "parleyd.model"), imports=(*TORCH_SIDE, *SETTINGS), never=("asyncio",)),
     Room(
         ("parleyd.worker",),

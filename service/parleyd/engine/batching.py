@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections.abc import Iterator
 
 import torch
 
 from parleyd.engine.model_runner import ModelRunner
+from parleyd.engine.prefill_budget import PrefillBudget
 from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, EngineStats, Output
 
@@ -18,8 +20,12 @@ _logger = logging.getLogger("parleyd.engine")
 class BatchingEngine:
     """See `Engine`. Requests and aborts wait in an inbox for the thread that steps: it alone touches the scheduler."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, max_running: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, max_running: int, budget: PrefillBudget | None = None
+    ) -> None:
+        """`budget`: the scheduler's, where it wants to know what steps cost."""
         self.max_running = max_running
+        self._budget = budget
         self.progress = 0
         self._scheduler = scheduler
         self._runner = runner
@@ -50,6 +56,7 @@ class BatchingEngine:
         batch = self._scheduler.schedule()
         if batch is None:
             return []
+        started = time.perf_counter()
         try:
             token_ids, logprobs = self._runner.run(batch)
         except torch.AcceleratorError:
@@ -57,6 +64,9 @@ class BatchingEngine:
         except Exception as error:
             _logger.exception("a step of %d tokens failed", batch.num_tokens)
             return self._scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        if self._budget is not None:
+            num_prefill_tokens = batch.num_tokens - batch.num_decodes
+            self._budget.observe(batch.num_decodes, num_prefill_tokens, time.perf_counter() - started)
         return self._scheduler.commit(batch, token_ids, logprobs)
 
     def _take_inbox(self) -> Iterator[Output]:

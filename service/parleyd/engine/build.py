@@ -16,6 +16,7 @@ from parleyd.engine.generate import GenerateEngine
 from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
+from parleyd.engine.prefill_budget import PrefillBudget
 from parleyd.engine.scheduler import Scheduler
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
@@ -29,8 +30,6 @@ _DEFAULT_MAX_RUNNING = 64
 # Of what is free once the weights are loaded. Main memory is shared with everything else on the machine.
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85
 _BLOCKS_SHARE = 0.25
-# Prompt tokens in a step beside running streams: on a CPU each costs about as much as a stream's own token.
-_CPU_MIXED_PREFILL_TOKENS = 64
 # Chosen by the longest sequence of a forward pass, and so by whatever else is in the batch.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _CHECK_TOKENS = 24
@@ -92,13 +91,15 @@ def _build_batching(
     max_running = min(settings.max_running or _DEFAULT_MAX_RUNNING, settings.max_batch_tokens)
     cache = _build_cache(settings, model, info.max_context_tokens, max_running)
     num_blocks = cache.keys.shape[1]
+    # On a CPU a prompt token costs about as much as a stream's own, on a GPU next to nothing.
+    budget = PrefillBudget() if model.device.type == "cpu" else None
     scheduler = Scheduler(
         KVLedger(num_blocks, _BLOCK_SIZE),
         max_running=max_running,
         max_batch_tokens=settings.max_batch_tokens,
         max_context_tokens=info.max_context_tokens,
         eos_token_ids=info.eos_token_ids,
-        max_mixed_prefill_tokens=None if model.device.type == "cuda" else _CPU_MIXED_PREFILL_TOKENS,
+        mixed_prefill_tokens=budget,
     )
     forward: Forward | None
     if settings.lean_layers and lean_forward.can_run(model):
@@ -113,7 +114,8 @@ def _build_batching(
         num_blocks * _BLOCK_SIZE,
         max_running,
     )
-    return BatchingEngine(scheduler, ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids), max_running)
+    runner = ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids)
+    return BatchingEngine(scheduler, runner, max_running, budget)
 
 
 def _wanted_blocks(settings: ModelSettings, blocks: GgufBlocks | None) -> GgufBlocks | None:

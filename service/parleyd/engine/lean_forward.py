@@ -50,7 +50,7 @@ class LeanForward:
         self._eps = config.rms_norm_eps
         self._hidden_size = config.hidden_size
         self._embedding = decoder.embed_tokens.weight
-        self._rotary = decoder.rotary_emb
+        self._cos, self._sin = _rotary_tables(decoder.rotary_emb, config.max_position_embeddings, self._embedding)
         self._norm = decoder.norm.weight
         linears = LinearMaker(packed=packed, blocks=blocks)
         self._layers = [_lean_layer(layer, linears) for layer in decoder.layers]
@@ -61,7 +61,7 @@ class LeanForward:
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward."""
         x = F.embedding(input_ids, self._embedding)
-        cos, sin = (table.transpose(0, 1) for table in self._rotary(x[None], positions[None]))  # [rows, 1, head_dim]
+        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         for index, layer in enumerate(self._layers):
             x = x + layer.out(self._attend(index, layer, self._normalise(x, layer.input_norm), cos, sin, layout))
             gate, up = layer.gate_up(self._normalise(x, layer.post_norm)).chunk(2, -1)
@@ -77,11 +77,13 @@ class LeanForward:
             query = F.rms_norm(query_key[:, :num_heads], norms, query_norm, self._eps)
             key = F.rms_norm(query_key[:, num_heads:], norms, key_norm, self._eps)
             query_key = torch.cat([query, key], 1)
-        first, second = query_key.chunk(2, -1)
-        query_key = query_key * cos + torch.cat([-second, first], -1) * sin
+        query_key = self._rotate(query_key, cos, sin)
         query, key = query_key[:, :num_heads], query_key[:, num_heads:]
         attended = attend(self._cache, index, layout, query, key, value, head_dim**-0.5)
         return attended.reshape(-1, num_heads * head_dim)
+
+    def _rotate(self, query_key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.addcmul(query_key * cos, query_key.roll(self._head_dim // 2, -1), sin)
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self._hidden_size,), weight, self._eps)
@@ -96,6 +98,13 @@ def can_run(model: PreTrainedModel) -> bool:
         and all(parameter.device == model.device for parameter in model.parameters())
         and all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in model.model.layers)
     )
+
+
+def _rotary_tables(rotary: Any, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions, `[positions, 1, head_dim]`; each sine with the sign that its product gets."""
+    cos, sin = rotary(like, torch.arange(num_positions, device=like.device)[None])
+    sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
+    return cos.transpose(0, 1), sin.transpose(0, 1)
 
 
 def _lean_layer(layer: Any, linears: LinearMaker) -> _Layer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 from operator import attrgetter
 
@@ -36,9 +36,9 @@ class Scheduler:
         max_batch_tokens: int,
         max_context_tokens: int,
         eos_token_ids: Ids[int] = (),
-        max_mixed_prefill_tokens: int | None = None,
+        mixed_prefill_tokens: Callable[[int], int] | None = None,
     ) -> None:
-        """`max_mixed_prefill_tokens`: prompt tokens in a step beside decodes, where less than the whole budget.
+        """`mixed_prefill_tokens`: prompt tokens in a step beside so many decodes, where less than the whole budget.
 
         Raises StartupError where one sequence of the full context, or one token for each that runs, would not fit.
         """
@@ -49,12 +49,10 @@ class Scheduler:
             )
         if not 1 <= max_running <= max_batch_tokens:
             raise StartupError(f"a step of {max_batch_tokens} tokens has not one for each of {max_running} requests")
-        if max_mixed_prefill_tokens is not None and max_mixed_prefill_tokens < 1:
-            raise StartupError("with no prompt tokens beside decodes, prompts would wait for every stream to end")
         self._ledger = ledger
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
-        self._max_mixed_prefill_tokens = max_mixed_prefill_tokens or max_batch_tokens
+        self._mixed_prefill_tokens = mixed_prefill_tokens
         self._max_context_tokens = max_context_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
@@ -221,8 +219,9 @@ class Scheduler:
     def _schedule_prefills(self, batch: Batch, prefills: deque[Sequence]) -> None:
         """Spends what the decodes left of the budget on prompts, begun ones and waiting ones together by rank."""
         budget = self._max_batch_tokens - batch.num_tokens
-        if batch.num_decodes:
-            budget = min(budget, self._max_mixed_prefill_tokens)
+        if batch.num_decodes and self._mixed_prefill_tokens is not None:
+            # None at all would leave prompts waiting for every stream to end.
+            budget = min(budget, max(1, self._mixed_prefill_tokens(batch.num_decodes)))
         is_admitting = True
         while budget > 0:
             head = self._waiting.first() if is_admitting else None

@@ -65,7 +65,7 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_context_tokens=context,
         eos_token_ids=eos,
-        max_mixed_prefill_tokens=max_mixed_prefill_tokens,
+        mixed_prefill_tokens=(lambda _: max_mixed_prefill_tokens) if max_mixed_prefill_tokens else None,
     )
     forward = LeanForward(model, cache) if lean else StockForward(model, cache)
     return BatchingEngine(scheduler, ModelRunner(forward, cache, VOCAB_SIZE, eos), max_running)

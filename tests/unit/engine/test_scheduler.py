@@ -41,7 +41,7 @@ def scheduler(
         max_batch_tokens=tokens,
         max_context_tokens=context,
         eos_token_ids=(EOS,),
-        max_mixed_prefill_tokens=mixed,
+        mixed_prefill_tokens=None if mixed is None else lambda _: mixed,
     )
 
 
@@ -444,7 +444,6 @@ def test_commit_wants_one_id_for_each_that_samples() -> None:
         ({"num_blocks": 9, "context": 40}, "holds 36 tokens, but one full context takes 40"),
         ({"running": 20, "tokens": 16}, "a step of 16 tokens"),
         ({"running": 0}, "each of 0"),
-        ({"mixed": 0}, "no prompt tokens"),
     ],
 )
 def test_limits_that_could_never_work_are_refused_at_start(limits: dict[str, int], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -131,7 +132,7 @@ class Service:
         block_size: int,
         max_running: int,
         max_batch_tokens: int,
-        max_mixed_prefill_tokens: int | None,
+        mixed_prefill_tokens: Callable[[int], int] | None,
         depth: int,
     ) -> None:
         self.ledger = KVLedger(-(-CONTEXT // block_size) + num_spare_blocks, block_size)
@@ -141,7 +142,7 @@ class Service:
             max_batch_tokens=max_batch_tokens,
             max_context_tokens=CONTEXT,
             eos_token_ids=(EOS,),
-            max_mixed_prefill_tokens=max_mixed_prefill_tokens,
+            mixed_prefill_tokens=mixed_prefill_tokens,
         )
         self.device = Device(block_size)
         self.max_running, self.max_batch_tokens, self.depth = max_running, max_batch_tokens, depth
@@ -273,10 +274,10 @@ class Traffic(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4]),
         max_running=st.integers(1, 6),
         max_batch_tokens=st.integers(6, 24),
-        max_mixed_prefill_tokens=st.none() | st.integers(1, 8),
+        mixed_prefill_tokens=st.none() | st.functions(like=lambda num_decodes: 0, returns=st.integers(0, 8)),
         depth=st.integers(1, 3),
     )
-    def start(self, **limits: int) -> None:
+    def start(self, **limits: Any) -> None:
         self.service = Service(**limits)
         self.next_key = 0
 
@@ -349,7 +350,7 @@ def make_service(depth: int) -> Service:
         block_size=4,
         max_running=8,
         max_batch_tokens=24,
-        max_mixed_prefill_tokens=None,
+        mixed_prefill_tokens=None,
         depth=depth,
     )
 

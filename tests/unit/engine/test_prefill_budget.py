@@ -1,0 +1,91 @@
+"""Prompts beside running streams, in virtual time: streams keep their pace, prompts do not starve."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+
+import pytest
+
+from parleyd.engine.kv_cache import KVLedger
+from parleyd.engine.prefill_budget import PrefillBudget
+from parleyd.engine.scheduler import Scheduler
+from parleyd.generation import EngineRequest, SamplingParams
+
+# Seconds of a step: fixed, for each decode, for each prompt token.
+MACHINES = [(0.010, 0.0005, 0.001), (0.004, 0.001, 0.0005), (0.030, 0.001, 0.002)]
+
+
+def serve(
+    budget: Callable[[int], int], observe: Callable[[int, int, float], None], machine: tuple[float, float, float]
+) -> tuple[list[float], list[float]]:
+    """Six streams run all the time while 40 prompts come by. Returns gaps between tokens, and times to first tokens."""
+    fixed, per_decode, per_token = machine
+    chance = random.Random(0)
+    scheduler = Scheduler(
+        KVLedger(4000, 32),
+        max_running=16,
+        max_batch_tokens=512,
+        max_context_tokens=8000,
+        mixed_prefill_tokens=budget,
+    )
+    arrivals, at = [], 0.5
+    for key in range(100, 140):
+        at += chance.expovariate(1.0) * 4 * (fixed + 200 * per_token)
+        arrivals.append((at, EngineRequest(key=key, prompt_ids=tuple(range(key, key + 200)), params=answer(20))))
+    for key in range(6):
+        scheduler.submit(EngineRequest(key=key, prompt_ids=(key,) * 8, params=answer(7000)))
+    now, last, gaps, first = 0.0, dict[int, float](), [], dict[int, float]()
+    due = {request.key: at for at, request in arrivals}
+    while arrivals or len(first) < 46:
+        while arrivals and arrivals[0][0] <= now:
+            scheduler.submit(arrivals.pop(0)[1])
+        batch = scheduler.schedule()
+        assert batch is not None
+        num_prefill = batch.num_tokens - batch.num_decodes
+        seconds = fixed + per_decode * batch.num_decodes + per_token * num_prefill
+        now += seconds
+        observe(batch.num_decodes, num_prefill, seconds)
+        for output in scheduler.commit(batch, [7] * batch.num_samples):
+            if output.key in last:
+                gaps.append(now - last[output.key])
+            else:
+                first[output.key] = now - due.get(output.key, 0.0)
+            last[output.key] = now
+    return gaps, [first[key] for key in due]
+
+
+def answer(num_tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_streams_keep_their_pace_while_prompts_come(machine: tuple[float, float, float]) -> None:
+    budget = PrefillBudget()
+    gaps, first = serve(budget, budget.observe, machine)
+    assert statistics.quantiles(gaps, n=20)[-1] <= 2 * statistics.median(gaps)
+    # Alone a prompt takes a step of its own; beside six streams, at most four times as long at the median.
+    assert statistics.median(first) < 4 * (machine[0] + 200 * machine[2])
+
+
+def test_with_a_fixed_budget_they_would_not() -> None:
+    gaps, _ = serve(lambda _: 64, lambda *_: None, MACHINES[1])
+    assert statistics.quantiles(gaps, n=20)[-1] > 2 * statistics.median(gaps)
+
+
+def test_tokens_are_granted_whatever_a_step_costs() -> None:
+    budget = PrefillBudget()
+    assert budget(3) > 0
+    budget.observe(4, 0, 0.001)
+    budget.observe(4, 100, 5.0)
+    assert budget(4) > 0
+    budget.observe(4, 10, 0.0001)  # a clock that jumps
+    assert budget(1) > 0
+
+
+def test_what_was_seen_beside_few_streams_serves_for_many() -> None:
+    budget = PrefillBudget()
+    budget.observe(0, 100, 0.1)
+    budget.observe(8, 0, 0.1)
+    assert budget(8) == budget(64) == 80
