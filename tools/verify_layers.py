@@ -52,7 +52,7 @@ ROOMS = (
         ("parleyd.telemetry",),
         imports=("prometheus_client", "opentelemetry", "pythonjsonlogger", *SETTINGS),
     ),
-    Room(("parleyd.text",), imports=("tokenizers", "jinja2", "transformers.utils", *SETTINGS)),
+    Room(("parleyd.text",), imports=("tokenizers", "jinja2", "regex", "transformers.utils", *SETTINGS)),
     Room(
         (
             "parleyd.engine.scheduler",

@@ -90,6 +90,18 @@ class ServerSettings:
     default_max_new_tokens: int = _option(
         512, "max_new_tokens of requests that set none, where the model sets none.", minimum=1
     )
+    tool_format: str = _option(
+        "auto",
+        "How the model writes tool calls. auto: as its chat template does; none: no tools. hermes also serves models "
+        "whose template knows no tools, by describing them in the system message.",
+        choices=("auto", "hermes", "llama3", "mistral", "none"),
+    )
+    reasoning_format: str = _option(
+        "auto",
+        "How the model marks reasoning. think: <think>…</think>; none: all text is content; auto: think where the "
+        "model's chat template or vocabulary has these markers.",
+        choices=("auto", "think", "none"),
+    )
     drain_delay: float = _option(
         1.0, "After SIGTERM, seconds in which new calls are still served, for load balancers to notice.", minimum=0
     )

@@ -12,6 +12,7 @@ class FinishReason(Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # STOP, where the gateway finds tool calls in the text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A worker process without torch or weights: the real process and IPC, an engine that answers by script.
 
-It answers with the last message of the conversation, a byte a token, then the end token. Some messages are orders:
+It answers with the last message of the conversation, or with what stands in the prompt's last «», a byte a token, then
+the end token. Some messages are orders:
 `!forever` never ends, `!die` kills the process, `!die-at 3 text` kills it once, after 3 ids of its answer, `!hang-at`
 stops it there instead, `!fail` makes the engine fail, `!fail 2` makes it fail for choice 2, `!choice` answers with the
 choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is aborted.
@@ -134,6 +135,9 @@ def script(request: EngineRequest) -> Iterator[int]:
 def last_message(request: EngineRequest) -> str:
     """The content of the conversation's last message, from the prompt's ids."""
     ids = list(request.prompt_ids)
+    *_, quoted = ("", *bytes(i for i in ids if i < tiny_tokenizer.NUM_BYTES).decode(errors="replace").split("«")[1:])
+    if quoted:
+        return quoted.partition("»")[0]
     assistant = list(b"assistant\n")
     if ids[-len(assistant) :] == assistant:  # the generation prompt; else the message is to be continued
         ids = ids[: -len(assistant) - 1]
@@ -151,6 +155,7 @@ def main() -> int:
     parser.add_argument("--die-if", type=Path, help="dies instead of loading if this file is there")
     parser.add_argument("--stop-string", action="append", default=[])
     parser.add_argument("--max-running", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=tiny_tokenizer.VOCAB_SIZE)
     parser.add_argument("fd", type=int)
     arguments = parser.parse_args()
 
@@ -163,7 +168,7 @@ def main() -> int:
         info = ModelInfo(
             tokenizer_dir=str(arguments.folder),
             max_context_tokens=MAX_CONTEXT_TOKENS,
-            vocab_size=tiny_tokenizer.VOCAB_SIZE,
+            vocab_size=arguments.vocab_size,
             eos_token_ids=(tiny_tokenizer.IM_END_ID,),
             dtype="float32",
             device="cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -25,13 +26,18 @@ CHATML_TEMPLATE = (
 )
 
 
-def write_tiny_tokenizer(folder: Path, *, chat_template: str | None = CHATML_TEMPLATE) -> Path:
+def write_tiny_tokenizer(
+    folder: Path, *, chat_template: str | None = CHATML_TEMPLATE, further_specials: Sequence[str] = ()
+) -> Path:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder` and returns it.
 
-    `chat_template=None` writes none, as in the folder of a base model. The folder is made where it is missing.
+    `chat_template=None` writes none, as in the folder of a base model; `further_specials` get the ids from VOCAB_SIZE.
+    The folder is made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in further_specials])
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": IM_START,

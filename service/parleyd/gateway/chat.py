@@ -11,15 +11,16 @@ import grpc
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from parleyd.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Violation
-from parleyd.gateway import convert
+from parleyd.gateway import convert, tools
 from parleyd.gateway.answer import Answer, AnswerDelta
 from parleyd.gateway.batch import answer_batch
-from parleyd.gateway.prompt import PromptBuilder
+from parleyd.gateway.prompt import Prompt, PromptBuilder
 from parleyd.gateway.runner import Generation, Runner
 from parleyd.gateway.served_model import ServedModel
 from parleyd.generation import SamplingParams
 from parleyd.telemetry.call import current_call
 from parleyd.text.sequence_text import SequenceText
+from parleyd.text.tool_format.call_id import call_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -70,7 +71,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         await self._prompts.check(self._served.check_conversation, request)
         self._check_model(request.model)
         try:
-            prompt_tokens = len(await self._prompts.build(self._served, request))
+            prompt_tokens = len((await self._prompts.build(self._served, request)).token_ids)
         except PromptTooLong as error:  # is counted all the same
             prompt_tokens = error.prompt_tokens
         return chat_pb2.CountTokensResponse(prompt_tokens=prompt_tokens)
@@ -94,17 +95,17 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         served = self._served
         params = await self._prompts.check(served.check_request, request)
         self._check_model(request.model)
-        prompt_ids = await self._prompts.build(served, request)
-        if not prompt_ids:
+        prompt = await self._prompts.build(served, request)
+        if not prompt.token_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineExceeded
         num_choices = request.generation_config.num_return_sequences or 1
         generation = Generation(
-            prompt_ids=tuple(prompt_ids),
+            prompt_ids=tuple(prompt.token_ids),
             params=params,
-            answers=[self._answer(request, params) for _ in range(num_choices)],
+            answers=[self._answer(request, params, prompt, index) for index in range(num_choices)],
             priority=request.priority,
             deadline=None if remaining_s is None else time.monotonic() + remaining_s,
         )
@@ -118,18 +119,26 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         generation.resumed_ids = tuple(token_ids)
         generation.ending = generation.answers[0].resume(token_ids, self._served.ending_ids(params), num_at_most)
 
-    def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> Answer:
-        config = request.generation_config
+    def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams, prompt: Prompt, choice: int) -> Answer:
+        config, answer_format = request.generation_config, self._served.answer_format
+        tool_names = [tool.name for tool in tools.offered(request)]
+        num_earlier_calls = sum(len(message.tool_calls) for message in request.messages)
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
         text = SequenceText(
             self._served.tokenizer,
             skip_special_tokens=skip_special_tokens,
+            shown_ids=self._served.tokenizer.special_ids_of(answer_format.markers(with_tools=bool(tool_names))),
             stop_strings=config.stop_strings or self._served.info.defaults.stop_strings,
             include_stop_string=config.include_stop_string,
             min_new_tokens=params.min_new_tokens,
         )
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
-        return Answer(self._served.tokenizer, text, hidden_ids)
+        parser = answer_format.parser(
+            tool_names,
+            lambda index: call_id(params.seed, choice, num_earlier_calls + index),
+            opens_reasoning=prompt.opens_reasoning,
+        )
+        return Answer(self._served.tokenizer, text, parser, hidden_ids)
 
     async def _respond(self, generation: Generation) -> chat_pb2.GenerateResponse:
         """The whole answer."""

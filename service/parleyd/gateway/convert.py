@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parleyd.errors import Violation
+from parleyd.gateway import tools
 from parleyd.gateway.answer import AnswerDelta
 from parleyd.generation import FinishReason, ModelInfo, SamplingDefaults, SamplingParams
 
@@ -25,6 +26,7 @@ _FINISH_REASONS = {
     None: generation_pb2.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: generation_pb2.FINISH_REASON_TOOL_CALLS,
 }
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 
@@ -38,9 +40,23 @@ class Timings:
     total_s: float
 
 
-def to_template_messages(messages: Any) -> list[dict[str, str]]:
-    """A conversation as chat templates take it."""
-    return [{"role": _ROLE_NAMES[message.role], "content": message.content} for message in messages]
+def to_template_messages(messages: Sequence[message_pb2.Message]) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it: some look whether a key is there, not whether it holds anything."""
+    names = tools.names_by_call_id(messages)
+    return [
+        {"role": _ROLE_NAMES[message.role], "content": message.content, **_further_fields(message, names)}
+        for message in messages
+    ]
+
+
+def _further_fields(message: message_pb2.Message, names_by_call_id: Mapping[str, str]) -> dict[str, Any]:
+    fields = {
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": tools.to_template_calls(message.tool_calls),
+        "tool_call_id": message.tool_call_id,
+        "name": message.name or names_by_call_id.get(message.tool_call_id),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def to_template_kwargs(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> dict[str, Any]:
@@ -119,7 +135,9 @@ def to_stream_response(delta: AnswerDelta) -> chat_pb2.GenerateStreamResponse:
     """One delta of a choice."""
     return chat_pb2.GenerateStreamResponse(
         index=delta.index,
-        content=delta.content,
+        content=delta.text.content,
+        reasoning_content=delta.text.reasoning_content,
+        tool_calls=tools.to_deltas(delta.text.tool_calls),
         token_ids=delta.token_ids,
         logprobs=delta.logprobs,
         finish_reason=_FINISH_REASONS[delta.finish_reason],
@@ -131,7 +149,12 @@ def to_choice(delta: AnswerDelta) -> chat_pb2.Choice:
     """A whole choice, given as one delta."""
     return chat_pb2.Choice(
         index=delta.index,
-        message=message_pb2.Message(role=message_pb2.ROLE_ASSISTANT, content=delta.content),
+        message=message_pb2.Message(
+            role=message_pb2.ROLE_ASSISTANT,
+            content=delta.text.content,
+            reasoning_content=delta.text.reasoning_content,
+            tool_calls=tools.to_calls(delta.text.tool_calls),
+        ),
         finish_reason=_FINISH_REASONS[delta.finish_reason],
         stop_string=delta.stop_string or "",
         token_ids=delta.token_ids,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, PromptTooLong, Violation
-from parleyd.gateway import convert
+from parleyd.gateway import convert, tools
 from parleyd.gateway.served_model import ServedModel
 
 # Two, so that one huge prompt does not hold up all others; more would only take cores from the model.
@@ -18,6 +18,13 @@ _LARGE_BYTES = 64 * 1024
 
 _Request = TypeVar("_Request", chat_pb2.GenerateRequest, chat_pb2.CountTokensRequest)
 _Result = TypeVar("_Result")
+
+
+class Prompt(NamedTuple):
+    """`opens_reasoning`: the answer begins amid the model's reasoning."""
+
+    token_ids: list[int]
+    opens_reasoning: bool
 
 
 class PromptBuilder:
@@ -34,10 +41,10 @@ class PromptBuilder:
 
     async def build(
         self, served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
-    ) -> list[int]:
-        """The conversation's token ids after the chat template.
+    ) -> Prompt:
+        """The conversation after the chat template.
 
-        Raises InvalidRequest if the template refuses it, PromptTooLong if they leave no room for an answer.
+        Raises InvalidRequest if the template refuses it, PromptTooLong if it leaves no room for an answer.
         """
         return await self.run(lambda: _build(served, request))
 
@@ -50,9 +57,13 @@ class PromptBuilder:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> list[int]:
+def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> Prompt:
+    messages, described = served.answer_format.for_template(
+        convert.to_template_messages(request.messages), tools.to_template_tools(tools.offered(request))
+    )
     text = served.template.render(
-        convert.to_template_messages(request.messages),
+        messages,
+        tools=described,
         continue_final_message=request.continue_final_message,
         kwargs=convert.to_template_kwargs(request),
     )
@@ -63,4 +74,5 @@ def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.Cou
     # A tokenizer may know tokens that the model has no embedding for, and users may spell them.
     if token_ids and max(token_ids) >= served.info.vocab_size:
         raise InvalidRequest([Violation("messages", "spell a token that the model does not know")])
-    return token_ids
+    continued = request.messages[-1].content if request.continue_final_message else ""
+    return Prompt(token_ids, served.answer_format.opens_reasoning(text, continued))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from parley.v1 import chat_pb2
-from parleyd.errors import InvalidRequest, Violation
-from parleyd.gateway import convert, validation
+from parleyd.config import ServerSettings
+from parleyd.errors import InvalidRequest, Unsupported, Violation
+from parleyd.gateway import convert, tools, validation
 from parleyd.generation import ModelInfo, SamplingParams
+from parleyd.text.answer_format import AnswerFormat
 from parleyd.text.chat_template import ChatTemplate
 from parleyd.text.tokenizer import Tokenizer
 
@@ -30,24 +32,29 @@ class ServedModel:
     defaults: SamplingParams
     tokenizer: Tokenizer
     template: ChatTemplate
+    answer_format: AnswerFormat
     description: chat_pb2.GetModelResponse
 
     @classmethod
-    def load(cls, name: str, info: ModelInfo, default_max_new_tokens: int) -> ServedModel:
+    def load(cls, name: str, info: ModelInfo, settings: ServerSettings) -> ServedModel:
         """Reads tokenizer and chat template from the model's folder."""
         folder = Path(info.tokenizer_dir)
-        defaults = convert.effective_defaults(info, default_max_new_tokens)
+        tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
+        answer_format = AnswerFormat.find(
+            template, tokenizer, tool_format=settings.tool_format, reasoning_format=settings.reasoning_format
+        )
+        defaults = convert.effective_defaults(info, settings.default_max_new_tokens)
         description = chat_pb2.GetModelResponse(
             model=name,
             max_context_tokens=info.max_context_tokens,
             vocab_size=info.vocab_size,
             default_generation_config=convert.to_generation_config(defaults, info.defaults.stop_strings),
-            capabilities=_CAPABILITIES,
+            capabilities=(*_CAPABILITIES, *_format_capabilities(answer_format)),
             engine=info.engine,
             dtype=info.dtype,
             device=info.device,
         )
-        return cls(name, info, defaults, Tokenizer.load(folder), ChatTemplate.load(folder), description)
+        return cls(name, info, defaults, tokenizer, template, answer_format, description)
 
     def ending_ids(self, params: SamplingParams) -> frozenset[int]:
         """The ids that end an answer."""
@@ -61,18 +68,28 @@ class ServedModel:
             convert.resolved_violations(request, params),
             self._kwarg_violations(request),
         )
-        for unsupported in validation.unsupported_in_request(request):
-            raise unsupported
+        self._refuse_unsupported(request, validation.unsupported_in_request(request))
         return params
 
     def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
         """Raises InvalidRequest with every violation, or Unsupported."""
         _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
-        for unsupported in validation.unsupported_in_conversation(request):
+        self._refuse_unsupported(request)
+
+    def _refuse_unsupported(self, request: tools.AnyRequest, further: Iterable[Unsupported] = ()) -> None:
+        in_conversation = validation.unsupported_in_conversation(request, reads_names=self.template.reads_names)
+        for unsupported in chain(in_conversation, tools.unsupported(request, self.answer_format), further):
             raise unsupported
 
-    def _kwarg_violations(self, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> list[Violation]:
+    def _kwarg_violations(self, request: tools.AnyRequest) -> list[Violation]:
         return self.template.kwarg_violations(request.chat_template_kwargs.fields.keys())
+
+
+def _format_capabilities(answer_format: AnswerFormat) -> Iterator[str]:
+    if answer_format.tool_format:
+        yield "tools"
+    if answer_format.has_reasoning:
+        yield "reasoning"
 
 
 def _refuse(*violations: Iterable[Violation]) -> None:

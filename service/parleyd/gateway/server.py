@@ -169,8 +169,8 @@ class Gateway:
         self.worker.fail_all(Draining())
 
     async def _on_worker_ready(self, info: ModelInfo) -> None:
-        name, server = self._settings.served_model_name, self._settings.server
-        self._chat.model = await asyncio.to_thread(ServedModel.load, name, info, server.default_max_new_tokens)
+        name = self._settings.served_model_name
+        self._chat.model = await asyncio.to_thread(ServedModel.load, name, info, self._settings.server)
         wanted = self._settings.model.max_running or info.max_running
         if wanted > info.max_running:
             _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)

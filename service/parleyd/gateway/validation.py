@@ -9,6 +9,7 @@ from google.protobuf import struct_pb2
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parleyd.errors import Unsupported, Violation
+from parleyd.gateway import tools
 from parleyd.generation import ModelInfo
 from parleyd.rpc.interceptors import REQUEST_ID_PATTERN
 
@@ -36,7 +37,7 @@ def request_violations(request: chat_pb2.GenerateRequest, info: ModelInfo) -> It
     """What is wrong with a GenerateRequest, but for what needs the chat template or resolved defaults to tell."""
     yield from conversation_violations(request)
     yield from config_violations(request.generation_config, info)
-    yield from _tool_choice_violations(request)
+    yield from tools.choice_violations(request)
     if request.request_id and not REQUEST_ID_PATTERN.fullmatch(request.request_id):
         yield Violation("request_id", "must be up to 128 of [A-Za-z0-9._:-]")
     yield from _ids_violations("resume.token_ids", request.resume.token_ids, info.max_context_tokens, info.vocab_size)
@@ -53,6 +54,7 @@ def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTo
             yield Violation(f"messages[{i}].role", "must be set")
         elif message.role not in _ROLES:
             yield Violation(f"messages[{i}].role", f"is no role: {message.role}")
+    yield from tools.violations(request)
     for key, value in request.chat_template_kwargs.fields.items():
         yield from _number_violations(f"chat_template_kwargs.{key}", value)
     if request.continue_final_message and request.messages:
@@ -77,23 +79,17 @@ def config_violations(config: generation_pb2.GenerationConfig, info: ModelInfo) 
 
 def unsupported_in_request(request: chat_pb2.GenerateRequest) -> Iterator[Unsupported]:
     """What a valid GenerateRequest asks for that this build cannot do. Nothing is ever silently ignored."""
-    yield from unsupported_in_conversation(request)
     if request.response_format.WhichOneof("format") not in (None, "text"):
         yield Unsupported("response_format", "this server answers in free text only, so far")
 
 
 def unsupported_in_conversation(
-    request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest,
+    request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest, *, reads_names: bool
 ) -> Iterator[Unsupported]:
-    """What a valid conversation holds that this build cannot render."""
-    if request.tools:
-        yield Unsupported("tools", "not supported by this server yet")
+    """What a valid conversation holds that the model's chat template would leave out."""
     for i, message in enumerate(request.messages):
-        if message.role == message_pb2.ROLE_TOOL:
-            yield Unsupported(f"messages[{i}].role", "tool results are not supported by this server yet")
-        for name in ("reasoning_content", "tool_calls", "tool_call_id", "name"):
-            if getattr(message, name):
-                yield Unsupported(f"messages[{i}].{name}", "not supported by this server yet")
+        if message.name and message.role != message_pb2.ROLE_TOOL and not reads_names:
+            yield Unsupported(f"messages[{i}].name", "the model's chat template knows no names")
 
 
 def _range_violation(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> Iterator[Violation]:
@@ -150,16 +146,3 @@ def _number_violations(path: str, value: struct_pb2.Value) -> Iterator[Violation
         case "struct_value":
             for key, item in value.struct_value.fields.items():
                 yield from _number_violations(f"{path}.{key}", item)
-
-
-def _tool_choice_violations(request: chat_pb2.GenerateRequest) -> Iterator[Violation]:
-    choice = request.tool_choice
-    mode = message_pb2.ToolChoice.Mode
-    if choice.mode not in mode.values():
-        yield Violation("tool_choice.mode", f"is no mode: {choice.mode}")
-    if choice.name and choice.mode in (mode.MODE_AUTO, mode.MODE_NONE):
-        yield Violation("tool_choice.name", f"contradicts {mode.Name(choice.mode)}")
-    elif choice.name and choice.name not in {tool.name for tool in request.tools}:
-        yield Violation("tool_choice.name", "must be one of the tools")
-    if choice.mode == mode.MODE_REQUIRED and not request.tools:
-        yield Violation("tool_choice.mode", "MODE_REQUIRED needs tools")

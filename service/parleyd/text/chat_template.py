@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from parleyd.errors import InvalidRequest, StartupError, Unsupported, Violation
+from parleyd.errors import InvalidRequest, ParleyError, StartupError, Unsupported, Violation
 from parleyd.text.tokenizer_config import NAMED_SPECIAL_TOKENS, TokenizerConfig
 
 _MAX_QUOTED_CHARS = 300
@@ -36,18 +36,17 @@ def template_utils() -> ModuleType:
 class ChatTemplate:
     """One model's chat template. Safe for many threads; rendering is pure Python, so it belongs in a thread pool.
 
-    `variables` are the names that a client may set through `chat_template_kwargs`.
+    `variables` are the names that a client may set through `chat_template_kwargs`; `source` is the template's own text.
     """
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
         """`source=None`: the model has none. Raises StartupError where the template is not valid Jinja."""
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         parameters = inspect.signature(template_utils().render_jinja_template).parameters
         self._reserved = _RESERVED | parameters.keys() | special_tokens.keys()
         names = _variables(source) if source is not None else frozenset()
         self.variables = names - self._reserved
-        self.reads_tools = "tools" in names
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
@@ -63,9 +62,18 @@ class ChatTemplate:
             raise StartupError(f"{path} cannot be read: {error}") from error
         return cls(source, {name: token.content for name, token in config.special_tokens.items()})
 
+    @cached_property
+    def reads_names(self) -> bool:
+        """Whether the template tells the model a message's `name`."""
+        probe = {"role": "user", "content": "?", "name": "parley_probe"}
+        try:
+            return probe["name"] in self.render([probe])
+        except ParleyError:
+            return False
+
     def kwarg_violations(self, names: Iterable[str]) -> list[Violation]:
         """One for each name that is reserved or that the template never reads. None where there is no template."""
-        if self._source is None:
+        if self.source is None:
             return []  # render() says what is wrong
         known = ", ".join(sorted(self.variables)) or "none"
         violations = []
@@ -93,7 +101,7 @@ class ChatTemplate:
         Raises Unsupported where the model has no chat template, InvalidRequest where the template refuses the messages
         or drops the one to continue, and for `kwargs` that `kwarg_violations` objects to.
         """
-        if self._source is None:
+        if self.source is None:
             raise Unsupported("messages", "this model has no chat template, so it cannot answer conversations")
         if violations := self.kwarg_violations(kwargs or {}):
             raise InvalidRequest(violations)
@@ -103,7 +111,7 @@ class ChatTemplate:
             prompt: str = template_utils().render_jinja_template(
                 [[_without_none(message) for message in messages]],
                 tools=None if tools is None else [dict(tool) for tool in tools],
-                chat_template=self._source,
+                chat_template=self.source,
                 continue_final_message=continue_final_message,
                 add_generation_prompt=not continue_final_message,
                 **variables,

@@ -21,8 +21,11 @@ class Detokenizer:
     encountered" for byte fallback, holds back every U+FFFD, and takes quadratic time on a run of broken bytes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
+    ) -> None:
+        """`shown_ids` are special tokens whose text is wanted all the same."""
+        self._skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         by_bytes = tokenizer.byte_coding is ByteCoding.BYTE_LEVEL
         self._decoder: _Decoder = _ByteDecoder(tokenizer) if by_bytes else _PieceDecoder(tokenizer)
 

@@ -19,9 +19,10 @@ class SequenceText:
         stop_strings: Sequence[str] = (),
         include_stop_string: bool = False,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
         min_new_tokens: int = 0,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
         self._stop = StopMatcher(stop_strings, include=include_stop_string)
         self._num_unsearched = min_new_tokens
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id, such as `Ġthe` or `▁the`; None outside the vocabulary."""
         return self._backend.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary; None: there is no such token."""
+        return self._backend.token_to_id(token)
+
+    def special_ids_of(self, tokens: Iterable[str]) -> frozenset[int]:
+        """The ids of those of `tokens` that are special tokens."""
+        return self.special_ids & {self.token_id(token) for token in tokens}
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that an id adds to a text, in mid-text; empty outside the vocabulary.

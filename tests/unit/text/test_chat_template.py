@@ -121,7 +121,7 @@ def test_older_folders_keep_the_template_in_the_configuration(tmp_path: Path, va
 def test_a_model_without_a_template_cannot_chat(tmp_path: Path) -> None:
     template = ChatTemplate.load(write_tiny_tokenizer(tmp_path, chat_template=None))
     assert template.kwarg_violations({"anything": 1}) == []
-    assert not template.reads_tools
+    assert not template.reads_names
     with pytest.raises(Unsupported) as error:
         template.render([USER])
     assert error.value.metadata == {"field": "messages"}
@@ -135,8 +135,6 @@ def test_an_invalid_template_stops_the_start(tmp_path: Path) -> None:
 def test_variables_are_what_clients_may_set() -> None:
     template = ChatTemplate(RICH_TEMPLATE, {"image_token": "<img>"})
     assert template.variables == {"enable_thinking", "style"}
-    assert template.reads_tools
-    assert not ChatTemplate(CHATML_TEMPLATE, {}).reads_tools
 
 
 @pytest.mark.parametrize(

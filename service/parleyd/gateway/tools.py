@@ -1,0 +1,187 @@
+"""Tools and tool calls between the contract's messages and our own: checks, chat templates' form, deltas."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from parley.v1 import chat_pb2, message_pb2
+from parleyd.errors import Unsupported, Violation
+from parleyd.text.answer_format import AnswerFormat
+from parleyd.text.tool_format.tool_format import ToolCallPiece
+
+_MAX_TOOLS = 128
+_MAX_DESCRIPTION_CHARACTERS = 16_384
+_MAX_PARAMETERS_CHARACTERS = 65_536
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MODES = message_pb2.ToolChoice.Mode
+
+AnyRequest = chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
+
+
+def violations(request: AnyRequest) -> Iterator[Violation]:
+    """What is wrong with a request's tools, and with the calls and results in its messages."""
+    if len(request.tools) > _MAX_TOOLS:
+        yield Violation("tools", f"must hold at most {_MAX_TOOLS}, not {len(request.tools)}")
+    else:
+        yield from _tools_violations(request.tools)
+    known_ids: set[str] = set()
+    for i, message in enumerate(request.messages):
+        yield from _message_violations(f"messages[{i}]", message, known_ids)
+        known_ids |= {call.id for call in message.tool_calls}
+
+
+def choice_violations(request: chat_pb2.GenerateRequest) -> Iterator[Violation]:
+    """What is wrong with a request's `tool_choice`."""
+    choice = request.tool_choice
+    if choice.mode not in _MODES.values():
+        yield Violation("tool_choice.mode", f"is no mode: {choice.mode}")
+    if choice.name and choice.mode in (_MODES.MODE_AUTO, _MODES.MODE_NONE):
+        yield Violation("tool_choice.name", f"contradicts {_MODES.Name(choice.mode)}")
+    elif choice.name and choice.name not in {tool.name for tool in request.tools}:
+        yield Violation("tool_choice.name", "must be one of the tools")
+    if choice.mode == _MODES.MODE_REQUIRED and not request.tools:
+        yield Violation("tool_choice.mode", "MODE_REQUIRED needs tools")
+
+
+def unsupported(request: AnyRequest, answer_format: AnswerFormat) -> Iterator[Unsupported]:
+    """What a valid request says about tools that this model cannot do."""
+    if isinstance(request, chat_pb2.GenerateRequest) and _is_required(request.tool_choice):
+        yield Unsupported("tool_choice", "calls cannot be enforced by this server yet")
+    if answer_format.tool_format is not None:
+        return
+    why = answer_format.no_tools_because
+    if request.tools:
+        yield Unsupported("tools", why)
+    for i, message in enumerate(request.messages):
+        if message.role == message_pb2.ROLE_TOOL:
+            yield Unsupported(f"messages[{i}].role", why)
+        if message.tool_calls:
+            yield Unsupported(f"messages[{i}].tool_calls", why)
+
+
+def offered(request: AnyRequest) -> Sequence[message_pb2.Tool]:
+    """The tools that the model is told of: none where it is to call none."""
+    if isinstance(request, chat_pb2.GenerateRequest) and request.tool_choice.mode == _MODES.MODE_NONE:
+        return ()
+    return request.tools
+
+
+def to_template_tools(tools: Sequence[message_pb2.Tool]) -> list[dict[str, Any]]:
+    """Valid tools as chat templates take them."""
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": json.loads(tool.parameters) if tool.parameters else {"type": "object", "properties": {}},
+            },
+        }
+        for tool in tools
+    ]
+
+
+def to_template_calls(calls: Sequence[message_pb2.ToolCall]) -> list[dict[str, Any]]:
+    """Valid calls as chat templates take them."""
+    return [
+        {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+        for call in calls
+    ]
+
+
+def names_by_call_id(messages: Sequence[message_pb2.Message]) -> dict[str, str]:
+    """The tool that each call in a conversation calls."""
+    return {call.id: call.name for message in messages for call in message.tool_calls}
+
+
+def to_deltas(pieces: Sequence[ToolCallPiece]) -> list[message_pb2.ToolCallDelta]:
+    """Pieces as a stream carries them."""
+    return [
+        message_pb2.ToolCallDelta(index=piece.index, id=piece.id, name=piece.name, arguments=piece.arguments)
+        for piece in pieces
+    ]
+
+
+def to_calls(pieces: Sequence[ToolCallPiece]) -> list[message_pb2.ToolCall]:
+    """Whole calls, given as one piece each."""
+    return [message_pb2.ToolCall(id=piece.id, name=piece.name, arguments=piece.arguments) for piece in pieces]
+
+
+def _is_required(choice: message_pb2.ToolChoice) -> bool:
+    return bool(choice.name) or choice.mode == _MODES.MODE_REQUIRED
+
+
+def _tools_violations(tools: Sequence[message_pb2.Tool]) -> Iterator[Violation]:
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        path = f"tools[{i}]"
+        if not _NAME.fullmatch(tool.name):
+            yield Violation(f"{path}.name", "must be 1 to 64 of [A-Za-z0-9_-]")
+        elif tool.name in names:
+            yield Violation(f"{path}.name", "is another tool's name too")
+        names.add(tool.name)
+        yield from _length_violations(f"{path}.description", tool.description, _MAX_DESCRIPTION_CHARACTERS)
+        yield from _length_violations(f"{path}.parameters", tool.parameters, _MAX_PARAMETERS_CHARACTERS)
+        if tool.parameters and len(tool.parameters) <= _MAX_PARAMETERS_CHARACTERS:
+            yield from _parameters_violations(f"{path}.parameters", tool.parameters)
+
+
+def _length_violations(path: str, text: str, limit: int) -> Iterator[Violation]:
+    if len(text) > limit:
+        yield Violation(path, f"must have at most {limit} characters, not {len(text)}")
+
+
+def _parameters_violations(path: str, text: str) -> Iterator[Violation]:
+    try:
+        schema = _load_object(text)
+    except ValueError as error:
+        yield Violation(path, f"must be a JSON Schema: {error}")
+        return
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if schema.get("type", "object") != "object":
+        yield Violation(path, 'must be the JSON Schema of an object: its "type" is another')
+    if not isinstance(properties, dict) or not all(isinstance(value, dict | bool) for value in properties.values()):
+        yield Violation(path, 'must be a JSON Schema: "properties" must map names to schemas')
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        yield Violation(path, 'must be a JSON Schema: "required" must be a list of names')
+
+
+def _message_violations(path: str, message: message_pb2.Message, known_ids: set[str]) -> Iterator[Violation]:
+    if message.role != message_pb2.ROLE_ASSISTANT:
+        for field in ("reasoning_content", "tool_calls"):
+            if getattr(message, field):
+                yield Violation(f"{path}.{field}", "belongs to messages of ROLE_ASSISTANT alone")
+    if message.tool_call_id:
+        if message.role != message_pb2.ROLE_TOOL:
+            yield Violation(f"{path}.tool_call_id", "belongs to messages of ROLE_TOOL alone")
+        elif message.tool_call_id not in known_ids:
+            yield Violation(f"{path}.tool_call_id", "must be the id of a call in an earlier message")
+    for i, call in enumerate(message.tool_calls):
+        yield from _call_violations(f"{path}.tool_calls[{i}]", call)
+
+
+def _call_violations(path: str, call: message_pb2.ToolCall) -> Iterator[Violation]:
+    if not _NAME.fullmatch(call.name):
+        yield Violation(f"{path}.name", "must be 1 to 64 of [A-Za-z0-9_-]")
+    try:
+        _load_object(call.arguments)
+    except ValueError as error:
+        yield Violation(f"{path}.arguments", f"must be a JSON object: {error}")
+
+
+def _load_object(text: str) -> dict[str, Any]:
+    """Raises ValueError where the text is no JSON object."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

@@ -1,0 +1,7 @@
+"""`[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`: Mistral's models up to tokenizer version 7."""
+
+from __future__ import annotations
+
+from parleyd.text.tool_format.tool_format import ToolFormat
+
+MISTRAL = ToolFormat(name="mistral", opening="[TOOL_CALLS]", closing="]", first=r"\s*\[\s*", next=r"\s*,\s*")

@@ -1,0 +1,47 @@
+"""How a family of models writes tool calls, and what becomes of one while it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import regex
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolFormat:
+    """Calls are `opening`, JSON objects that hold a name and arguments, and `closing`, if there is one. `first` and
+    `next` are regular expressions for what stands before the first object and between two; None: there is one only.
+
+    `is_bare`: an answer may also begin with an object, without the opening.
+    """
+
+    name: str
+    opening: str
+    closing: str | None = None
+    arguments_key: str = "arguments"
+    first: str = r"\s*"
+    next: str | None = None
+    is_bare: bool = False
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that may be single tokens."""
+        return (self.opening,) if self.closing is None else (self.opening, self.closing)
+
+    def head(self, names: Collection[str]) -> str:
+        """A regular expression for an object up to its arguments' brace; the group `name` is one of `names`."""
+        kind = r'(?:"type"\s*:\s*"function"\s*,\s*)?'
+        name = "|".join(regex.escape(name) for name in names)
+        key = "|".join(dict.fromkeys((self.arguments_key, "arguments")))
+        return rf'\{{\s*{kind}"name"\s*:\s*"(?P<name>{name})"\s*,\s*"(?:{key})"\s*:\s*(?=\{{)'
+
+
+@dataclass(slots=True)
+class ToolCallPiece:
+    """What is new of one call: on its first piece `id` and `name`, on each more of the arguments' JSON text."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""

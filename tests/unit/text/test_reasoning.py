@@ -1,0 +1,67 @@
+"""Reasoning in texts as models write them, in any pieces."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parleyd.text.answer_parser import AnswerParser
+from parleyd.text.parsed_text import ParsedText
+from parleyd.text.reasoning import ReasoningParser
+from parleyd.text.tool_format.hermes import HERMES
+from parleyd.text.tool_format.parser import ToolCallParser
+
+
+def parse(*pieces: str, is_open: bool = False) -> tuple[str, str]:
+    """Reasoning and content."""
+    parser = ReasoningParser(is_open=is_open)
+    parsed = ParsedText.join([*(parser.push(piece) for piece in pieces), parser.finish()])
+    return parsed.reasoning_content, parsed.content
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "expected"),
+    [
+        ("<think>\nOkay, 2 < 3.\n\nSo yes.\n</think>\n\nYes. ", False, ("Okay, 2 < 3.\n\nSo yes.", "Yes. ")),
+        ("\nOkay.\n</think>\n\nYes.", True, ("Okay.", "Yes.")),
+        ("<think>\n\n</think>\n\nYes.", False, ("", "Yes.")),
+        ("<think>\nOkay, cut </thi", False, ("Okay, cut </thi", "")),
+        ("Okay, never closed\n", True, ("Okay, never closed", "")),
+        (" \nHello </think> <think> a", False, ("", " \nHello </think> <think> a")),
+        ("<thin", False, ("", "<thin")),
+        ("<think>a</think>b<think>c</think>", False, ("a", "b<think>c</think>")),
+        (" \n", False, ("", " \n")),
+    ],
+)
+def test_reasoning_is_told_from_content(text: str, is_open: bool, expected: tuple[str, str]) -> None:
+    assert parse(text, is_open=is_open) == parse(*text, is_open=is_open) == expected
+
+
+def test_reasoning_goes_out_as_it_is_written() -> None:
+    parser = ReasoningParser()
+    pieces = ["<think>", "\nLet", " me see.", " \n", "</th", "ink>", "\n\n", "Yes", "."]
+    sent = [(parsed.reasoning_content, parsed.content) for parsed in map(parser.push, pieces)]
+    assert sent == [("", ""), ("Let", ""), (" me see.", ""), *[("", "")] * 4, ("", "Yes"), ("", ".")]
+
+
+@given(
+    parts=st.lists(st.sampled_from(("<think>", "</think>", "<th", "ink>", "</", " ", "\n", "why", "x")), max_size=9),
+    is_open=st.booleans(),
+    data=st.data(),
+)
+def test_the_result_depends_on_the_text_alone(parts: list[str], is_open: bool, data: st.DataObject) -> None:
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert parse(*pieces, is_open=is_open) == parse(text, is_open=is_open)
+
+
+def test_calls_are_sought_after_the_reasoning_only() -> None:
+    call = '<tool_call>\n{"name": "run", "arguments": {"a": 1}}\n</tool_call>'
+    parser = AnswerParser(ReasoningParser(), ToolCallParser(HERMES, ["run"], str))
+    text = f"<think>\nI could {call}\n</think>\n\nSo:\n{call}"
+    parsed = ParsedText.join([*map(parser.push, text), parser.finish()])
+    assert (parsed.reasoning_content, parsed.content) == (f"I could {call}", "So:")
+    assert [piece.arguments for piece in parsed.tool_calls] == ['{"a": 1}']
+    assert parser.num_complete_calls == 1
