@@ -93,6 +93,8 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
 
   #canResume(error: unknown, failures: number): error is ParleyError {
     if (!(error instanceof ParleyError) || this.seed === undefined) return false;
-    return error.code === status.UNAVAILABLE || (failures > 0 && error.reason === "QUEUE_FULL");
+    // A proxy resets streams whose server is gone, and gRPC has no better code for that.
+    const isReset = error.code === status.INTERNAL && error.reason === undefined && /RST_STREAM/.test(error.message);
+    return isReset || error.code === status.UNAVAILABLE || (failures > 0 && error.reason === "QUEUE_FULL");
   }
 }

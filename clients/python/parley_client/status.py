@@ -81,6 +81,9 @@ def _build(
 
 def _build_from_code(code: grpc.StatusCode, message: str, common: dict[str, Any]) -> errors.ParleyError:
     cls = BY_CODE.get(code, errors.ParleyError)
+    # A proxy resets streams whose server is gone, and gRPC has no better code for that.
+    if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
+        cls = errors.ConnectionFailed
     if cls is errors.ConnectionFailed:
         message = f"connection failed: {message}"
     error = cls(message or code.value[1], **common)

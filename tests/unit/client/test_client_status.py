@@ -82,3 +82,10 @@ def test_errors_survive_pickling():
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), copy.violations) == (InvalidRequest, str(error), error.violations)
     assert copy.violations == (Violation("messages[0].content", "is odd"),)
+
+
+def test_a_proxys_reset_is_a_broken_connection_and_the_servers_own_fault_is_not():
+    reset = FailedCall(grpc.StatusCode.INTERNAL, "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))")
+    assert type(status.from_rpc_error(reset)) is parley_client.ConnectionFailed
+    fault = FailedCall(grpc.StatusCode.INTERNAL, "internal error (request r-1)")
+    assert type(status.from_rpc_error(fault)) is parley_client.Internal
