@@ -80,6 +80,10 @@ test-robustness: $(INSTALLED) ## run traffic under faults for SECONDS=600, from 
 	@ROBUSTNESS_SEED=$${ROBUSTNESS_SEED:-$$(date +%s)} ROBUSTNESS_SECONDS=$$(( $(SECONDS) / 4 )) \
 		$(BIN)/python -m pytest tests/robustness -s $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
+	@$(BIN)/python -m pytest tests/gpu $(ARGS)
+
 ##### checks
 
 .PHONY: verify
@@ -160,6 +164,10 @@ bench-offline: $(BENCH) ## measure the engine alone, in process; ARGS="--peer ll
 	@$(BIN)/python -m benchmarks.offline --peers "$(PEERS)" $(ARGS)
 
 ##### the rest
+
+.PHONY: bench-gpu
+bench-gpu: $(INSTALLED) ## measure the engine on a GPU against its bandwidth
+	@$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)
 
 .PHONY: clean
 clean: ## remove .venv, caches and build results

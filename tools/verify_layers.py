@@ -30,6 +30,7 @@ TORCH_SIDE = (
     "filelock",
     "psutil",
     "tqdm",
+    "triton",
 )
 
 

@@ -63,6 +63,13 @@ class ModelSettings:
     kv_cache_memory: float | None = _option(
         None, "GiB for the keys and values of engine batching. Default: a share of what is free.", minimum=0.001
     )
+    attention: str = _option(
+        "auto",
+        "Attention of engine batching: auto takes the fastest kernels that work on the device; gather works on any.",
+        choices=("auto", "gather", "triton", "varlen"),
+    )
+    cuda_graphs: bool = _option(True, "On a GPU, replay decode steps as CUDA graphs.")
+    overlap: bool = _option(True, "On a GPU, launch each step before the tokens of the one ahead have arrived.")
     lean_layers: bool = _option(True, "Run the Llama, Mistral and Qwen families without transformers' own modules.")
     packed_linear: bool = _option(True, "Lay bfloat16 weights out for the CPU at load.")
     four_bit_linear: bool = _option(

@@ -1,173 +1,282 @@
 """Attention over the paged KV cache, for a step's flattened batch: decoding sequences first, then chunks of prompts.
 
-Works on any device that SDPA works on: the blocks of all decoding sequences are gathered and attended to in one call.
+What is here works on any device: blocks are gathered, then attended to. Where there are kernels that read the blocks
+where they lie (kernels.py), they take the place of either part.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 
+from parleyd.engine.paged_attention import NO_KERNELS, Kernels, PagedDecode, PagedPrefill, block_table
+from parleyd.engine.penalties import upload
 from parleyd.engine.request import Batch, Scheduled
+
+# Keys that are gathered at once: what a CPU's cache may still hold when they are multiplied.
+_GATHER_BYTES = 6 * 2**20
+# Tokens of padding in one gathering; to save more, another round of small operations is worth its time.
+_MAX_PADDING = 2048
+# Gathered tokens from which on matrix products are faster than SDPA on a CPU, by up to three times.
+_MANY_TOKENS = 2048
 
 
 class PagedKVCache:
-    """Keys and values of all layers in blocks: `[layers, blocks, block_size, kv_heads, head_dim]` each."""
+    """Keys and values of all layers in blocks: `[layers, blocks + 1, kv_heads, block_size, head_dim]` each.
 
-    def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
-        self.block_size = shape[2]
-        self.keys = _zeros(shape, dtype, torch.device(device))
-        self.values = _zeros(shape, dtype, torch.device(device))
-
-
-@dataclass(frozen=True)
-class DecodeGroup:
-    """The first `num_rows` rows of the batch, one token each.
-
-    `block_ids`: `[rows * blocks]`, padded with block 0. `mask`: `[rows, 1, 1, blocks * block_size]`, 0 or -inf.
+    A head's tokens lie together, as batched matrix products want them. The block after the last is scratch, where rows
+    write that are nobody's.
     """
 
-    num_rows: int
-    block_ids: torch.Tensor
-    mask: torch.Tensor
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kernels: Kernels = NO_KERNELS,
+    ) -> None:
+        """`shape`: layers, blocks, block size, KV heads, head dimension."""
+        num_layers, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim = shape
+        self.device = torch.device(device)
+        self.kernels = kernels
+        blocks = (num_layers, self.num_blocks + 1, self.num_kv_heads, self.block_size, self.head_dim)
+        self.keys = _zeros(blocks, dtype, self.device)
+        self.values = _zeros(blocks, dtype, self.device)
+        self._gathered = [torch.empty(0, dtype=dtype, device=self.device) for _ in range(2)]
+
+    def gather(self, layer: int, head_blocks: Tensor) -> list[Tensor]:
+        """Keys and values of blocks, by `block id * kv_heads + head`: `[head blocks, block_size, head_dim]` each.
+
+        Good until the next call: new memory at each would take longer than the copying.
+        """
+        shape = (len(head_blocks), self.block_size * self.head_dim)
+        if math.prod(shape) > self._gathered[0].numel():
+            self._gathered = [one.new_empty(math.prod(shape) * 5 // 4) for one in self._gathered]
+        return [
+            torch.index_select(
+                blocks[layer].view(-1, shape[1]), 0, head_blocks, out=into[: math.prod(shape)].view(shape)
+            )
+            for blocks, into in zip((self.keys, self.values), self._gathered, strict=True)
+        ]
 
 
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Rows `start` to `end` of the batch: consecutive tokens of one prompt.
+class Part(Protocol):
+    """Consecutive rows of a step that are attended to together."""
 
-    `block_ids`: `[blocks]` of the whole prefix; None where the chunk begins the prompt, so that it attends to itself
-    alone. `mask`: `[rows, num_prefix]`, 0 or -inf; None then too.
-    """
-
-    start: int
-    end: int
-    block_ids: torch.Tensor | None = None
-    num_prefix: int = 0
-    mask: torch.Tensor | None = None
+    def attend(
+        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """All arguments are the step's; the result is of the part's rows, `[rows, heads, head_dim]`."""
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Where a step's rows belong. `slots`: `[rows]`, the index of each row's token in the flattened cache."""
+    """Where a step's rows belong.
 
-    slots: torch.Tensor
-    decode: DecodeGroup | None
-    prefills: tuple[PrefillChunk, ...]
+    `slots`: `[rows * kv_heads]`, where each row's keys go in a layer seen as `[.., head_dim]`. `parts`: all the rows.
+    """
+
+    slots: Tensor
+    parts: tuple[Part, ...]
 
     @classmethod
     def of(cls, batch: Batch, cache: PagedKVCache) -> StepLayout:
-        """The layout of a batch, on the cache's device and with masks of its type."""
-        device = cache.keys.device
-        slots = torch.frombuffer(batch.slots(cache.block_size), dtype=torch.int64).to(device)
-        num_decodes = batch.num_decodes
-        decode = _decode_group(batch.scheduled[:num_decodes], cache) if num_decodes else None
-        prefills, row = [], num_decodes
-        for item in batch.scheduled[num_decodes:]:
-            prefills.append(_prefill_chunk(item, row, cache))
-            row += item.num_tokens
-        return cls(slots, decode, tuple(prefills))
+        """The layout of a batch, on the cache's device."""
+        decodes, prefills = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
+        parts: list[Part] = []
+        if decodes and cache.kernels.decode is not None:
+            parts.append(PagedDecode.of(decodes, cache.block_size, cache.device))
+        elif decodes:
+            parts.append(GatheredDecode.of(decodes, cache))
+        if prefills and cache.kernels.prefill is not None:
+            parts.append(PagedPrefill.of(prefills, batch.num_decodes, cache.block_size, cache.device))
+        else:
+            parts += _gathered_prefills(prefills, batch.num_decodes, cache)
+        slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
+        return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))
+
+
+def head_slots(slots: NDArray[np.int64], cache: PagedKVCache) -> NDArray[np.int64]:
+    """From `[rows]` slots (block id * block size + offset) to those of `StepLayout`."""
+    block, offset = np.divmod(slots, cache.block_size)
+    heads = np.arange(cache.num_kv_heads)
+    flat: NDArray[np.int64] = (block[:, None] * cache.num_kv_heads + heads) * cache.block_size + offset[:, None]
+    return flat.reshape(-1)
 
 
 def attend(
-    cache: PagedKVCache,
-    layer: int,
-    layout: StepLayout,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+    cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
     """Writes `key` and `value` (`[rows, kv_heads, head_dim]`) into the cache, and attends.
 
     `query`: `[rows, heads, head_dim]`, as is the result.
     """
-    keys, values = cache.keys[layer], cache.values[layer]
-    keys.view(-1, *key.shape[1:]).index_copy_(0, layout.slots, key)
-    values.view(-1, *value.shape[1:]).index_copy_(0, layout.slots, value)
-    parts = [_attend_prefill(keys, values, chunk, query, key, value, scale) for chunk in layout.prefills]
-    if layout.decode is not None:
-        parts.insert(0, _attend_decode(keys, values, layout.decode, query, scale))
+    head_dim = cache.head_dim
+    cache.keys[layer].view(-1, head_dim).index_copy_(0, layout.slots, key.reshape(-1, head_dim))
+    cache.values[layer].view(-1, head_dim).index_copy_(0, layout.slots, value.reshape(-1, head_dim))
+    parts = [part.attend(cache, layer, query, key, value, scale) for part in layout.parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attend_decode(
-    keys: torch.Tensor, values: torch.Tensor, group: DecodeGroup, query: torch.Tensor, scale: float
-) -> torch.Tensor:
-    rows, (num_heads, head_dim), num_kv_heads = group.num_rows, query.shape[1:], keys.shape[2]
-    gathered_keys = _gather(keys, group.block_ids).view(rows, -1, num_kv_heads, head_dim).transpose(1, 2)
-    gathered_values = _gather(values, group.block_ids).view(rows, -1, num_kv_heads, head_dim).transpose(1, 2)
-    # The heads that share a KV head stand in for query positions, so that keys need not be repeated for each.
-    grouped = query[:rows].reshape(rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    attended = F.scaled_dot_product_attention(
-        grouped, gathered_keys, gathered_values, attn_mask=group.mask, scale=scale
-    )
-    return attended.reshape(rows, num_heads, head_dim)
+@dataclass(frozen=True)
+class _Group:
+    """Decoding rows of about the same length. `rows`: None for all of the part's, in order.
+
+    `head_blocks`: `[rows * kv_heads * blocks]`. `mask`: `[rows, 1, 1, blocks * block_size]`, 0 or -inf.
+    """
+
+    rows: Tensor | None
+    head_blocks: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, scheduled: list[Scheduled], rows: Tensor | None, cache: PagedKVCache) -> _Group:
+        table = block_table(scheduled, cache.block_size).astype(np.int64)
+        lengths = np.array([item.start + 1 for item in scheduled])
+        is_beyond = np.arange(table.shape[1] * cache.block_size) >= lengths[:, None]
+        mask = torch.zeros(is_beyond.shape, dtype=cache.keys.dtype)
+        mask.masked_fill_(torch.from_numpy(is_beyond), -torch.inf)
+        head_blocks = _head_blocks(table, cache.num_kv_heads)
+        return cls(rows, upload(head_blocks, cache.device), mask[:, None, None, :].to(cache.device))
+
+    def attend(self, cache: PagedKVCache, layer: int, query: Tensor, scale: float) -> Tensor:
+        """`query`: `[rows, heads, head_dim]`."""
+        num_rows, (num_kv_heads, head_dim) = len(query), (cache.num_kv_heads, cache.head_dim)
+        key, value = (one.view(num_rows, num_kv_heads, -1, head_dim) for one in cache.gather(layer, self.head_blocks))
+        # The heads that share a KV head stand in for query positions, so that keys need not be repeated for each.
+        grouped = query.reshape(num_rows, num_kv_heads, -1, head_dim)
+        if query.is_cuda or self.mask.numel() < _MANY_TOKENS:
+            attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask, scale=scale)
+        else:
+            attended = _attend_by_products(grouped, key, value, self.mask, scale)
+        return attended.reshape(query.shape)
 
 
-def _attend_prefill(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    chunk: PrefillChunk,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    rows = slice(chunk.start, chunk.end)
-    if chunk.block_ids is None:
-        key, value = key[rows], value[rows]
-    else:
-        key = _gather(keys, chunk.block_ids).view(-1, *key.shape[1:])[: chunk.num_prefix]
-        value = _gather(values, chunk.block_ids).view(-1, *value.shape[1:])[: chunk.num_prefix]
-    attended = F.scaled_dot_product_attention(
-        query[rows].transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return attended[0].transpose(0, 1)
+@dataclass(frozen=True)
+class GatheredDecode:
+    """The first `num_rows` rows of the batch, one token each."""
+
+    num_rows: int
+    groups: tuple[_Group, ...]
+
+    @classmethod
+    def of(cls, scheduled: list[Scheduled], cache: PagedKVCache) -> GatheredDecode:
+        """Gathered together, as long as they are few and their lengths do not differ much."""
+        lengths = np.array([item.start + 1 for item in scheduled])
+        groups = list(_split(-(-lengths // cache.block_size), cache))
+        if len(groups) == 1:
+            return cls(len(scheduled), (_Group.of(scheduled, None, cache),))
+        return cls(
+            len(scheduled),
+            tuple(_Group.of([scheduled[row] for row in rows], upload(rows, cache.device), cache) for rows in groups),
+        )
+
+    def attend(
+        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See Part."""
+        query = query[: self.num_rows]
+        attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for group in self.groups:
+            if group.rows is None:
+                return group.attend(cache, layer, query, scale)
+            attended.index_copy_(0, group.rows, group.attend(cache, layer, query.index_select(0, group.rows), scale))
+        return attended
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+@dataclass(frozen=True)
+class GatheredPrefill:
+    """Rows `start` to `end` of the batch: consecutive tokens of one prompt.
+
+    `head_blocks`: `[kv_heads * blocks]` of the whole prefix; None where the chunk begins the prompt, so that it attends
+    to itself alone. `mask`: `[rows, num_prefix]`, 0 or -inf; None then too.
+    """
+
+    start: int
+    end: int
+    head_blocks: Tensor | None = None
+    num_prefix: int = 0
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, item: Scheduled, row: int, cache: PagedKVCache) -> GatheredPrefill:
+        """`row`: the first."""
+        end = row + item.num_tokens
+        if item.start == 0:
+            return cls(row, end)
+        num_prefix = item.start + item.num_tokens
+        head_blocks = _head_blocks(block_table([item], cache.block_size).astype(np.int64), cache.num_kv_heads)
+        mask = torch.full((item.num_tokens, num_prefix), -torch.inf, dtype=cache.keys.dtype, device=cache.device)
+        return cls(row, end, upload(head_blocks, cache.device), num_prefix, mask.triu_(item.start + 1))
+
+    def attend(
+        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See Part."""
+        rows = slice(self.start, self.end)
+        key, value = key[rows].transpose(0, 1), value[rows].transpose(0, 1)
+        if self.head_blocks is not None:
+            gathered = cache.gather(layer, self.head_blocks)
+            key, value = (one.view(len(key), -1, cache.head_dim)[:, : self.num_prefix] for one in gathered)
+            if query.is_cuda:  # where with a mask and fewer KV heads SDPA would hold all scores in memory
+                key, value = (one.repeat_interleave(query.shape[1] // len(one), 0) for one in (key, value))
+        attended = F.scaled_dot_product_attention(
+            query[rows].transpose(0, 1)[None],
+            key[None],
+            value[None],
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != len(key),
+        )
+        return attended[0].transpose(0, 1)
+
+
+def _gathered_prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[GatheredPrefill]:
+    for item in scheduled:
+        yield GatheredPrefill.of(item, row, cache)
+        row += item.num_tokens
+
+
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """As SDPA. `query`: `[rows, kv_heads, group, head_dim]`."""
+    num_rows, num_kv_heads, group, _ = query.shape
+    scores = query.new_empty(num_rows * num_kv_heads, group, key.shape[2])
+    torch.baddbmm(scores, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale, out=scores)
+    scores.view(num_rows, num_kv_heads * group, -1).add_(mask[:, 0])
+    return torch.bmm(scores.softmax(-1), value.flatten(0, 1))
+
+
+def _split(num_blocks: NDArray[np.int64], cache: PagedKVCache) -> Iterator[NDArray[np.int64]]:
+    """The rows of each gathering, the longest first. `num_blocks`: `[rows]`."""
+    block_bytes = cache.block_size * cache.num_kv_heads * cache.head_dim * cache.keys.dtype.itemsize
+    rows = np.argsort(-num_blocks, kind="stable")
+    while len(rows):
+        longest = num_blocks[rows[0]]
+        padding = np.cumsum(longest - num_blocks[rows]) * cache.block_size
+        size = min(int((padding <= _MAX_PADDING).sum()), max(1, int(_GATHER_BYTES // (longest * block_bytes))))
+        yield rows[:size]
+        rows = rows[size:]
+
+
+def _head_blocks(table: NDArray[np.int64], num_kv_heads: int) -> NDArray[np.int64]:
+    """`[rows * kv_heads * blocks]` for `PagedKVCache.gather`. `table`: `[rows, blocks]`."""
+    heads = np.arange(num_kv_heads)[:, None]
+    head_blocks: NDArray[np.int64] = table[:, None, :] * num_kv_heads + heads
+    return head_blocks.reshape(-1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros: what is masked must be finite. In main memory only pages that are written to take room."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # Not torch.zeros, which writes them all: seconds at the start, and gigabytes that perhaps nobody will need.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def _gather(blocks: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    """Whole blocks, copied as rows: `[blocks, block_size * kv_heads * head_dim]`."""
-    return blocks.flatten(1).index_select(0, block_ids)
-
-
-def _decode_group(scheduled: list[Scheduled], cache: PagedKVCache) -> DecodeGroup:
-    size, device = cache.block_size, cache.keys.device
-    lengths = np.array([item.start + 1 for item in scheduled], np.int64)
-    num_blocks = -(-int(lengths.max()) // size)
-    table = np.zeros((len(scheduled), num_blocks), np.int64)
-    for row, item in enumerate(scheduled):
-        num_own = item.start // size + 1
-        table[row, :num_own] = item.block_ids[:num_own]
-    is_beyond = np.arange(num_blocks * size)[None, :] >= lengths[:, None]
-    mask = torch.zeros(is_beyond.shape, dtype=cache.keys.dtype)
-    mask.masked_fill_(torch.from_numpy(is_beyond), -torch.inf)
-    return DecodeGroup(len(scheduled), torch.from_numpy(table).flatten().to(device), mask[:, None, None, :].to(device))
-
-
-def _prefill_chunk(item: Scheduled, row: int, cache: PagedKVCache) -> PrefillChunk:
-    end = row + item.num_tokens
-    if item.start == 0:
-        return PrefillChunk(row, end)
-    device, num_prefix = cache.keys.device, item.start + item.num_tokens
-    block_ids = torch.tensor(item.block_ids[: -(-num_prefix // cache.block_size)].tolist(), device=device)
-    mask = torch.full((item.num_tokens, num_prefix), -torch.inf, dtype=cache.keys.dtype, device=device)
-    return PrefillChunk(row, end, block_ids, num_prefix, mask.triu_(item.start + 1))

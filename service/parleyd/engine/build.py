@@ -10,30 +10,33 @@ from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.engine import lean_forward
-from parleyd.engine.attention import PagedKVCache, PrefillChunk, StepLayout
+from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.batching import BatchingEngine
+from parleyd.engine.cuda_graphs import CudaCapture, GraphedForward
 from parleyd.engine.generate import GenerateEngine
+from parleyd.engine.kernels import AttentionShape, choose_kernels
 from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
 from parleyd.engine.prefill_budget import PrefillBudget
+from parleyd.engine.request import Batch, Sequence
 from parleyd.engine.scheduler import Scheduler
 from parleyd.errors import StartupError
-from parleyd.generation import ModelInfo
+from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.memory import free_bytes
 
 _logger = logging.getLogger("parleyd.engine")
 
-_BLOCK_SIZE = 32
 _DEFAULT_MAX_RUNNING = 64
+# A step of more rows is long enough to be launched piece by piece.
+_MAX_GRAPH_ROWS = 256
 # Of what is free once the weights are loaded. Main memory is shared with everything else on the machine.
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85
 _BLOCKS_SHARE = 0.25
 # Chosen by the longest sequence of a forward pass, and so by whatever else is in the batch.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _CHECK_TOKENS = 24
-_CHECK_CHUNK = PrefillChunk(0, _CHECK_TOKENS)
 # Of the largest logit: far above what rounding does, also in bfloat16, and far below what a wrong mask does.
 _CHECK_TOLERANCE = 0.05
 
@@ -89,12 +92,14 @@ def _build_batching(
 ) -> BatchingEngine | None:
     """None where the model's own layers do not work with our attention."""
     max_running = min(settings.max_running or _DEFAULT_MAX_RUNNING, settings.max_batch_tokens)
+    is_cuda = model.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.set_device(model.device)  # where streams, events and kernels belong
     cache = _build_cache(settings, model, info.max_context_tokens, max_running)
-    num_blocks = cache.keys.shape[1]
     # On a CPU a prompt token costs about as much as a stream's own, on a GPU next to nothing.
     budget = PrefillBudget() if model.device.type == "cpu" else None
     scheduler = Scheduler(
-        KVLedger(num_blocks, _BLOCK_SIZE),
+        KVLedger(cache.num_blocks, cache.block_size),
         max_running=max_running,
         max_batch_tokens=settings.max_batch_tokens,
         max_context_tokens=info.max_context_tokens,
@@ -111,11 +116,30 @@ def _build_batching(
     _logger.info(
         "engine batching: %s, KV cache of %d tokens, up to %d at a time",
         type(forward).__name__,
-        num_blocks * _BLOCK_SIZE,
+        cache.num_blocks * cache.block_size,
         max_running,
     )
+    if is_cuda and settings.cuda_graphs and cache.kernels.decode is not None:
+        forward = _graphed(forward, cache, max_running, info.max_context_tokens)
     runner = ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids)
-    return BatchingEngine(scheduler, runner, max_running, budget)
+    return BatchingEngine(scheduler, runner, max_running, budget, overlap=is_cuda and settings.overlap)
+
+
+def _graphed(forward: Forward, cache: PagedKVCache, max_running: int, max_context_tokens: int) -> Forward:
+    """The same with its decode steps as CUDA graphs, where they can be captured."""
+    max_rows = min(max_running, _MAX_GRAPH_ROWS)
+    before = free_bytes(cache.device)
+    try:
+        graphed = GraphedForward(
+            forward, cache, max_rows=max_rows, max_context_tokens=max_context_tokens, capture=CudaCapture()
+        )
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        _logger.warning("no CUDA graphs: %s: %s", type(error).__name__, error)
+        return forward
+    _logger.info("CUDA graphs take %.2f GiB", (before - free_bytes(cache.device)) / 2**30)
+    return graphed
 
 
 def _wanted_blocks(settings: ModelSettings, blocks: GgufBlocks | None) -> GgufBlocks | None:
@@ -136,7 +160,7 @@ def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockF
         expected = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
         forward = StockForward(model, cache)
         try:
-            layout = StepLayout(slots=positions, decode=None, prefills=(_CHECK_CHUNK,))
+            layout = StepLayout.of(_prompt_batch(_CHECK_TOKENS, cache.block_size), cache)
             actual = forward(ids, positions, layout, positions[-1:])[0].float()
             agrees = bool((actual - expected).abs().max() <= _CHECK_TOLERANCE * expected.abs().max())
         except Exception:
@@ -148,14 +172,36 @@ def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockF
     return None
 
 
+def _prompt_batch(num_tokens: int, block_size: int) -> Batch:
+    """A prompt of so many tokens in the first blocks."""
+    params = SamplingParams(max_new_tokens=1)
+    one = EngineRequest(key=0, prompt_ids=(0,) * num_tokens, params=params)
+    sequence = Sequence.from_request(one, 0, frozenset(), num_tokens + 1)
+    sequence.block_ids.extend(range(-(-num_tokens // block_size)))
+    batch = Batch()
+    batch.add(sequence, num_tokens)
+    return batch
+
+
 def _build_cache(
     settings: ModelSettings, model: PreTrainedModel, max_context_tokens: int, max_running: int
 ) -> PagedKVCache:
     config: Any = model.config.get_text_config()
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block_bytes = 2 * config.num_hidden_layers * _BLOCK_SIZE * num_kv_heads * head_dim * model.dtype.itemsize
-    blocks_of_context = -(-max_context_tokens // _BLOCK_SIZE)
+    kernels, block_size = choose_kernels(
+        settings.attention,
+        AttentionShape(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=model.dtype,
+            device=model.device,
+            max_context_tokens=max_context_tokens,
+        ),
+    )
+    block_bytes = 2 * config.num_hidden_layers * block_size * num_kv_heads * head_dim * model.dtype.itemsize
+    blocks_of_context = -(-max_context_tokens // block_size)
     budget = _budget_bytes(settings, model.device)
     num_blocks = min(int(budget // block_bytes), blocks_of_context * max_running)
     if num_blocks < blocks_of_context:
@@ -163,8 +209,8 @@ def _build_cache(
             f"--kv-cache-memory: one full context of {max_context_tokens} tokens takes "
             f"{blocks_of_context * block_bytes / 2**30:.3f} GiB, and the KV cache has {budget / 2**30:.3f} GiB"
         )
-    shape = (config.num_hidden_layers, num_blocks, _BLOCK_SIZE, num_kv_heads, head_dim)
-    return PagedKVCache(shape, model.dtype, model.device)
+    shape = (config.num_hidden_layers, num_blocks, block_size, num_kv_heads, head_dim)
+    return PagedKVCache(shape, model.dtype, model.device, kernels)
 
 
 def _budget_bytes(settings: ModelSettings, device: torch.device) -> float:

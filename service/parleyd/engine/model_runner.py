@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parleyd.engine.attention import PagedKVCache, StepLayout, attend
-from parleyd.engine.request import Batch
-from parleyd.engine.sampler import Sampler, SamplingRow
+from parleyd.engine.penalties import upload
+from parleyd.engine.request import Batch, Scheduled
+from parleyd.engine.sampler import SampledTokens, Sampler, SamplingRow
 from parleyd.generation import TokenLogprob
 
 _ATTENTION = "parley_paged"
@@ -55,40 +57,91 @@ class StockForward:
         return attend(self._cache, module.layer_idx, self._layout, query, key, value, scale)[None], None
 
 
+class Launched(NamedTuple):
+    """A step that a device works on, or is still to begin."""
+
+    sampled: SampledTokens | None  # in the host's memory once `copied` has happened; None: nothing samples
+    copied: torch.cuda.Event | None  # None: it is all there
+
+    def wait(self) -> tuple[list[int], dict[int, TokenLogprob]]:
+        """One sampled id for each entry that samples, in the batch's order, and by their places the log-probabilities
+        of those that ask for them. Raises what broke the device."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        if self.sampled is None:
+            return [], {}
+        token_ids, logprobs = self.sampled
+        return token_ids.tolist(), logprobs.by_row() if logprobs else {}
+
+
 class ModelRunner:
     """Owns the cache's tensors and the sampler; called once a step by the engine."""
 
     def __init__(self, forward: Forward, cache: PagedKVCache, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._forward = forward
         self._cache = cache
-        self._device = cache.keys.device
+        self._device = cache.device
         self._sampler = Sampler(vocab_size, eos_token_ids, self._device)
+        # What the step before has sampled, on the device: by key, its place in the tensor.
+        self._sampled_places: dict[int, int] = {}
+        self._sampled_ids = torch.empty(0, dtype=torch.int64, device=self._device)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> tuple[list[int], dict[int, TokenLogprob]]:
-        """One sampled id for each entry that samples, in the batch's order, and by their places the log-probabilities
-        of those that ask for them."""
-        input_ids = torch.frombuffer(batch.token_ids(), dtype=torch.int32).to(self._device, torch.int64)
-        positions = torch.frombuffer(batch.positions(), dtype=torch.int64).to(self._device)
-        rows, sample_rows, row = [], [], 0
-        for item in batch.scheduled:
-            row += item.num_tokens
-            if item.samples:
-                sequence = item.sequence
-                sample_rows.append(row - 1)
-                rows.append(
-                    SamplingRow(
-                        sequence.key,
-                        sequence.params,
-                        sequence.token_ids,
-                        sequence.num_prompt_tokens,
-                        sequence.num_output_tokens,
-                    )
-                )
+    def launch(self, batch: Batch) -> Launched:
+        """Runs a batch after those launched before, whose ids may still be on their way. On CUDA it waits for nothing.
+
+        A batch that could not be launched counts as not there: none that awaits its ids may follow.
+        """
+        input_ids = self._input_ids(batch)
+        positions = upload(np.frombuffer(batch.positions(), np.int64), self._device)
         layout = StepLayout.of(batch, self._cache)
-        last_rows = torch.tensor(sample_rows, dtype=torch.int64, device=self._device)
-        logits = self._forward(input_ids, positions, layout, last_rows)
-        if not rows:
-            return [], {}
-        sampled = self._sampler.sample(logits, self._sampler.prepare(rows))
-        return sampled.token_ids.tolist(), sampled.logprobs.by_row() if sampled.logprobs else {}
+        ends = np.cumsum([item.num_tokens for item in batch.scheduled])
+        samples = [item.samples for item in batch.scheduled]
+        sampling = [item for item in batch.scheduled if item.samples]
+        logits = self._forward(input_ids, positions, layout, upload(ends[samples] - 1, self._device))
+        if not sampling:
+            return Launched(None, None)
+        sampled = self._sampler.sample(logits, self._sampler.prepare([_sampling_row(item) for item in sampling]))
+        self._sampled_places = {item.sequence.key: place for place, item in enumerate(sampling)}
+        self._sampled_ids = sampled.token_ids
+        return _copy_to_host(sampled)
+
+    def _input_ids(self, batch: Batch) -> Tensor:
+        ids = upload(np.frombuffer(batch.token_ids(), np.int32).astype(np.int64), self._device)
+        # Only decodes await an id, and they come first, one row each.
+        awaiting = [
+            (row, self._sampled_places[item.sequence.key])
+            for row, item in enumerate(batch.scheduled[: batch.num_decodes])
+            if item.awaits_id
+        ]
+        if awaiting:
+            rows, places = upload(np.array(awaiting, np.int64).T, self._device)
+            ids.index_copy_(0, rows, self._sampled_ids.index_select(0, places))
+        return ids
+
+
+def _sampling_row(item: Scheduled) -> SamplingRow:
+    sequence = item.sequence
+    position = item.start + item.num_tokens - sequence.num_prompt_tokens
+    return SamplingRow(sequence.key, sequence.params, sequence.token_ids, sequence.num_prompt_tokens, position)
+
+
+def _copy_to_host(sampled: SampledTokens) -> Launched:
+    token_ids, logprobs = sampled
+    if token_ids.device.type != "cuda":
+        return Launched(sampled, None)
+    token_ids = _to_pinned(token_ids)
+    if logprobs is not None:
+        logprobs = logprobs._replace(
+            token_logprobs=_to_pinned(logprobs.token_logprobs),
+            top_ids=None if logprobs.top_ids is None else _to_pinned(logprobs.top_ids),
+            top_logprobs=None if logprobs.top_logprobs is None else _to_pinned(logprobs.top_logprobs),
+        )
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    return Launched(SampledTokens(token_ids, logprobs), copied)
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    into = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return into.copy_(tensor, non_blocking=True)

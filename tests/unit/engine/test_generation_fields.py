@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from parleyd.engine.engine import Engine
 from parleyd.engine.generate import GenerateEngine
 from parleyd.generation import EngineRequest, SamplingParams, TokenLogprob
-from tests.unit.engine.test_batching_engine import BLOCK_SIZE, CONTEXT, EOS, make_engine, make_model
+from tests.support.tiny_models import BLOCK_SIZE, CONTEXT, EOS, make_engine, make_model
 
 KEYS = itertools.count()
 PROMPT = (5, 17, 42, 8, 13, 42)

@@ -1,0 +1,146 @@
+"""Decode steps as CUDA graphs: one launch a step instead of hundreds, which take a GPU longer to start than to run.
+
+A graph is of a fixed number of rows and reads fixed buffers. A step is copied into the buffers and padded to the next
+larger graph with rows of a sequence that is nobody's: one token long, in the cache's scratch block.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parleyd.engine.attention import PagedKVCache, StepLayout, head_slots
+from parleyd.engine.model_runner import Forward
+from parleyd.engine.paged_attention import PagedDecode
+from parleyd.engine.penalties import upload
+
+_logger = logging.getLogger("parleyd.engine")
+
+# Runs again what was captured, on what is in its buffers now, and returns its output.
+Replay = Callable[[], Tensor]
+# Captures a function that reads fixed buffers.
+Capture = Callable[[Callable[[], Tensor]], Replay]
+
+
+class CudaCapture:
+    """A Capture into CUDA graphs, whose memory they share: one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+        """Runs it before, for what is made on first use."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """What the graphs read: the inputs of up to as many rows as the largest has."""
+
+    input_ids: Tensor  # [rows]
+    positions: Tensor  # [rows]
+    slots: Tensor  # [rows * kv_heads]
+    table: Tensor  # [rows, blocks of a full context], int32
+    lengths: Tensor  # [rows], int32
+    rows: Tensor  # [rows]: 0, 1, ...
+    nobody_slots: Tensor  # [rows * kv_heads]
+
+    @classmethod
+    def of(cls, cache: PagedKVCache, num_rows: int, max_context_tokens: int) -> _Buffers:
+        device, scratch = cache.device, cache.num_blocks
+        slots = upload(head_slots(np.full(num_rows, scratch * cache.block_size, np.int64), cache), device)
+        ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        table = torch.full((num_rows, -(-max_context_tokens // cache.block_size)), scratch, dtype=torch.int32)
+        lengths = torch.ones(num_rows, dtype=torch.int32, device=device)
+        rows = torch.arange(num_rows, device=device)
+        return cls(ids, ids.clone(), slots, table.to(device), lengths, rows, slots.clone())
+
+
+class GraphedForward:
+    """A Forward that replays steps of decodes alone, and leaves all others to the one it was made of."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: PagedKVCache,
+        *,
+        max_rows: int,
+        max_context_tokens: int,
+        capture: Capture,
+    ) -> None:
+        """Captures all graphs. Raises what capturing raises."""
+        self._forward = forward
+        self._num_kv_heads = cache.num_kv_heads
+        self._scratch_block = cache.num_blocks
+        self._buffers = _Buffers.of(cache, max_rows, max_context_tokens)
+        self._sizes = graph_sizes(max_rows)
+        self._replays: dict[int, Replay] = {}
+        started = time.monotonic()
+        # The largest first, so that the others find room in the memory that it has taken.
+        for size in reversed(self._sizes):
+            self._replays[size] = capture(partial(self._run, size))
+            _logger.info("CUDA graphs: %d of %d captured", len(self._replays), len(self._sizes))
+        _logger.info("CUDA graphs: ready after %.1f s", time.monotonic() - started)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
+        """See Forward. The result is good until the next call."""
+        num_rows = len(input_ids)
+        decode = layout.parts[0]
+        size = next((size for size in self._sizes if size >= num_rows), None)
+        if size is None or len(layout.parts) > 1 or not isinstance(decode, PagedDecode):
+            return self._forward(input_ids, positions, layout, sample_rows)
+        self._fill(self._buffers, num_rows, input_ids, positions, layout.slots, decode)
+        self._pad(self._buffers, num_rows, size)
+        return self._replays[size]()[:num_rows]
+
+    def _fill(
+        self, into: _Buffers, num_rows: int, input_ids: Tensor, positions: Tensor, slots: Tensor, decode: PagedDecode
+    ) -> None:
+        into.input_ids[:num_rows].copy_(input_ids)
+        into.positions[:num_rows].copy_(positions)
+        into.slots[: len(slots)].copy_(slots)
+        into.table[:num_rows, : decode.table.shape[1]].copy_(decode.table)
+        into.lengths[:num_rows].copy_(decode.lengths)
+
+    def _pad(self, into: _Buffers, num_rows: int, size: int) -> None:
+        slots = slice(num_rows * self._num_kv_heads, size * self._num_kv_heads)
+        into.input_ids[num_rows:size].zero_()
+        into.positions[num_rows:size].zero_()
+        into.slots[slots].copy_(into.nobody_slots[slots])
+        into.table[num_rows:size, 0].fill_(self._scratch_block)
+        into.lengths[num_rows:size].fill_(1)
+
+    @torch.inference_mode()
+    def _run(self, size: int) -> Tensor:
+        buffers = self._buffers
+        layout = StepLayout(
+            buffers.slots[: size * self._num_kv_heads], (PagedDecode(buffers.table[:size], buffers.lengths[:size]),)
+        )
+        return self._forward(buffers.input_ids[:size], buffers.positions[:size], layout, buffers.rows[:size])
+
+
+def graph_sizes(max_rows: int) -> list[int]:
+    """How many rows the graphs have: few more than a step needs, so that padding costs little."""
+    return [size for size in (1, 2, 4, *range(8, max_rows, 8)) if size < max_rows] + [max_rows]

@@ -1,0 +1,135 @@
+"""Which attention kernels a model gets on its device. Each is tried before it is used, and the log tells the outcome.
+
+| | decoding sequences | prompts |
+|---|---|---|
+| CUDA, torch >= 2.12 | triton_decode.py, else varlen.py | varlen.py |
+| CUDA, torch 2.11 | triton_decode.py | gathered (attention.py) |
+| any other device | gathered | gathered |
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from dataclasses import dataclass
+
+import torch
+
+from parleyd.engine.attention import PagedKVCache, StepLayout, attend
+from parleyd.engine.paged_attention import NO_KERNELS, DecodeKernel, Kernels
+from parleyd.engine.request import Batch, Sequence
+from parleyd.engine.varlen import varlen_kernels, varlen_obstacle
+from parleyd.generation import EngineRequest, SamplingParams
+
+_logger = logging.getLogger("parleyd.engine")
+
+BLOCK_SIZE = 32
+# FlashAttention 2 reads blocks of multiples of 256 tokens, its successors smaller ones too.
+_VARLEN_BLOCK_SIZES = (32, 64, 128, 256)
+# Of the largest output: far above what rounding does, and far below what reading a wrong token does.
+_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What a model asks of its attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    max_context_tokens: int
+
+
+def choose_kernels(wanted: str, shape: AttentionShape) -> tuple[Kernels, int]:
+    """The kernels and the block size for them. `wanted`: auto, or one kind alone: gather, triton, varlen."""
+    if wanted == "gather" or (wanted == "auto" and shape.device.type != "cuda"):
+        return NO_KERNELS, BLOCK_SIZE
+    varlen, block_size = NO_KERNELS, BLOCK_SIZE
+    if wanted != "triton":
+        varlen, block_size = _varlen(shape)
+    # Triton's splits keep a GPU busy with few sequences too, which one split of FlashAttention each does not.
+    decode = None if wanted == "varlen" else _triton(shape, block_size)
+    _logger.info(
+        "attention: decoding by %s, prompts by %s, blocks of %d tokens",
+        "triton" if decode else "varlen_attn" if varlen.decode else "gather",
+        "varlen_attn" if varlen.prefill else "gather",
+        block_size,
+    )
+    return Kernels(decode or varlen.decode, varlen.prefill), block_size
+
+
+def check_kernels(kernels: Kernels, block_size: int, shape: AttentionShape) -> None:
+    """Raises where they fail on a small batch, or attend to something else than is done without them."""
+    batch = probe_batch(block_size)
+    num_blocks = 1 + max(max(item.block_ids) for item in batch.scheduled)
+    sizes = (1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+    random = torch.Generator(shape.device).manual_seed(0)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=random, device=shape.device).to(shape.dtype)
+
+    heads = (shape.num_kv_heads, shape.head_dim)
+    query = normal(batch.num_tokens, shape.num_heads, shape.head_dim)
+    key, value = normal(batch.num_tokens, *heads), normal(batch.num_tokens, *heads)
+    outputs = []
+    for used in (NO_KERNELS, kernels):
+        cache = PagedKVCache(sizes, shape.dtype, shape.device, used)
+        random.manual_seed(1)
+        cache.keys.copy_(normal(*cache.keys.shape))
+        cache.values.copy_(normal(*cache.values.shape))
+        outputs.append(attend(cache, 0, StepLayout.of(batch, cache), query, key, value, shape.head_dim**-0.5).float())
+    expected, actual = outputs
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    if not error <= _TOLERANCE:  # so that NaN is found too
+        raise RuntimeError(f"it is off by {error:.1%}")
+
+
+def probe_batch(block_size: int) -> Batch:
+    """Two sequences that decode, a prompt that goes on, and one that begins; their blocks in no order."""
+    batch = Batch()
+    free = list(range(40))
+    for key, (start, num_tokens) in enumerate(((0, 1), (2 * block_size + 5, 1), (block_size + 3, 7), (0, 9))):
+        length = start + num_tokens
+        request = EngineRequest(key=key, prompt_ids=(0,) * length, params=SamplingParams(max_new_tokens=1))
+        sequence = Sequence.from_request(request, key, frozenset(), length + 1)
+        sequence.block_ids = array("i", [free.pop(-1 - index % 2) for index in range(-(-length // block_size))])
+        sequence.num_computed_tokens = start
+        batch.add(sequence, num_tokens)
+    batch.num_decodes = 2
+    return batch
+
+
+def _triton(shape: AttentionShape, block_size: int) -> DecodeKernel | None:
+    try:
+        from parleyd.engine.triton_decode import triton_decode
+
+        kernel = triton_decode(shape.max_context_tokens)
+        check_kernels(Kernels(decode=kernel), block_size, shape)
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        _logger.warning("no Triton kernel for decoding: %s", _first_line(error))
+        return None
+    return kernel
+
+
+def _varlen(shape: AttentionShape) -> tuple[Kernels, int]:
+    obstacle = varlen_obstacle(shape.dtype)
+    for block_size in () if obstacle else _VARLEN_BLOCK_SIZES:
+        try:
+            kernels = varlen_kernels()
+            check_kernels(kernels, block_size, shape)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            obstacle = _first_line(error)
+        else:
+            return kernels, block_size
+    _logger.warning("no varlen_attn over blocks: %s", obstacle)
+    return NO_KERNELS, BLOCK_SIZE
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

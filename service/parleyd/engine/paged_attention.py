@@ -1,0 +1,98 @@
+"""The parts of a step for kernels that read the KV cache's blocks where they lie. Chosen in kernels.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parleyd.engine.penalties import upload
+from parleyd.engine.request import Scheduled
+
+if TYPE_CHECKING:
+    from parleyd.engine.attention import PagedKVCache
+
+# (query, keys, values, block table, lengths, scale) -> attended. query: [rows, heads, head_dim], one token of each
+# sequence; keys, values: one layer's, [blocks, kv_heads, block_size, head_dim]; block table: [rows, blocks], int32;
+# lengths: [rows], int32, the token's own included.
+DecodeKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# The same for the last tokens of each sequence: (query, keys, values, block table, lengths, starts, most tokens of one,
+# scale). query: [tokens, heads, head_dim], end to end; starts: [sequences + 1], int32.
+PrefillKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+
+
+class Kernels(NamedTuple):
+    """What attends where there is something better than to gather the blocks; None where there is not."""
+
+    decode: DecodeKernel | None = None
+    prefill: PrefillKernel | None = None
+
+
+NO_KERNELS = Kernels()
+
+
+@dataclass(frozen=True)
+class PagedDecode:
+    """The first rows of the batch, one token each. `table`: `[rows, blocks]`, `lengths`: `[rows]`, both int32."""
+
+    table: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, scheduled: list[Scheduled], block_size: int, device: torch.device) -> PagedDecode:
+        lengths = np.array([item.start + 1 for item in scheduled], np.int32)
+        return cls(upload(block_table(scheduled, block_size), device), upload(lengths, device))
+
+    def attend(
+        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See Part."""
+        assert cache.kernels.decode is not None
+        query = query[: len(self.lengths)]
+        return cache.kernels.decode(query, cache.keys[layer], cache.values[layer], self.table, self.lengths, scale)
+
+
+@dataclass(frozen=True)
+class PagedPrefill:
+    """All rows from `row` on: stretches of prompts, each attending to its sequence up to its own end.
+
+    `table`: `[stretches, blocks]`, `lengths`: `[stretches]`, `starts`: `[stretches + 1]`, all int32.
+    """
+
+    row: int
+    table: Tensor
+    lengths: Tensor
+    starts: Tensor
+    max_tokens: int
+
+    @classmethod
+    def of(cls, scheduled: list[Scheduled], row: int, block_size: int, device: torch.device) -> PagedPrefill:
+        num_tokens = np.array([item.num_tokens for item in scheduled], np.int32)
+        lengths = np.array([item.start + item.num_tokens for item in scheduled], np.int32)
+        starts = np.concatenate(([0], num_tokens.cumsum())).astype(np.int32)
+        table = upload(block_table(scheduled, block_size), device)
+        return cls(row, table, upload(lengths, device), upload(starts, device), int(num_tokens.max()))
+
+    def attend(
+        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """See Part."""
+        assert cache.kernels.prefill is not None
+        keys, values = cache.keys[layer], cache.values[layer]
+        return cache.kernels.prefill(
+            query[self.row :], keys, values, self.table, self.lengths, self.starts, self.max_tokens, scale
+        )
+
+
+def block_table(scheduled: list[Scheduled], block_size: int) -> NDArray[np.int32]:
+    """`[rows, blocks]`: the blocks of each row up to its end, padded with block 0."""
+    num_blocks = [-(-(item.start + item.num_tokens) // block_size) for item in scheduled]
+    table = np.zeros((len(scheduled), max(num_blocks)), np.int32)
+    for row, (item, num_own) in enumerate(zip(scheduled, num_blocks, strict=True)):
+        table[row, :num_own] = item.block_ids[:num_own]
+    return table

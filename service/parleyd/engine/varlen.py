@@ -1,0 +1,61 @@
+"""Paged attention by `torch.nn.attention.varlen.varlen_attn` (FlashAttention), for prompts and for decoding alike."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from parleyd.engine.paged_attention import Kernels
+
+
+def varlen_obstacle(dtype: torch.dtype) -> str | None:
+    """Why this torch's varlen_attn is of no use to us, or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return "torch has no varlen_attn"
+    missing = {"block_table", "seqused_k", "num_splits"} - inspect.signature(varlen_attn).parameters.keys()
+    if missing:
+        return f"torch's varlen_attn has no {', '.join(sorted(missing))}"
+    return None if dtype in (torch.float16, torch.bfloat16) else f"FlashAttention does not do {dtype}"
+
+
+def varlen_kernels() -> Kernels:
+    """One split, so that what a sequence is given does not depend on the others' lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def prefill(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        max_tokens: int,
+        scale: float,
+    ) -> Tensor:
+        attended = varlen_attn(
+            query,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            starts,
+            None,
+            max_tokens,
+            table.shape[1] * keys.shape[2],
+            scale=scale,
+            window_size=(-1, 0),
+            enable_gqa=query.shape[1] != keys.shape[1],
+            seqused_k=lengths,
+            block_table=table,
+            num_splits=1,
+        )
+        assert isinstance(attended, Tensor)
+        return attended
+
+    def decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+        starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+        return prefill(query, keys, values, table, lengths, starts, 1, scale)
+
+    return Kernels(decode, prefill)

@@ -1,0 +1,169 @@
+"""Two steps in flight, and decode steps replayed from fixed buffers: `model.generate`'s own ids all the same."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+
+from parleyd.engine.cuda_graphs import Replay, graph_sizes
+from parleyd.engine.model_runner import Launched
+from parleyd.engine.sampler import Sampler, SamplingRow
+from parleyd.generation import Output
+from tests.support import torch_kernels
+from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
+
+
+class EagerCapture:
+    """Replays by running again, from the same buffers into the same output: CUDA graphs without CUDA."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Replay:
+        output = run().clone()
+
+        def replay() -> torch.Tensor:
+            self.num_replays += 1
+            return output.copy_(run())
+
+        return replay
+
+
+@pytest.mark.parametrize("limits", [{}, {"num_blocks": 40}, {"max_batch_tokens": 16}], ids=str)
+def test_with_a_step_launched_ahead_ids_are_those_of_model_generate(limits: dict[str, int]) -> None:
+    some = prompts(12, seed=1)
+    reference = make_model("Llama")
+    expected = [oracle(reference, prompt, 40) for prompt in some]
+    engine = make_engine(make_model("Llama"), lean=True, overlap=True, **{"context": 160, **limits})
+    ids = run(engine, *(request(key, prompt, max_new_tokens=40) for key, prompt in enumerate(some)))
+    assert [ids[key] for key in range(12)] == expected
+    if "num_blocks" in limits:
+        assert engine.stats().num_preemptions > 0
+    assert not engine._in_flight
+
+
+def test_with_a_step_launched_ahead_draws_and_penalties_are_the_same() -> None:
+    sampled = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.3, "max_new_tokens": 30}
+    some = [request(key, prompt, seed=key, **sampled) for key, prompt in enumerate(prompts(12, seed=2))]
+    model = make_model("Llama")
+    expected = run(make_engine(model), *some)
+    assert run(make_engine(model, overlap=True), *some) == expected
+    tight = make_engine(model, overlap=True, num_blocks=40, context=160)
+    assert run(tight, *some) == expected
+    assert tight.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma"])
+def test_replayed_decode_steps_give_the_ids_of_model_generate(family: str) -> None:
+    some = prompts(13, seed=5)
+    reference = make_model(family)
+    expected = [oracle(reference, prompt) for prompt in some]
+    capture = EagerCapture()
+    engine = make_engine(
+        make_model(family),
+        lean=family == "Llama",
+        max_running=12,
+        kernels=torch_kernels.KERNELS,
+        capture=capture,
+        overlap=True,
+    )
+    requests = [request(key, prompt) for key, prompt in enumerate(some)]
+    assert run(engine, requests[0])[0] == expected[0]
+    together = run(engine, *requests)
+    assert [together[key] for key in range(13)] == expected
+    assert capture.num_replays > 12
+
+
+def test_a_random_life_with_a_step_ahead_leaves_the_ledger_whole() -> None:
+    chance = random.Random(4)
+    engine = make_engine(
+        make_model("Llama", num_hidden_layers=1), overlap=True, num_blocks=60, eos=(), context=160,
+        kernels=torch_kernels.KERNELS, capture=EagerCapture(),
+    )  # fmt: skip
+    engine.submit(request(-1, (9,) * 5, max_new_tokens=150))
+    for key in range(300):
+        engine.submit(request(key, (chance.randrange(4, 90),) * chance.randrange(1, 30), max_new_tokens=50))
+        if chance.random() < 0.3:
+            engine.step()
+        engine.abort(chance.randrange(max(0, key - 10), key + 1))
+    for key in range(-1, 300):
+        engine.abort(key)
+    run(engine, request(5000, (7, 8), max_new_tokens=1))
+    engine._scheduler.check_integrity()
+
+
+def test_the_graphs_leave_few_rows_unused() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert graph_sizes(64)[-3:] == [48, 56, 64]
+
+
+def test_a_step_that_fails_behind_one_in_flight_fails_only_its_own_requests() -> None:
+    """The step of request 1 is in flight when that of 2, with 1 beside it, turns out to be impossible."""
+    engine = make_engine(make_model("Llama"), overlap=True, eos=())
+    engine.submit(request(1, (5,) * 20, max_new_tokens=30))
+    outputs: list[Output] = []
+    while not outputs:
+        outputs += engine.step()
+    assert len(engine._in_flight) == 1
+    engine.submit(request(2, (VOCAB_SIZE + 5,)))
+    engine.submit(request(3, (6,) * 20, max_new_tokens=3))
+    done: dict[int, Output] = {}
+    num_ids = len(outputs)
+    while done.keys() != {1, 2, 3}:
+        for output in engine.step():
+            num_ids += len(output.token_ids) if output.key == 1 else 0
+            if output.is_last:
+                done[output.key] = output
+    assert all(done[key].error for key in (1, 2, 3))  # one forward pass: they were all in it
+    assert num_ids == 2, "what was sampled before the failure is delivered"
+    expected = oracle(make_model("Llama"), (7, 8), 5)
+    assert run(engine, request(4, (7, 8), max_new_tokens=5))[4][: len(expected)] == expected
+    engine._scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("when", ["launch", "wait"])
+def test_a_broken_device_ends_the_engine_with_a_step_in_flight(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    engine = make_engine(make_model("Llama"), overlap=True, eos=())
+    engine.submit(request(1, (5,) * 20, max_new_tokens=30))
+    engine.step()
+    assert len(engine._in_flight) == 1
+
+    def broken(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(*((engine._runner, "launch") if when == "launch" else (Launched, "wait")), broken)
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+def test_on_cuda_the_sampler_asks_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values, which say that they are CUDA's: whatever needs a value on the host raises."""
+    params = [
+        {}, {"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
+        {"do_sample": True, "repetition_penalty": 1.2, "min_new_tokens": 3, "logprobs": True, "top_logprobs": 5},
+    ]  # fmt: skip
+    some = [request(key, (5,) * 10, **one).params for key, one in enumerate(params)]
+
+    def upload(numbers: Any, device: torch.device) -> torch.Tensor:
+        return torch.empty(numbers.shape, dtype=torch.from_numpy(numbers).dtype)
+
+    def sample() -> None:
+        sampler = Sampler(1000, (3,), torch.device("cpu"))
+        for position in range(3):
+            rows = [SamplingRow(key, one, array("i", [5] * 10), 10, position) for key, one in enumerate(some)]
+            assert sampler.sample(torch.empty(4, 1000), sampler.prepare(rows))[0].shape == (4,)
+
+    monkeypatch.setattr("parleyd.engine.sampler.upload", upload)
+    monkeypatch.setattr("parleyd.engine.penalties.upload", upload)
+    with FakeTensorMode():
+        with pytest.raises(DataDependentOutputException):  # as on a CPU, where looking costs nothing
+            sample()
+        monkeypatch.setattr(FakeTensor, "is_cuda", property(lambda _: True), raising=False)
+        sample()
