@@ -36,7 +36,7 @@ from parley_client.errors import (
 )
 from parley_client.health import HealthStatus
 from parley_client.logprobs import TokenLogprob, TopLogprob
-from parley_client.messages import Message, Role, ToolCall, assistant, system, tool, user
+from parley_client.messages import AnyTool, Message, Role, Tool, ToolCall, assistant, system, tool, user
 from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions, GenerationOptions
 from parley_client.piece import Piece
@@ -45,6 +45,7 @@ from parley_client.request import AnyMessage, chat_request
 
 __all__ = [
     "AnyMessage",
+    "AnyTool",
     "AsyncClient",
     "AsyncStream",
     "BatchResult",
@@ -76,6 +77,7 @@ __all__ = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
     "TopLogprob",
     "Unauthenticated",

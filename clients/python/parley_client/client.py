@@ -11,13 +11,14 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
+from parley.v1 import chat_pb2, chat_pb2_grpc
 from parley_client import request, status
 from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
 from parley_client.errors import Cancelled
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
+from parley_client.messages import AnyTool
 from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions
 from parley_client.piece import Piece
@@ -139,7 +140,7 @@ class Client:
         messages: Iterable[AnyMessage],
         *,
         model: str | None = None,
-        tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None = None,
+        tools: Sequence[AnyTool] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
         timeout: float | None = None,

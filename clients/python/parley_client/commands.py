@@ -16,6 +16,8 @@ from parley_client.health import HealthStatus
 from parley_client.messages import Message, system, user
 from parley_client.options import ChatOptions
 
+_DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
+
 
 def generate(args: Namespace) -> int:
     """`parley generate PROMPT`: the answer's text as it is made, or the whole answer as JSON."""
@@ -89,13 +91,23 @@ def chat_options(args: Namespace) -> ChatOptions:
 
 
 def print_pieces(stream: Stream) -> None:
-    """Prints the text as it is made, and a line's end however it ends, so that an error's line stands alone."""
+    """Prints the text as it is made, and a line's end however it ends, so that an error's line stands alone.
+
+    A terminal shows the model's reasoning too, dimmed, before the answer.
+    """
+    shows_reasoning, was_reasoning = sys.stdout.isatty(), False
     try:
         with stream:
             for piece in stream:
+                if shows_reasoning and piece.reasoning_content:
+                    print(_DIM + piece.reasoning_content, end=_NOT_DIM, flush=True)
+                    was_reasoning = True
+                if was_reasoning and piece.content:
+                    print(end="\n\n")
+                    was_reasoning = False
                 print(piece, end="", flush=True)
     except BaseException:
-        if stream.reply.content:
+        if stream.reply.content or was_reasoning:
             print(flush=True)
         raise
     print(flush=True)

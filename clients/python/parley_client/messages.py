@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, TypeAlias
 
 from parley.v1 import message_pb2
 from parley_client.encoding import set_field
@@ -26,6 +28,29 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+    def parse_arguments(self) -> dict[str, Any]:
+        """The arguments by name, not checked against the tool's schema.
+
+        Raises:
+            ValueError: they are incomplete, because the answer was cut off.
+        """
+        arguments: dict[str, Any] = json.loads(self.arguments)
+        return arguments
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may ask for. `parameters` is the JSON Schema of its arguments; None: it has none."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | str | None = None
+
+
+AnyTool: TypeAlias = Tool | Mapping[str, Any] | message_pb2.Tool
+"""What describes a tool: a Tool, a dict with its fields or with these inside {"type": "function", "function": ...}, or
+a protobuf message."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from parley.v1 import generation_pb2, message_pb2
+from parley_client.messages import AnyTool
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -41,9 +42,9 @@ class ChatOptions(GenerationOptions, total=False):
 
     # The served model's name; default: whatever is served.
     model: str | None
-    # Tools the model may call: {"name", "description", "parameters"} with the JSON Schema as a dict or as JSON text,
-    # the same inside {"type": "function", "function": ...}, or protobuf messages.
-    tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None
+    # Tools the model may call: `Tool`s, or {"name", "description", "parameters"} with the JSON Schema as a dict or as
+    # JSON text, the same inside {"type": "function", "function": ...}, or protobuf messages.
+    tools: Sequence[AnyTool] | None
     # "auto", "none", "required", or the name of the tool to call.
     tool_choice: str | message_pb2.ToolChoice | None
     # "text", "json_object", or one of {"json_schema": dict or JSON text}, {"regex": str}, {"grammar": GBNF text},

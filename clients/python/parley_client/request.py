@@ -12,7 +12,7 @@ from google.protobuf.message import Message as ProtoMessage
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parley_client.encoding import extend_field, join, set_field, update_field
 from parley_client.errors import InvalidRequest
-from parley_client.messages import Message
+from parley_client.messages import AnyTool, Message, Tool
 from parley_client.options import ChatOptions, GenerationOptions
 from parley_client.reply import Reply
 
@@ -81,7 +81,7 @@ def generate_batch(
 def count_tokens(
     messages: Iterable[AnyMessage],
     model: str | None,
-    tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None,
+    tools: Sequence[AnyTool] | None,
     chat_template_kwargs: Mapping[str, Any] | None,
     continue_final_message: bool | None,
 ) -> chat_pb2.CountTokensRequest:
@@ -102,7 +102,7 @@ def _set_prompt(
     request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest,
     messages: Iterable[AnyMessage],
     model: str | None,
-    tools: Sequence[Mapping[str, Any] | message_pb2.Tool] | None,
+    tools: Sequence[AnyTool] | None,
     chat_template_kwargs: Mapping[str, Any] | None,
     continue_final_message: bool | None,
 ) -> None:
@@ -142,9 +142,11 @@ def _set_config(config: generation_pb2.GenerationConfig, options: Mapping[str, A
             set_field(config, name, value, path)
 
 
-def _to_tool(tool: Mapping[str, Any] | message_pb2.Tool, path: str) -> message_pb2.Tool:
+def _to_tool(tool: AnyTool, path: str) -> message_pb2.Tool:
     if isinstance(tool, message_pb2.Tool):
         return tool
+    if isinstance(tool, Tool):
+        tool = {name: value for name, value in vars(tool).items() if value is not None}
     fields = tool
     if tool.get("type") == "function" and isinstance(tool.get("function"), Mapping):
         fields, path = tool["function"], join(path, "function")

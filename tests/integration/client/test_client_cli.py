@@ -53,6 +53,18 @@ def test_generate_prints_the_text(server, capsys):
     assert sent == [(message_pb2.ROLE_SYSTEM, "Be kind."), (message_pb2.ROLE_USER, "Hi")]
 
 
+@pytest.mark.parametrize(("is_terminal", "output"), [(True, "\x1b[2mHm\x1b[22m\n\nHello\n"), (False, "Hello\n")])
+def test_a_terminal_shows_reasoning_dimmed(server, capsys, monkeypatch, is_terminal, output):
+    def answer(request, context):
+        yield chat_pb2.GenerateStreamResponse(reasoning_content="Hm")
+        yield chat_pb2.GenerateStreamResponse(content="Hello", finish_reason=generation_pb2.FINISH_REASON_STOP)
+
+    server.script["GenerateStream"] = answer
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    assert main(["generate", "Hi"]) == 0
+    assert capsys.readouterr().out == output
+
+
 def test_generate_streams_the_text_as_it_is_made(server, parley):
     go_on = threading.Event()
 

@@ -52,3 +52,9 @@ def test_lone_surrogates_are_refused_with_the_field(message, field):
         _ = message.proto
     assert [violation.field for violation in caught.value.violations] == [field]
     assert caught.value.reason == "INVALID_REQUEST"
+
+
+def test_a_calls_arguments_are_an_object_unless_it_was_cut_off():
+    assert ToolCall("call-0", "weather", '{"city": "Bern"}').parse_arguments() == {"city": "Bern"}
+    with pytest.raises(ValueError, match="Unterminated"):
+        ToolCall("call-0", "weather", '{"city": "Be').parse_arguments()

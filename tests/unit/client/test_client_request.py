@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from parley_client import ChatOptions, GenerationOptions, InvalidRequest, Reply, assistant, request, user
+from parley_client import ChatOptions, GenerationOptions, InvalidRequest, Reply, Tool, assistant, request, user
 
 QUESTION = [user("Hi")]
 
@@ -99,6 +99,7 @@ WEATHER = {"name": "weather", "description": "Tells it.", "parameters": {"type":
     "tool",
     [
         WEATHER,
+        Tool(**WEATHER),
         {**WEATHER, "parameters": '{"type": "object"}'},
         {"type": "function", "function": WEATHER},
         message_pb2.Tool(name="weather", description="Tells it.", parameters='{"type": "object"}'),
@@ -108,6 +109,7 @@ def test_tools_may_be_written_in_the_usual_ways(tool):
     expected = message_pb2.Tool(name="weather", description="Tells it.", parameters='{"type": "object"}')
     assert list(build(tools=[tool]).tools) == [expected]
     assert list(request.count_tokens(QUESTION, None, [tool], None, None).tools) == [expected]
+    assert list(build(tools=[Tool("now")]).tools) == [message_pb2.Tool(name="now")]
 
 
 @pytest.mark.parametrize(
