@@ -58,10 +58,10 @@ class Server:
 
     def pause(self) -> None:
         """Takes its processes off the cores, whatever they do while idle, until `resume`."""
-        os.killpg(self.pid, signal.SIGSTOP)
+        _signal(self.process, signal.SIGSTOP)
 
     def resume(self) -> None:
-        os.killpg(self.pid, signal.SIGCONT)
+        _signal(self.process, signal.SIGCONT)
 
 
 def end_with_servers() -> None:

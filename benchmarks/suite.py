@@ -77,7 +77,7 @@ class Suite:
         for name, estimate_s, step in self.steps:
             if only and name not in only:
                 continue
-            left_s = self._size.time_limit_s - (time.monotonic() - self._started)
+            left_s = self._left_s()
             print(f"## {name}: about {estimate_s * self._size.scale:.0f} s; {left_s:.0f} s left", flush=True)
             started = time.monotonic()
             if left_s < estimate_s * self._size.scale and not only:
@@ -86,6 +86,9 @@ class Suite:
                 self._attempt(name, step)
             self.rows.append({"step": name, "took_s": round(time.monotonic() - started, 1)})
             self._write()
+
+    def _left_s(self) -> float:
+        return self._size.time_limit_s - (time.monotonic() - self._started)
 
     def _attempt(self, name: str, step: Callable[[], list[Row]]) -> None:
         try:
@@ -98,24 +101,22 @@ class Suite:
         self.rows += rows
 
     def _throughput(self) -> list[Row]:
-        rows: list[Row] = []
         with ExitStack() as stack:
             servers = [stack.enter_context(serving(_quiet(serve), name)) for name, serve in SERVERS.items()]
             for name in self._size.peers:
                 try:
                     servers.append(stack.enter_context(serving_peer(name, self._peers)))
                 except Exception as error:
-                    rows.append({"server": name, "failed": str(error)})
-                    continue
+                    self.rows.append({"server": name, "failed": str(error)})
             for server in servers:
                 mib = round(server.memory_bytes() / 2**20)
-                rows.append({"server": server.name, "start_s": round(server.start_s, 1), "idle_mib": mib})
+                self.rows.append({"server": server.name, "start_s": round(server.start_s, 1), "idle_mib": mib})
             for concurrency, limit_s in self._size.limits_s.items():
-                rows += self._compare(servers, "fixed", concurrency, limit_s)
+                self._compare(servers, "fixed", concurrency, limit_s)
             if self._size.mixed:
-                rows += self._compare(servers, "mixed", 16, 120.0)
-                rows += self._compare(servers, "mixed", 64, 120.0, arrivals_per_s=2.0)
-        return rows
+                self._compare(servers, "mixed", 16, 120.0)
+                self._compare(servers, "mixed", 64, 120.0, arrivals_per_s=2.0)
+        return []
 
     def _compare(
         self,
@@ -124,8 +125,11 @@ class Suite:
         concurrency: int,
         limit_s: float,
         arrivals_per_s: float | None = None,
-    ) -> list[Row]:
-        return compare(
+    ) -> None:
+        if self._left_s() < limit_s * len(servers) * self._size.rounds:
+            self.rows.append({"step": f"{workload}, {concurrency} streams", "failed": "no time was left"})
+            return
+        self.rows += compare(
             servers,
             workload,
             concurrency,
