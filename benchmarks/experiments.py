@@ -128,6 +128,7 @@ async def _queue_cost(target: str, window_s: float, streams: int, num_queued: in
         async with _connected(target) as queueing:
             waiting = workload.fixed(_SEED + 1, num_queued, 8)
             queued_tasks = [asyncio.create_task(_wait(queueing, request)) for request in waiting]
+            await asyncio.sleep(0)  # has them all sent
             await queueing.prompt_tokens(waiting[0])  # answered after all prompts before it
             seconds = time.perf_counter() - started
             queued = await _rate(running, window_s)
