@@ -57,25 +57,40 @@ class CudaCapture:
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What the graphs read: the inputs of up to as many rows as the largest has."""
+    """What the graphs read: the inputs of up to as many rows as the largest has, at first all of them nobody's."""
 
     input_ids: Tensor  # [rows]
     positions: Tensor  # [rows]
-    slots: Tensor  # [rows * kv_heads]
+    slots: Tensor  # [rows, kv_heads]
     table: Tensor  # [rows, blocks of a full context], int32
     lengths: Tensor  # [rows], int32
-    rows: Tensor  # [rows]: 0, 1, ...
-    nobody_slots: Tensor  # [rows * kv_heads]
+    nobody_slots: Tensor  # [kv_heads]
+    nobody_block: int
 
     @classmethod
     def of(cls, cache: PagedKVCache, num_rows: int, max_context_tokens: int) -> _Buffers:
         device, scratch = cache.device, cache.num_blocks
-        slots = upload(head_slots(np.full(num_rows, scratch * cache.block_size, np.int64), cache), device)
+        slots = upload(head_slots(np.array([scratch * cache.block_size]), cache), device)
         ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        table = torch.full((num_rows, -(-max_context_tokens // cache.block_size)), scratch, dtype=torch.int32)
+        num_blocks = -(-max_context_tokens // cache.block_size)
+        table = torch.full((num_rows, num_blocks), scratch, dtype=torch.int32, device=device)
         lengths = torch.ones(num_rows, dtype=torch.int32, device=device)
-        rows = torch.arange(num_rows, device=device)
-        return cls(ids, ids.clone(), slots, table.to(device), lengths, rows, slots.clone())
+        return cls(ids, ids.clone(), slots.repeat(num_rows, 1), table, lengths, slots, scratch)
+
+    def load(self, input_ids: Tensor, positions: Tensor, slots: Tensor, decode: PagedDecode, size: int) -> None:
+        """A step's rows, and nobody's from there to `size`."""
+        num_rows = len(input_ids)
+        self.input_ids[:num_rows].copy_(input_ids)
+        self.positions[:num_rows].copy_(positions)
+        self.slots[:num_rows].copy_(slots.view(num_rows, -1))
+        self.table[:num_rows, : decode.table.shape[1]].copy_(decode.table)
+        self.lengths[:num_rows].copy_(decode.lengths)
+        padding = slice(num_rows, size)
+        self.input_ids[padding].zero_()
+        self.positions[padding].zero_()
+        self.slots[padding].copy_(self.nobody_slots)
+        self.table[padding, 0].fill_(self.nobody_block)
+        self.lengths[padding].fill_(1)
 
 
 class GraphedForward:
@@ -92,9 +107,8 @@ class GraphedForward:
     ) -> None:
         """Captures all graphs. Raises what capturing raises."""
         self._forward = forward
-        self._num_kv_heads = cache.num_kv_heads
-        self._scratch_block = cache.num_blocks
         self._buffers = _Buffers.of(cache, max_rows, max_context_tokens)
+        self._rows = torch.arange(max_rows, device=cache.device)
         self._sizes = graph_sizes(max_rows)
         self._replays: dict[int, Replay] = {}
         started = time.monotonic()
@@ -111,34 +125,15 @@ class GraphedForward:
         size = next((size for size in self._sizes if size >= num_rows), None)
         if size is None or len(layout.parts) > 1 or not isinstance(decode, PagedDecode):
             return self._forward(input_ids, positions, layout, sample_rows)
-        self._fill(self._buffers, num_rows, input_ids, positions, layout.slots, decode)
-        self._pad(self._buffers, num_rows, size)
+        self._buffers.load(input_ids, positions, layout.slots, decode, size)
         return self._replays[size]()[:num_rows]
-
-    def _fill(
-        self, into: _Buffers, num_rows: int, input_ids: Tensor, positions: Tensor, slots: Tensor, decode: PagedDecode
-    ) -> None:
-        into.input_ids[:num_rows].copy_(input_ids)
-        into.positions[:num_rows].copy_(positions)
-        into.slots[: len(slots)].copy_(slots)
-        into.table[:num_rows, : decode.table.shape[1]].copy_(decode.table)
-        into.lengths[:num_rows].copy_(decode.lengths)
-
-    def _pad(self, into: _Buffers, num_rows: int, size: int) -> None:
-        slots = slice(num_rows * self._num_kv_heads, size * self._num_kv_heads)
-        into.input_ids[num_rows:size].zero_()
-        into.positions[num_rows:size].zero_()
-        into.slots[slots].copy_(into.nobody_slots[slots])
-        into.table[num_rows:size, 0].fill_(self._scratch_block)
-        into.lengths[num_rows:size].fill_(1)
 
     @torch.inference_mode()
     def _run(self, size: int) -> Tensor:
         buffers = self._buffers
-        layout = StepLayout(
-            buffers.slots[: size * self._num_kv_heads], (PagedDecode(buffers.table[:size], buffers.lengths[:size]),)
-        )
-        return self._forward(buffers.input_ids[:size], buffers.positions[:size], layout, buffers.rows[:size])
+        decode = PagedDecode(buffers.table[:size], buffers.lengths[:size])
+        layout = StepLayout(buffers.slots[:size].view(-1), (decode,))
+        return self._forward(buffers.input_ids[:size], buffers.positions[:size], layout, self._rows[:size])
 
 
 def graph_sizes(max_rows: int) -> list[int]:

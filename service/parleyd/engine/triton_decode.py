@@ -30,7 +30,6 @@ def triton_decode(max_context_tokens: int) -> DecodeKernel:
         if query.stride()[1:] != (head_dim, 1):
             query = query.contiguous()
         group = num_heads // num_kv_heads
-        padded_dim = triton.next_power_of_2(head_dim)
         # Of each split: what it attends to, and the logarithm of its weights' sum.
         partial = query.new_empty((num_rows, num_heads, num_splits, head_dim), dtype=torch.float32)
         weights = query.new_empty((num_rows, num_heads, num_splits), dtype=torch.float32)
@@ -38,16 +37,22 @@ def triton_decode(max_context_tokens: int) -> DecodeKernel:
         _attend_split[(num_rows, num_kv_heads, num_splits)](
             query, keys, values, table, lengths, partial, weights, scale,
             query.stride(0), keys.stride(0), keys.stride(1), keys.stride(2), table.stride(0),
-            NUM_HEADS=num_heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
-            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_SIZE=block_size, SPLIT=split_tokens, TILE=_TILE_TOKENS,
+            NUM_HEADS=num_heads, GROUP=group, PADDED_GROUP=_padded(group),
+            HEAD_DIM=head_dim, PADDED_DIM=_padded(head_dim),
+            BLOCK_SIZE=block_size, SPLIT=split_tokens, TILE=_TILE_TOKENS,
         )  # fmt: skip
         _combine_splits[(num_rows, num_heads)](
             partial, weights, lengths, attended,
-            NUM_SPLITS=num_splits, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, SPLIT=split_tokens,
+            NUM_SPLITS=num_splits, HEAD_DIM=head_dim, PADDED_DIM=_padded(head_dim), SPLIT=split_tokens,
         )  # fmt: skip
         return attended
 
     return attend
+
+
+def _padded(size: int) -> int:
+    """What a matrix product takes."""
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 @triton.jit

@@ -16,9 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from parleyd.engine import triton_decode
 
-dtype, pointers = sys.argv[1], {"lengths": "*i32", "table": "*i32", "partial": "*fp32", "weights": "*fp32"}
-sizes = {"NUM_HEADS": 28, "GROUP": 7, "PADDED_GROUP": 16, "HEAD_DIM": 128, "PADDED_DIM": 128, "BLOCK_SIZE": 32,
-         "SPLIT": 256, "TILE": 64, "NUM_SPLITS": 32}
+dtype, group, dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+pointers = {"lengths": "*i32", "table": "*i32", "partial": "*fp32", "weights": "*fp32"}
+sizes = {"NUM_HEADS": 4 * group, "GROUP": group, "PADDED_GROUP": triton_decode._padded(group), "HEAD_DIM": dim,
+         "PADDED_DIM": triton_decode._padded(dim), "BLOCK_SIZE": 32, "SPLIT": 256, "TILE": 64, "NUM_SPLITS": 32}
 for kernel in (triton_decode._attend_split, triton_decode._combine_splits):
     types = {name: "constexpr" if name.isupper() else "fp32" if name == "scale" else "i32" if "stride" in name
              else pointers.get(name, "*" + dtype) for name in kernel.arg_names}
@@ -28,11 +29,11 @@ for kernel in (triton_decode._attend_split, triton_decode._combine_splits):
 """
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_decode_kernels_compile_for_hopper(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "group", "dim"), [("bf16", 7, 128), ("bf16", 1, 80), ("fp32", 2, 8)])
+def test_the_decode_kernels_compile_for_hopper(dtype: str, group: int, dim: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", SCRIPT, dtype]
+    command = [sys.executable, "-c", SCRIPT, dtype, str(group), str(dim)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     (name, size, has_mma), (other_name, other_size, _) = map(str.split, result.stdout.splitlines())
