@@ -87,7 +87,7 @@ test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
 ##### checks
 
 .PHONY: verify
-verify: verify-format verify-lint verify-types verify-layers verify-protos verify-docs ## run all checks
+verify: verify-format verify-lint verify-types verify-layers verify-security verify-protos verify-docs ## run all checks
 
 .PHONY: verify-format
 verify-format: $(INSTALLED) ## check the code's format
@@ -104,6 +104,16 @@ verify-types: $(INSTALLED) ## check the types of our packages
 .PHONY: verify-layers
 verify-layers: $(INSTALLED) ## check who imports whom
 	@$(BIN)/python tools/verify_layers.py
+
+.PHONY: verify-security
+verify-security: $(INSTALLED) ## check for known kinds of holes
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive clients/python service
+
+.PHONY: audit
+audit: $(INSTALLED) ## ask the package index for known holes in the installed versions
+	@$(BIN)/python -m venv .venv/audit
+	@.venv/audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit
+	@.venv/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(ARGS)
 
 .PHONY: verify-protos
 verify-protos: $(INSTALLED) $(PROTOC)/.installed ## check the protos' style, compatibility and stubs

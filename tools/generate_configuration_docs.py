@@ -11,8 +11,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from parleyd.cli import flag_of, variable_of
-from parleyd.config import ModelSettings, ServerSettings
+from parleyd.cli import BOOLEANS, flag_of, variable_of
+from parleyd.config import ModelSettings, SecuritySettings, ServerSettings
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -24,7 +24,7 @@ HEAD = """\
 Every setting of `parleyd serve` is a flag and an environment variable; the flag wins. A bad or unknown flag, or a bad
 value of a variable, stops the start with its name and what is allowed.
 """
-SECTIONS = (("Model", ModelSettings), ("Server", ServerSettings))
+SECTIONS = (("Model", ModelSettings), ("Server", ServerSettings), ("Security", SecuritySettings))
 
 
 def render() -> str:
@@ -53,7 +53,7 @@ def _sentence(settings: type[Any]) -> str:
 
 def _flag(option: Field[Any], hint: Any) -> str:
     flag = flag_of(option.name)
-    return f"`{flag}`, `--no-{flag.removeprefix('--')}`" if hint is bool else f"`{flag}`"
+    return f"`{flag}`, `--no-{flag.removeprefix('--')}`" if hint in BOOLEANS else f"`{flag}`"
 
 
 def _default(option: Field[Any]) -> str:
@@ -64,7 +64,7 @@ def _default(option: Field[Any]) -> str:
 
 def _allowed(option: Field[Any], hint: Any) -> str:
     about = option.metadata
-    if hint is bool:
+    if hint in BOOLEANS:
         return "`true`, `false`"
     if about["choices"]:
         return ", ".join(f"`{choice}`" for choice in about["choices"])

@@ -53,6 +53,7 @@ ROOMS = (
         ("parleyd.telemetry",),
         imports=("prometheus_client", "opentelemetry", "pythonjsonlogger", *SETTINGS),
     ),
+    Room(("parleyd.security",), imports=("cryptography", "grpc", "jwt", "msgspec", *SETTINGS)),
     Room(("parleyd.text",), imports=("tokenizers", "jinja2", "regex", "transformers.utils", *SETTINGS)),
     Room(
         (
@@ -76,12 +77,16 @@ ROOMS = (
             "grpc_reflection",
             "xds",
             "parleyd.ipc",
+            "parleyd.security",
             "parleyd.telemetry",
             "parleyd.text",
             *SETTINGS,
         ),
     ),
-    Room(("parleyd", "parleyd.cli", "parleyd.__main__"), imports=("parleyd.gateway", "parleyd.telemetry", *SETTINGS)),
+    Room(
+        ("parleyd", "parleyd.cli", "parleyd.__main__"),
+        imports=("parleyd.gateway", "parleyd.security", "parleyd.telemetry", *SETTINGS),
+    ),
 )
 
 # What a process is told from outside is read in one place, so that everything else can be tested without it.

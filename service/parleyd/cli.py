@@ -14,12 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from parleyd.config import ModelSettings, ServerSettings, Settings
+from parleyd.config import ModelSettings, SecuritySettings, ServerSettings, Settings
 from parleyd.errors import StartupError
 
+BOOLEANS: tuple[Any, ...] = (bool, bool | None)
 _NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
-# Kubernetes gives every pod such variables of a service that is named "parley"; PARLEY_TARGET is the client's.
-_OTHERS_VARIABLE = re.compile(r"PARLEY_(TARGET$|SERVICE_|PORT_)")
+# The client's, and those that Kubernetes gives every pod of a service that is named "parley".
+_OTHERS_VARIABLE = re.compile(r"PARLEY_(TARGET$|API_KEY$|TLS_CA$|CLIENT_CERT$|CLIENT_KEY$|SERVICE_|PORT_)")
 _SERVICE_LINK = "tcp://"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -27,8 +28,14 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Exit code: 0 after a clean shutdown, 1 if the service could not run, 2 for usage."""
     arguments = vars(build_parser(os.environ).parse_args(argv))
+    if arguments["command"] == "keys":
+        return _new_key(arguments["name"])
     arguments["cache"] = arguments["cache"] or _default_cache_dir(os.environ)
-    settings = Settings(server=_pick(ServerSettings, arguments), model=_pick(ModelSettings, arguments))
+    settings = Settings(
+        server=_pick(ServerSettings, arguments),
+        security=_pick(SecuritySettings, arguments),
+        model=_pick(ModelSettings, arguments),
+    )
     try:
         _run(settings)
     except StartupError as error:
@@ -51,8 +58,16 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         "whether the model is loaded is the health service's to tell.",
         epilog="Every flag can also be given as an environment variable: --max-queue as PARLEY_MAX_QUEUE.",
     )
+    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
+    new = keys.add_parser(
+        "new",
+        help="make an API key",
+        description="Makes an API key. Prints what the file of --api-keys must hold on stdout and the key, which is "
+        "shown this once, on stderr: `parleyd keys new --name billing >> keys.toml`.",
+    )
+    new.add_argument("--name", required=True, type=_parse_name, metavar="NAME", help="whose key it is")
     known: set[str] = set()
-    for title, settings in (("model", ModelSettings), ("server", ServerSettings)):
+    for title, settings in (("model", ModelSettings), ("server", ServerSettings), ("security", SecuritySettings)):
         group = serve.add_argument_group(title)
         for option in fields(settings):
             _add_option(group, serve, option, get_type_hints(settings)[option.name], environ)
@@ -76,7 +91,7 @@ def _add_option(
         except argparse.ArgumentTypeError as error:
             parser.error(f"environment variable {variable}: {error}")
     text = about["help"].replace("%", "%%") + ("" if default is None else f" (default: {default})")
-    if hint is bool:
+    if hint in BOOLEANS:
         group.add_argument(flag, dest=option.name, action=argparse.BooleanOptionalAction, default=default, help=text)
     else:
         metavar = "|".join(about["choices"]) if about["choices"] else about["metavar"] or "N"
@@ -95,7 +110,7 @@ def variable_of(name: str) -> str:
 
 def _parser_of(hint: Any, about: dict[str, Any]) -> Any:
     """A function from text to the option's value, which raises ArgumentTypeError with the allowed range."""
-    if hint is bool:
+    if hint in BOOLEANS:
         return _parse_bool
     if (kind := _NUMBERS.get(hint)) is not None:
         return lambda text: _parse_number(text, kind, about["minimum"], about["maximum"])
@@ -127,6 +142,21 @@ def _parse_choice(text: str, choices: Sequence[str]) -> str:
     if text not in choices:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
     return text
+
+
+def _parse_name(text: str) -> str:
+    if not re.fullmatch(r"[\w.@:/-]{1,256}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 256 letters, digits, and any of . _ @ : / -")
+    return text
+
+
+def _new_key(name: str) -> int:
+    from parleyd.security.api_keys import entry_for, new_key
+
+    key = new_key()
+    print(entry_for(name, key), flush=True)
+    print(key, file=sys.stderr)
+    return 0
 
 
 def _pick(settings: type[Any], arguments: dict[str, Any]) -> Any:

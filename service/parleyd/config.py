@@ -138,10 +138,46 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecuritySettings:
+    """Who may connect and call: see security.md. Files are read again when they change."""
+
+    tls_cert: str | None = _option(
+        None, "PEM file with the server's certificate and those between it and its authority.", metavar="FILE"
+    )
+    tls_key: str | None = _option(None, "PEM file with that certificate's private key.", metavar="FILE")
+    tls_client_ca: str | None = _option(
+        None, "PEM file with authorities; every client must then show a certificate of theirs.", metavar="FILE"
+    )
+    api_keys: str | None = _option(
+        None, "TOML file with the hashes of API keys; every call must then carry one.", metavar="FILE"
+    )
+    jwks: str | None = _option(
+        None, "JSON Web Key Set; every call must then carry a token signed by one, or an API key.", metavar="FILE"
+    )
+    jwt_issuer: str | None = _option(None, "The issuer that tokens must name.", metavar="ISSUER")
+    jwt_audience: str | None = _option(None, "The audience that tokens must name.", metavar="AUDIENCE")
+    max_open_calls: int | None = _option(
+        None, "Most calls that one client may have open. Default: no limit but the server's.", minimum=1
+    )
+    requests_per_minute: int | None = _option(
+        None, "Most requests that one client may make in a minute. Default: no limit.", minimum=1
+    )
+    allow_priorities: bool = _option(
+        False,
+        "Let every client set a priority. Without credentials asked for, all may; with them, API keys that say so.",
+    )
+    reflection: bool | None = _option(
+        None, "Describe the service to those who ask. Default: only where no credentials are asked for."
+    )
+    insecure: bool = _option(False, "Listen in plain text even where others can reach the port.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All of `parleyd serve`."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
+    security: SecuritySettings = field(default_factory=SecuritySettings)
     model: ModelSettings = field(default_factory=ModelSettings)
 
     @property

@@ -18,6 +18,8 @@ class Reason(Enum):
     DRAINING = "DRAINING"
     WORKER_LOST = "WORKER_LOST"
     UNSUPPORTED = "UNSUPPORTED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     INTERNAL = "INTERNAL"
 
 
@@ -99,6 +101,30 @@ class QueueFull(ParleyError):
     def __init__(self, waiting: int, retry_after_s: float) -> None:
         super().__init__(f"no room for more: {waiting} requests are here already; try again in {retry_after_s:.1f} s")
         self.retry_after_s = retry_after_s
+
+
+class ClientLimit(QueueFull):
+    """One client has reached a limit of its own."""
+
+    def __init__(self, what: str, retry_after_s: float) -> None:
+        ParleyError.__init__(self, f"{what}; try again in {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(ParleyError):
+    """No credentials, or wrong ones. `why` is for the log alone: a client is not told which part failed."""
+
+    reason = Reason.UNAUTHENTICATED
+
+    def __init__(self, why: str) -> None:
+        super().__init__("no credentials, or wrong ones")
+        self.why = why
+
+
+class PermissionDenied(ParleyError):
+    """The client is known, and may not do this."""
+
+    reason = Reason.PERMISSION_DENIED
 
 
 class DeadlineExceeded(ParleyError):

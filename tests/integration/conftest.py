@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
@@ -41,9 +42,17 @@ def start_gateway(tokenizer_folder: Path) -> Iterator[StartGateway]:
     with ExitStack() as stack:
 
         def start(
-            *, worker: tuple[str, ...] = (), folder: Path = tokenizer_folder, wait_ready: bool = True, **settings: Any
+            *,
+            worker: tuple[str, ...] = (),
+            folder: Path = tokenizer_folder,
+            wait_ready: bool = True,
+            credentials: grpc.ChannelCredentials | None = None,
+            **settings: Any,
         ) -> GatewayThread:
             command = scripted_command(folder, *worker)
-            return stack.enter_context(GatewayThread(scripted_settings(**settings), command, wait_ready=wait_ready))
+            gateway = GatewayThread(
+                scripted_settings(**settings), command, wait_ready=wait_ready, credentials=credentials
+            )
+            return stack.enter_context(gateway)
 
         yield start

@@ -11,9 +11,11 @@ import pytest
 
 from parley.v1 import chat_pb2, chat_pb2_grpc, errors_pb2
 from parleyd import errors
+from parleyd.config import SecuritySettings
 from parleyd.errors import ParleyError, Reason, Violation
 from parleyd.rpc.interceptors import CallInterceptor
 from parleyd.rpc.status import CODES
+from parleyd.security.guard import Guard
 from tests.support.requests import ask, error_info_of, reason_of, retry_delay_of, violated_fields
 
 EXAMPLES: dict[type[ParleyError], ParleyError] = {
@@ -22,6 +24,9 @@ EXAMPLES: dict[type[ParleyError], ParleyError] = {
     errors.ModelNotFound: errors.ModelNotFound("x", ["y"]),
     errors.Unsupported: errors.Unsupported("tools", "no"),
     errors.QueueFull: errors.QueueFull(3, 1.5),
+    errors.ClientLimit: errors.ClientLimit("enough", 2.5),
+    errors.Unauthenticated: errors.Unauthenticated("secret"),
+    errors.PermissionDenied: errors.PermissionDenied("no"),
     errors.DeadlineExceeded: errors.DeadlineExceeded(),
     errors.NotReady: errors.NotReady(),
     errors.Draining: errors.Draining(),
@@ -29,6 +34,7 @@ EXAMPLES: dict[type[ParleyError], ParleyError] = {
     errors.SlowReader: errors.SlowReader(60.0),
     errors.EngineFault: errors.EngineFault("secret"),
 }
+OPEN = Guard(SecuritySettings(), ["Generate"])
 
 
 def all_subclasses(base: type[ParleyError]) -> Iterator[type[ParleyError]]:
@@ -53,7 +59,7 @@ class Raising(chat_pb2_grpc.ChatServiceServicer):
 @pytest.fixture
 async def service() -> AsyncIterator[tuple[Raising, chat_pb2_grpc.ChatServiceStub]]:
     raising = Raising()
-    server = grpc.aio.server(interceptors=[CallInterceptor("parley.v1.ChatService", lambda: None, lambda: None)])
+    server = grpc.aio.server(interceptors=[CallInterceptor("parley.v1.ChatService", OPEN, lambda: None, lambda: None)])
     chat_pb2_grpc.add_ChatServiceServicer_to_server(raising, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -131,7 +137,7 @@ async def test_a_cancelled_call_is_no_error_in_the_log(service: Any, caplog: pyt
             ended.set()
 
     raising.Generate = wait  # type: ignore[method-assign]
-    server = grpc.aio.server(interceptors=[CallInterceptor("parley.v1.ChatService", lambda: None, lambda: None)])
+    server = grpc.aio.server(interceptors=[CallInterceptor("parley.v1.ChatService", OPEN, lambda: None, lambda: None)])
     chat_pb2_grpc.add_ChatServiceServicer_to_server(raising, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

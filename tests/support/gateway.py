@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from parley.v1 import chat_pb2_grpc
-from parleyd.config import ModelSettings, ServerSettings, Settings
+from parleyd.config import ModelSettings, SecuritySettings, ServerSettings, Settings
 from parleyd.gateway.server import Gateway
 
 T = TypeVar("T")
@@ -21,10 +21,16 @@ T = TypeVar("T")
 _TIMEOUT_S = 30.0
 
 
-def scripted_settings(*, max_running: int = 1, max_queue: int = 8, **server: Any) -> Settings:
+def scripted_settings(
+    *, max_running: int = 1, max_queue: int = 8, security: SecuritySettings | None = None, **server: Any
+) -> Settings:
     """Settings for tests: a free port, quick drains."""
     server = {"port": 0, "drain_delay": 0.0, "served_model_name": "scripted", "max_queue": max_queue, **server}
-    return Settings(server=ServerSettings(**server), model=ModelSettings(max_running=max_running))
+    return Settings(
+        server=ServerSettings(**server),
+        security=security or SecuritySettings(),
+        model=ModelSettings(max_running=max_running),
+    )
 
 
 def scripted_command(folder: Path, *arguments: str) -> Sequence[str]:
@@ -33,9 +39,20 @@ def scripted_command(folder: Path, *arguments: str) -> Sequence[str]:
 
 
 class GatewayThread:
-    """Runs from `with` to the end of its body; `error` is what ended it early, if anything did."""
+    """Runs from `with` to the end of its body; `error` is what ended it early, if anything did.
 
-    def __init__(self, settings: Settings, command: Sequence[str], *, wait_ready: bool = True) -> None:
+    `credentials` are those of `channel` and the stubs on it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        command: Sequence[str],
+        *,
+        wait_ready: bool = True,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._credentials = credentials
         self._settings = settings
         self._command = command
         self._wait_ready = wait_ready
@@ -50,7 +67,7 @@ class GatewayThread:
     def __enter__(self) -> GatewayThread:
         self._thread.start()
         assert self._started.wait(_TIMEOUT_S)
-        self.channel = grpc.insecure_channel(self.target)
+        self.channel = self.connect(self._credentials)
         self.stub = chat_pb2_grpc.ChatServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
         if self._wait_ready:
@@ -60,6 +77,13 @@ class GatewayThread:
     def __exit__(self, *exc: object) -> None:
         self.channel.close()
         self.stop()
+
+    def connect(self, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+        """A connection of its own."""
+        if credentials is None:
+            return grpc.insecure_channel(self.target)
+        # gRPC would share connections between channels that look alike.
+        return grpc.secure_channel(self.target, credentials, [("grpc.use_local_subchannel_pool", 1)])
 
     def stop(self) -> None:
         """Shuts down and waits."""

@@ -12,6 +12,7 @@
 from parley_client.aio import AsyncClient, AsyncStream
 from parley_client.batch import BatchResult
 from parley_client.client import Client, Stream
+from parley_client.credentials import tls_credentials
 from parley_client.errors import (
     Cancelled,
     ConnectionFailed,
@@ -90,6 +91,7 @@ __all__ = [
     "assistant",
     "chat_request",
     "system",
+    "tls_credentials",
     "tool",
     "user",
 ]

@@ -16,6 +16,7 @@ from parley_client import request, status
 from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
+from parley_client.credentials import ApiKey, channel_credentials
 from parley_client.errors import Cancelled
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.messages import AnyTool
@@ -39,12 +40,15 @@ class AsyncClient:
         *,
         timeout: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: ApiKey | None = None,
+        insecure: bool = False,
         metadata: Mapping[str, str] | None = None,
         max_attempts: int = 4,
         max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
-        self._defaults = CallDefaults.create(timeout, metadata, max_resumes)
         options = channel_options(max_attempts)
+        credentials = channel_credentials(target, credentials, api_key, insecure)
+        self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:

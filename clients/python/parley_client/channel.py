@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from parley_client.credentials import ApiKey, authorization
+
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
 DEFAULT_MAX_RESUMES = 8  # over some 16 s: longer than a server takes to come back
 
@@ -67,9 +69,12 @@ class CallDefaults:
     timeout: float | None
     metadata: tuple[tuple[str, str], ...]
     max_resumes: int
+    api_key: ApiKey | None  # where the channel's credentials do not carry it
 
     @classmethod
-    def create(cls, timeout: float | None, metadata: Mapping[str, str] | None, max_resumes: int) -> CallDefaults:
+    def create(
+        cls, timeout: float | None, metadata: Mapping[str, str] | None, max_resumes: int, api_key: ApiKey | None
+    ) -> CallDefaults:
         """Defaults from the arguments of a client. gRPC wants metadata keys in lower case.
 
         Raises:
@@ -77,8 +82,10 @@ class CallDefaults:
         """
         if max_resumes < 0:
             raise ValueError(f"max_resumes must be 0 or more, not {max_resumes}")
-        return cls(timeout, tuple((key.lower(), value) for key, value in (metadata or {}).items()), max_resumes)
+        lowered = tuple((key.lower(), value) for key, value in (metadata or {}).items())
+        return cls(timeout, lowered, max_resumes, api_key)
 
     def args(self, timeout: float | None) -> dict[str, Any]:
         """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""
-        return {"timeout": self.timeout if timeout is None else timeout, "metadata": self.metadata}
+        metadata = self.metadata if self.api_key is None else (*self.metadata, authorization(self.api_key))
+        return {"timeout": self.timeout if timeout is None else timeout, "metadata": metadata}

@@ -125,6 +125,22 @@ def _add_connection(parser: argparse.ArgumentParser, timeout_help: str, timeout:
         default=os.environ.get("PARLEY_TARGET") or DEFAULT_TARGET,
         help=f"where the server listens (default: $PARLEY_TARGET, else {DEFAULT_TARGET})",
     )
+    group.add_argument("--tls", action="store_true", help="connect with TLS; --tls-ca and --client-cert imply it")
+    for flag, help_text in (
+        ("--tls-ca", "PEM file with the authorities that the server's certificate may come from"),
+        ("--client-cert", "PEM file with a certificate to show the server"),
+        ("--client-key", "PEM file with that certificate's private key"),
+    ):
+        variable = "PARLEY_" + flag[2:].replace("-", "_").upper()
+        default = os.environ.get(variable) or None
+        group.add_argument(flag, metavar="FILE", default=default, help=f"{help_text} (default: ${variable})")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="file with an API key or token to show the server (default: the one in $PARLEY_API_KEY)",
+    )
+    parser.set_defaults(api_key=os.environ.get("PARLEY_API_KEY") or None)
+    group.add_argument("--insecure", action="store_true", help="let the API key cross the network in plain text")
     group.add_argument("--timeout", metavar="SECONDS", type=_seconds, default=timeout, help=timeout_help)
 
 

@@ -16,6 +16,7 @@ from parley_client import request, status
 from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
+from parley_client.credentials import ApiKey, channel_credentials
 from parley_client.errors import Cancelled
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.messages import AnyTool
@@ -34,8 +35,11 @@ class Client:
         target: where the server listens, "HOST:PORT" or any other gRPC target. Calls take turns among the addresses of
             a target that has several, such as "ipv4:10.0.0.1:50051,10.0.0.2:50051" or "dns:///parley.internal:50051".
         timeout: seconds that each call may take, unless the call says otherwise; None is no limit.
-        credentials: channel credentials, such as `grpc.ssl_channel_credentials()`; None connects in plain text.
-        metadata: metadata for each call, such as {"authorization": "Bearer …"}.
+        credentials: channel credentials, such as `tls_credentials()`; None connects in plain text.
+        api_key: what each call shows the server, an API key or a JSON Web Token; a function is asked before each call.
+        insecure: let the key cross a network in plain text, where something else protects it. Without, a key needs
+            `credentials` or a server on this machine.
+        metadata: metadata for each call.
         max_attempts: how often a call is tried while the server is unavailable, 1 (no retry) to 5. Only until the
             first part of the answer arrives, so nothing is ever seen twice.
         max_resumes: how often in a row a stream that breaks after that is taken up where it broke, by this server or
@@ -51,12 +55,15 @@ class Client:
         *,
         timeout: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: ApiKey | None = None,
+        insecure: bool = False,
         metadata: Mapping[str, str] | None = None,
         max_attempts: int = 4,
         max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
-        self._defaults = CallDefaults.create(timeout, metadata, max_resumes)
         options = channel_options(max_attempts)
+        credentials = channel_credentials(target, credentials, api_key, insecure)
+        self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options)
         else:

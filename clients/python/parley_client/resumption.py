@@ -41,7 +41,8 @@ class Resumption:
             return None
         self._failures += 1
         backoff_s: float = min(_FIRST_DELAY_S * 2 ** (self._failures - 1), _MAX_DELAY_S)
-        delay_s = max(backoff_s * random.uniform(0.8, 1.2), error.retry_after_s or 0.0)
+        jitter = random.uniform(0.8, 1.2)  # nosec B311
+        delay_s = max(backoff_s * jitter, error.retry_after_s or 0.0)
         return min(delay_s, self._remaining_s())
 
     def call_args(self) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, Violation
 from parleyd.rpc import status
 from parleyd.rpc.interceptors import named_error, request_id_of
-from parleyd.telemetry.call import Call, current_call
+from parleyd.telemetry.call import current_call
 
 MAX_REQUESTS = 1024
 
@@ -37,7 +38,7 @@ async def answer_batch(
 
     async def serve(index: int) -> None:
         request = requests[index]
-        call = Call(batch.method, request_id_of(request), batch.arrived)
+        call = replace(batch, request_id=request_id_of(request))
         current_call.set(call)  # of this item's task
         try:
             try:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
-from parleyd.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PromptTooLong, Violation
+from parleyd.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PermissionDenied, PromptTooLong, Violation
 from parleyd.gateway import convert, tools
 from parleyd.gateway.answer import Answer, AnswerDelta
 from parleyd.gateway.batch import answer_batch
@@ -92,6 +92,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def _prepare(self, request: chat_pb2.GenerateRequest, context: Context) -> Generation:
         """Checks in the contract's order: fields, model, prompt length."""
+        if request.priority and not current_call.get().may_set_priority:
+            raise PermissionDenied("this client may not set a priority")
         served = self._served
         params = await self._prompts.check(served.check_request, request)
         self._check_model(request.model)

@@ -31,13 +31,16 @@ from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import ModelInfo
 from parleyd.rpc.interceptors import CallInterceptor
 from parleyd.rpc.telemetry import TelemetryInterceptor
+from parleyd.security.guard import Guard, check_address
 from parleyd.telemetry.admin import AdminServer
 from parleyd.telemetry.metrics import Load
 from parleyd.text.chat_template import template_utils
 
 _logger = logging.getLogger("parleyd")
 
-_CHAT_SERVICE = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name
+_DESCRIPTOR = chat_pb2.DESCRIPTOR.services_by_name["ChatService"]
+_CHAT_SERVICE = _DESCRIPTOR.full_name
+_RPCS = tuple(method.name for method in _DESCRIPTOR.methods)
 # For the last statuses to reach their clients, and for streams of other services, such as Health/Watch, to be cut.
 _STOP_GRACE_S = 1.0
 _MAX_OTHER_CALLS = 1024
@@ -83,14 +86,20 @@ class Gateway:
             max_open=server.max_queue + (model.max_running or 0) + _MAX_OTHER_CALLS,
         )
         self._chat = ChatService(self._prompts, Runner(self.admission, self.supervisor, self.worker))
+        self.guard = Guard(settings.security, _RPCS)
+        check_address(server.host, settings.security)
         self._server = self._build_server()
 
     async def start(self) -> str:
         """Binds the port and starts answering. Returns HOST:PORT. Raises StartupError if the port cannot be bound."""
         await self.health.set_serving(False)
         bracketed, port = _bracketed(self._settings.server.host), self._settings.server.port
+        credentials = self.guard.server_credentials()
         try:
-            bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+            if credentials is None:
+                bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+            else:
+                bound = self._server.add_secure_port(f"{bracketed}:{port}", credentials)
         except RuntimeError as error:
             raise StartupError(
                 f"cannot listen on {bracketed}:{port}: is the port in use, or the host not ours?"
@@ -133,6 +142,7 @@ class Gateway:
         """Serves until asked to shut down, then drains. Raises StartupError if the model cannot be loaded."""
         supervision = asyncio.create_task(self.supervisor.run())
         shutdown = asyncio.create_task(self._shutdown.wait())
+        freshness = asyncio.create_task(self.guard.keep_fresh())
         asyncio.get_running_loop().run_in_executor(None, template_utils)  # imported while the model loads
         try:
             await asyncio.wait([supervision, shutdown], return_when=asyncio.FIRST_COMPLETED)
@@ -141,6 +151,7 @@ class Gateway:
             await self._drain()
         finally:
             shutdown.cancel()
+            freshness.cancel()
             await self._server.stop(_STOP_GRACE_S)
             supervision.cancel()
             await asyncio.gather(supervision, return_exceptions=True)
@@ -182,6 +193,7 @@ class Gateway:
     def _build_server(self) -> grpc.aio.Server:
         interceptor = CallInterceptor(
             _CHAT_SERVICE,
+            self.guard,
             self.doorkeeper.enter,
             self.doorkeeper.leave,
             self._settings.server.slow_reader_timeout,
@@ -190,7 +202,9 @@ class Gateway:
         server = grpc.aio.server(interceptors=[telemetry, interceptor], options=server_options(self._settings.server))
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
-        add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])
+        reflection = self._settings.security.reflection
+        if reflection or (reflection is None and not self.guard.is_on):
+            add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])
         return server
 
 

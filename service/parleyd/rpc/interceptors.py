@@ -1,4 +1,4 @@
-"""What every ChatService call goes through: request id, admission of calls at all, errors to statuses, the log line.
+"""What every ChatService call goes through: credentials, request id, limits, errors to statuses, the log line.
 
 Handlers raise ParleyErrors and know nothing of gRPC statuses; any other exception is a fault of ours.
 """
@@ -9,19 +9,24 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Violation
+from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Unauthenticated, Violation
 from parleyd.rpc import status
+from parleyd.security.caller import Caller, address_identity
+from parleyd.security.guard import Guard
 from parleyd.telemetry.call import Call, current_call
 
 REQUEST_ID_KEY = "x-request-id"
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+# Probes have no credentials.
+_HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
 _logger = logging.getLogger("parleyd.rpc")
 
@@ -34,12 +39,21 @@ class _Undecodable:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps one service's handlers. `enter` is called as each call begins and may refuse it; `leave` as it ends."""
+    """Wraps one service's handlers. `enter` is called as each call begins and may refuse it; `leave` as it ends.
+
+    Other services only have their callers' credentials checked, and health not even that.
+    """
 
     def __init__(
-        self, service: str, enter: Callable[[], None], leave: Callable[[], None], slow_reader_timeout_s: float = 60.0
+        self,
+        service: str,
+        guard: Guard,
+        enter: Callable[[], None],
+        leave: Callable[[], None],
+        slow_reader_timeout_s: float = 60.0,
     ) -> None:
         self._prefix = f"/{service}/"
+        self._guard = guard
         self._enter = enter
         self._leave = leave
         self._slow_reader_timeout_s = slow_reader_timeout_s
@@ -47,27 +61,44 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
         handler: Any = await continuation(details)
-        if handler is None or not details.method.startswith(self._prefix):
+        if handler is None or details.method.startswith(_HEALTH_PREFIX):
             return handler
         method = details.method.removeprefix(self._prefix)
+        try:
+            # Before the request is read: what a stranger sends is not even decoded.
+            caller = self._guard.check_credentials(details.invocation_metadata)
+        except Unauthenticated as error:
+            return self._refusal(method, error)
+        if method == details.method:
+            return handler
         safe = handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
         if handler.response_streaming:
-            return safe._replace(unary_stream=self._stream(method, handler.unary_stream))
-        return safe._replace(unary_unary=self._unary(method, handler.unary_unary))
+            return safe._replace(unary_stream=self._stream(method, caller, handler.unary_stream))
+        return safe._replace(unary_unary=self._unary(method, caller, handler.unary_unary))
 
-    def _unary(self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Any]:
+    def _refusal(self, method: str, error: Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
+        async def refuse(requests: Any, context: Context) -> None:
+            call = _new_call(method, None, context, address_identity(context))
+            current_call.set(call)
+            await _abort(context, named_error(call, error), call)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _unary(
+        self, method: str, caller: Caller | None, behaviour: Callable[[Any, Context], Awaitable[Any]]
+    ) -> Callable[[Any, Context], Any]:
         async def handle(request: Any, context: Context) -> Any:
             async def run(call: Call) -> Any:
                 response = await behaviour(request, context)
                 await _send_headers(context, call)
                 return response
 
-            return await self._guarded(method, request, context, run)
+            return await self._guarded(method, caller, request, context, run)
 
         return handle
 
     def _stream(
-        self, method: str, behaviour: Callable[[Any, Context], AsyncGenerator[Any]]
+        self, method: str, caller: Caller | None, behaviour: Callable[[Any, Context], AsyncGenerator[Any]]
     ) -> Callable[[Any, Context], Awaitable[None]]:
         # A coroutine that calls context.write, not a generator: a cancelled write then raises in here, and the
         # handler's generator is closed at once, not when it is collected.
@@ -81,7 +112,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                             is_first = False
                         await self._write(context, response)
 
-            await self._guarded(method, request, context, run)
+            await self._guarded(method, caller, request, context, run)
 
         return handle
 
@@ -93,17 +124,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except TimeoutError as error:
             raise SlowReader(self._slow_reader_timeout_s) from error
 
-    async def _guarded(self, method: str, request: Any, context: Context, run: Callable[[Call], Awaitable[Any]]) -> Any:
-        metadata = dict(context.invocation_metadata() or ())
-        call = Call(method, request_id_of(request, metadata.get(REQUEST_ID_KEY, "")))
+    async def _guarded(
+        self,
+        method: str,
+        caller: Caller | None,
+        request: Any,
+        context: Context,
+        run: Callable[[Call], Awaitable[Any]],
+    ) -> Any:
+        caller = caller or self._guard.identify(context)
+        call = _new_call(method, request, context, caller.identity)
+        call.may_set_priority = caller.rules.priorities
         current_call.set(call)
-        entered = False
         try:
-            self._enter()
-            entered = True
-            if isinstance(request, _Undecodable):
-                raise InvalidRequest([Violation("", "the bytes are no message of this type")])
-            result = await run(call)
+            with self._entered(caller, method, request):
+                if isinstance(request, _Undecodable):
+                    raise InvalidRequest([Violation("", "the bytes are no message of this type")])
+                result = await run(call)
             _logger.info("%s OK in %.3f s", method, call.elapsed())
             return result
         except grpc.aio.AbortError:
@@ -113,9 +150,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from error
         except Exception as error:
             await _abort(context, named_error(call, error), call)
+
+    @contextmanager
+    def _entered(self, caller: Caller, method: str, request: Any) -> Iterator[None]:
+        self._enter()
+        try:
+            # Of a batch, each request counts.
+            self._guard.enter(caller, method, len(getattr(request, "requests", ())) or 1)
+            try:
+                yield
+            finally:
+                self._guard.leave(caller)
         finally:
-            if entered:
-                self._leave()
+            self._leave()
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -126,6 +173,11 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Undecodable()
 
     return decode
+
+
+def _new_call(method: str, request: Any, context: Context, identity: str) -> Call:
+    metadata = dict(context.invocation_metadata() or ())
+    return Call(method, request_id_of(request, metadata.get(REQUEST_ID_KEY, "")), identity=identity)
 
 
 def request_id_of(request: Any, incoming: str | bytes = "") -> str:
@@ -162,4 +214,6 @@ def _log_refusal(call: Call, error: ParleyError) -> None:
     level = logging.ERROR if error.reason is Reason.INTERNAL else logging.INFO
     # An invalid request's message may quote what the client sent; the reason alone may not.
     text = error.message if level == logging.ERROR else error.reason.value
+    if isinstance(error, Unauthenticated):
+        text += f": {error.why}"
     _logger.log(level, "%s %s in %.3f s: %s", call.method, status.code_of(error).name, call.elapsed(), text)

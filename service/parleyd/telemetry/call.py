@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 class Call:
     """One RPC, or one item of a batch. `arrived` is on the monotonic clock, in seconds.
 
-    What happened to it is None until it happens: `queue_s` and `first_token_s` in seconds from arrival, `refusal` the
-    reason of the error that ended it.
+    `identity` names the caller, such as `key:billing`. What happened to it is None until it happens: `queue_s` and
+    `first_token_s` in seconds from arrival, `refusal` the reason of the error that ended it.
     """
 
     method: str
     request_id: str
     arrived: float = field(default_factory=time.monotonic)
     identity: str = ""
+    may_set_priority: bool = False
     queue_s: float | None = None
     first_token_s: float | None = None
     refusal: str | None = None

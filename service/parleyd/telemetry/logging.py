@@ -10,16 +10,17 @@ from pythonjsonlogger.json import JsonFormatter
 from parleyd.telemetry.call import current_call
 
 _TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s%(request)s %(message)s"
-_JSON_FORMAT = "%(asctime)s %(levelname)s %(name)s %(request_id)s %(message)s"
+_JSON_FORMAT = "%(asctime)s %(levelname)s %(name)s %(request_id)s %(identity)s %(message)s"
 
 
 class _RequestFilter(logging.Filter):
-    """Adds the current call's request id to each record."""
+    """Adds the current call's request id and caller to each record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         call = current_call.get(None)
         record.request_id = call.request_id if call else None
-        record.request = f" [{call.request_id}]" if call else ""
+        record.identity = call.identity if call else None
+        record.request = f" [{' '.join(filter(None, (call.request_id, call.identity)))}]" if call else ""
         return True
 
 
@@ -30,3 +31,5 @@ def configure(level: str, log_format: str = "text") -> None:
     handler.setFormatter(JsonFormatter(_JSON_FORMAT) if is_json else logging.Formatter(_TEXT_FORMAT))
     handler.addFilter(_RequestFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # gRPC writes metadata that is no UTF-8 to the log, a traceback with each: a stranger's flood, or a client's secret.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "Invalid encoding" not in record.msg)

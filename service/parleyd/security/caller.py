@@ -1,0 +1,52 @@
+"""Who calls, and what they may do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import grpc
+
+_MAX_NAME_CHARS = 256
+# In this order. gRPC names a SPIFFE id only where it is the certificate's one URI, as SPIFFE demands.
+_CERTIFICATE_NAMES = ("peer_spiffe_id", "peer_dns", "x509_common_name")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a caller may do. `rpcs`: names of ChatService's methods; None is all, as None is no limit."""
+
+    rpcs: frozenset[str] | None = None
+    priorities: bool = False
+    max_open_calls: int | None = None
+    requests_per_minute: int | None = None
+
+
+@dataclass(frozen=True)
+class Caller:
+    """An identity, such as `key:billing`, and its rules. Limits are kept and logs written by identity."""
+
+    identity: str
+    rules: Rules
+
+
+def identity(kind: str, name: object) -> str | None:
+    """KIND:NAME, or None for what must not stand in a log line."""
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+        return None
+    return f"{kind}:{name}"
+
+
+def certificate_identity(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
+    """The identity in a verified client certificate: its SPIFFE id, else a DNS name, else its common name."""
+    for source in _CERTIFICATE_NAMES:
+        for value in auth_context.get(source, ()):
+            if found := identity("cert", value.decode(errors="replace")):
+                return found
+    return None
+
+
+def address_identity(context: grpc.aio.ServicerContext[object, object]) -> str:
+    """The peer's address without its port, such as `ipv4:10.0.0.7`; a Unix socket's path stays whole."""
+    peer = str(context.peer())
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer

@@ -1,0 +1,81 @@
+"""A certificate authority of a test's own, and certificates as a service mesh or a company's CA would issue them."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+_DAY = datetime.timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate and its key, both as PEM."""
+
+    cert: bytes
+    key: bytes
+
+    def write(self, folder: Path, name: str) -> tuple[str, str]:
+        """Writes NAME.pem and NAME.key; their paths."""
+        cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+        cert.write_bytes(self.cert)
+        key.write_bytes(self.key)
+        return str(cert), str(key)
+
+
+class Authority:
+    """Issues certificates that are valid from yesterday for `days`."""
+
+    def __init__(self, name: str = "Test CA") -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = _name(name)
+        builder = _builder(self._name, self._name, self._key.public_key(), days=30)
+        self._cert = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(
+            self._key, hashes.SHA256()
+        )
+
+    @property
+    def cert(self) -> bytes:
+        """The authority's own certificate, as PEM."""
+        return self._cert.public_bytes(serialization.Encoding.PEM)
+
+    def issue(
+        self, common_name: str = "", *, uri: str = "", dns: tuple[str, ...] = (), ip: str = "", days: float = 30
+    ) -> Certificate:
+        """A certificate for servers and clients; negative `days` have it expire before now."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names: list[x509.GeneralName] = [x509.DNSName(name) for name in dns]
+        names += [x509.UniformResourceIdentifier(uri)] if uri else []
+        names += [x509.IPAddress(ipaddress.ip_address(ip))] if ip else []
+        builder = _builder(_name(common_name), self._name, key.public_key(), days)
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+        cert = builder.add_extension(usage, critical=False).sign(self._key, hashes.SHA256())
+        return Certificate(cert.public_bytes(serialization.Encoding.PEM), _pem(key))
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else [])
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
+    builder = builder.serial_number(x509.random_serial_number())
+    return builder.not_valid_before(now - 30 * _DAY).not_valid_after(now + days * _DAY)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
