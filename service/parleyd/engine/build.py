@@ -14,15 +14,14 @@ from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.cuda_graphs import CudaCapture, GraphedForward
 from parleyd.engine.generate import GenerateEngine
-from parleyd.engine.kernels import AttentionShape, choose_kernels
+from parleyd.engine.kernels import AttentionShape, choose_kernels, probe_batch
 from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
 from parleyd.engine.prefill_budget import PrefillBudget
-from parleyd.engine.request import Batch, Sequence
 from parleyd.engine.scheduler import Scheduler
 from parleyd.errors import StartupError
-from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
+from parleyd.generation import ModelInfo
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.memory import free_bytes
 
@@ -160,7 +159,7 @@ def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockF
         expected = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
         forward = StockForward(model, cache)
         try:
-            layout = StepLayout.of(_prompt_batch(_CHECK_TOKENS, cache.block_size), cache)
+            layout = StepLayout.of(probe_batch([(0, _CHECK_TOKENS)], cache.block_size), cache)
             actual = forward(ids, positions, layout, positions[-1:])[0].float()
             agrees = bool((actual - expected).abs().max() <= _CHECK_TOLERANCE * expected.abs().max())
         except Exception:
@@ -170,17 +169,6 @@ def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockF
         return forward
     model.set_attn_implementation(own_attention)
     return None
-
-
-def _prompt_batch(num_tokens: int, block_size: int) -> Batch:
-    """A prompt of so many tokens in the first blocks."""
-    params = SamplingParams(max_new_tokens=1)
-    one = EngineRequest(key=0, prompt_ids=(0,) * num_tokens, params=params)
-    sequence = Sequence.from_request(one, 0, frozenset(), num_tokens + 1)
-    sequence.block_ids.extend(range(-(-num_tokens // block_size)))
-    batch = Batch()
-    batch.add(sequence, num_tokens)
-    return batch
 
 
 def _build_cache(

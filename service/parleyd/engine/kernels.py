@@ -62,7 +62,9 @@ def choose_kernels(wanted: str, shape: AttentionShape) -> tuple[Kernels, int]:
 
 def check_kernels(kernels: Kernels, block_size: int, shape: AttentionShape) -> None:
     """Raises where they fail on a small batch, or attend to something else than is done without them."""
-    batch = probe_batch(block_size)
+    # Two sequences that decode, a prompt that goes on, and one that begins.
+    stretches = [(0, 1), (2 * block_size + 5, 1), (block_size + 3, 7), (0, 9)]
+    batch = probe_batch(stretches, block_size, num_decodes=2)
     num_blocks = 1 + max(max(item.block_ids) for item in batch.scheduled)
     sizes = (1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     random = torch.Generator(shape.device).manual_seed(0)
@@ -86,18 +88,18 @@ def check_kernels(kernels: Kernels, block_size: int, shape: AttentionShape) -> N
         raise RuntimeError(f"it is off by {error:.1%}")
 
 
-def probe_batch(block_size: int) -> Batch:
-    """Two sequences that decode, a prompt that goes on, and one that begins; their blocks in no order."""
+def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: int = 0) -> Batch:
+    """A batch that nobody asked for: of each sequence so many tokens from a start, in the first blocks in no order."""
     batch = Batch()
-    free = list(range(40))
-    for key, (start, num_tokens) in enumerate(((0, 1), (2 * block_size + 5, 1), (block_size + 3, 7), (0, 9))):
+    free = list(range(sum(-(-(start + num_tokens) // block_size) for start, num_tokens in stretches)))
+    for key, (start, num_tokens) in enumerate(stretches):
         length = start + num_tokens
         request = EngineRequest(key=key, prompt_ids=(0,) * length, params=SamplingParams(max_new_tokens=1))
         sequence = Sequence.from_request(request, key, frozenset(), length + 1)
-        sequence.block_ids = array("i", [free.pop(-1 - index % 2) for index in range(-(-length // block_size))])
+        sequence.block_ids = array("i", [free.pop(-(index % 2)) for index in range(-(-length // block_size))])
         sequence.num_computed_tokens = start
         batch.add(sequence, num_tokens)
-    batch.num_decodes = 2
+    batch.num_decodes = num_decodes
     return batch
 
 

@@ -15,7 +15,7 @@ from parleyd.engine.paged_attention import DecodeKernel
 
 _SPLIT_TOKENS = 256
 # A longer context is cut into larger splits, not into more: each costs a program in every step, used or not.
-_MAX_SPLITS = 32
+_MAX_SPLITS = 64
 _TILE_TOKENS = 64
 
 
@@ -55,7 +55,8 @@ def _padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-@triton.jit
+# Tables grow with the longest sequence: to specialise on their width would compile in the middle of serving.
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_split(
     query, keys, values, table, lengths, partial, weights, scale,
     query_stride, block_stride, head_stride, token_stride, table_stride,
