@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import h2.config
-import h2.connection
-import h2.events
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -22,6 +19,7 @@ from parleyd.security.api_keys import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support import tokens
 from tests.support.gateway import GatewayThread
+from tests.support.raw_call import get_model
 from tests.support.requests import ask, reason_of, retry_delay_of
 
 KEY, LIMITED = new_key(), new_key()
@@ -253,37 +251,9 @@ def test_metadata_beyond_what_grpc_takes_is_refused(start: Start) -> None:
 
 
 def call_raw(target: str, authorization: bytes) -> bytes | None:
-    """GetModel with header bytes that no client library would send. The status, or None if the stream was reset."""
     host, port = target.split(":")
-    config = h2.config.H2Configuration(
-        client_side=True, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False
-    )
-    connection = h2.connection.H2Connection(config)
-    connection.initiate_connection()
-    connection.send_headers(
-        1,
-        [
-            (b":method", b"POST"),
-            (b":scheme", b"http"),
-            (b":path", b"/parley.v1.ChatService/GetModel"),
-            (b":authority", b"localhost"),
-            (b"te", b"trailers"),
-            (b"content-type", b"application/grpc"),
-            (b"authorization", authorization),
-        ],
-    )
-    connection.send_data(1, b"\0\0\0\0\0", end_stream=True)
     with socket.create_connection((host, int(port)), timeout=10) as sock:
-        sock.sendall(connection.data_to_send())
-        while data := sock.recv(65536):
-            for event in connection.receive_data(data):
-                if isinstance(event, h2.events.StreamReset | h2.events.ConnectionTerminated):
-                    return None
-                headers = dict(getattr(event, "headers", None) or ())
-                if b"grpc-status" in headers:
-                    return bytes(headers[b"grpc-status"])
-            sock.sendall(connection.data_to_send())
-    return None
+        return get_model(sock, authorization)
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])

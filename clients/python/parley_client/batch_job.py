@@ -50,7 +50,7 @@ def batch(args: Namespace) -> int:
 
 
 async def _run(args: Namespace, results: ResultFile, report: Report) -> None:
-    async with AsyncClient(args.target, timeout=args.timeout) as client:
+    async with AsyncClient(**commands.connection(args)) as client:
         items = (item for item in read_items(args.input) if item.key not in results.answered)
         job = BatchJob(client, items, results, report, args.chunk)
         await asyncio.gather(*(job.work() for _ in range(_OPEN_CALLS)))

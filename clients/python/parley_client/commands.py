@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message as ProtoMessage
 
 from parley_client.client import Client, Stream
-from parley_client.credentials import tls_credentials
+from parley_client.credentials import channel_credentials, tls_credentials
 from parley_client.errors import ParleyError
 from parley_client.health import HealthStatus
 from parley_client.messages import Message, system, user
@@ -21,17 +21,22 @@ from parley_client.options import ChatOptions
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 
 
-def connect(args: Namespace) -> Client:
-    """The client that the connection flags ask for. Flags that make no sense end the program."""
+def connection(args: Namespace) -> dict[str, Any]:
+    """A client's arguments, from the connection flags. Flags that make no sense end the program."""
     try:
         tls = args.tls or args.tls_ca or args.client_cert or args.client_key
         credentials = tls_credentials(ca=args.tls_ca, cert=args.client_cert, key=args.client_key) if tls else None
         api_key = Path(args.api_key_file).read_text().strip() if args.api_key_file else args.api_key
-        return Client(
-            args.target, timeout=args.timeout, credentials=credentials, api_key=api_key, insecure=args.insecure
-        )
+        channel_credentials(args.target, credentials, api_key, args.insecure)
     except (OSError, ValueError) as error:
         raise SystemExit(f"parley: error: {error}") from error
+    return {
+        "target": args.target,
+        "timeout": args.timeout,
+        "credentials": credentials,
+        "api_key": api_key,
+        "insecure": args.insecure,
+    }
 
 
 def generate(args: Namespace) -> int:
@@ -42,7 +47,7 @@ def generate(args: Namespace) -> int:
         args.usage_error("--num-return-sequences and --top-logprobs need --json")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     messages = [*opening(args), user(prompt)]
-    with connect(args) as client:
+    with Client(**connection(args)) as client:
         if args.json:
             print_json(to_json(client.chat(messages, **options).proto))
             return 0
@@ -52,7 +57,7 @@ def generate(args: Namespace) -> int:
 
 def model(args: Namespace) -> int:
     """`parley model`: what is served."""
-    with connect(args) as client:
+    with Client(**connection(args)) as client:
         info = client.model_info()
     if args.json:
         print_json(to_json(info.proto))
@@ -74,7 +79,7 @@ def model(args: Namespace) -> int:
 
 def health(args: Namespace) -> int:
     """`parley health`: whether the server takes calls; the exit code is 0 only then."""
-    with connect(args) as client:
+    with Client(**connection(args)) as client:
         status = client.health()
     if args.json:
         print_json({"status": status.value})

@@ -23,7 +23,7 @@ def chat(args: Namespace) -> int:
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and history)
-    with commands.connect(args) as client:
+    with Client(**commands.connection(args)) as client:
         conversation = Conversation(client, args)
         while True:
             try:
