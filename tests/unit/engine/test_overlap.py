@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
+from parleyd.engine.attention import PagedKVCache
+from parleyd.engine.build import _graphed
 from parleyd.engine.cuda_graphs import Replay, graph_sizes
+from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Launched
 from parleyd.engine.sampler import Sampler, SamplingRow
 from parleyd.generation import Output
@@ -96,6 +99,14 @@ def test_a_random_life_with_a_step_ahead_leaves_the_ledger_whole() -> None:
         engine.abort(key)
     run(engine, request(5000, (7, 8), max_new_tokens=1))
     engine._scheduler.check_integrity()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here they can be captured")
+def test_graphs_that_cannot_be_captured_are_done_without_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    cache = PagedKVCache((2, 8, 8, 2, 8), torch.float32, "cpu", torch_kernels.KERNELS)
+    forward = LeanForward(make_model("Llama"), cache)
+    assert _graphed(forward, cache, 4, 64) is forward
+    assert "no CUDA graphs: " in caplog.text
 
 
 def test_the_graphs_leave_few_rows_unused() -> None:
