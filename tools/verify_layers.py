@@ -19,6 +19,7 @@ SETTINGS = ("parleyd.config", "parleyd.errors", "parleyd.generation")
 STUBS = ("parley", "grpc", "google")
 TORCH_SIDE = (
     "torch",
+    "torchao",
     "transformers",
     "accelerate",
     "safetensors",

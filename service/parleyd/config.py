@@ -44,6 +44,12 @@ class ModelSettings:
     dtype: str = _option(
         "auto", "Type of the weights; auto is the checkpoint's own.", choices=("auto", "float32", "bfloat16", "float16")
     )
+    quantization: str = _option(
+        "auto",
+        "How to quantise the weights while they load, with a package of that name; auto keeps what the checkpoint has, "
+        "also AWQ, GPTQ and compressed-tensors.",
+        choices=("auto", "torchao-int8", "torchao-int4", "bitsandbytes-8bit", "bitsandbytes-4bit"),
+    )
     device_map: str = _option("auto", "Where accelerate places the model, such as auto, cpu or cuda:0.", metavar="MAP")
     attn_implementation: str = _option(
         "auto",

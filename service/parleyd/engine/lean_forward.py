@@ -96,6 +96,7 @@ def can_run(model: PreTrainedModel) -> bool:
         config.model_type in FAMILIES
         and getattr(config, "hidden_act", None) == "silu"
         and all(parameter.device == model.device for parameter in model.parameters())
+        and getattr(model, "hf_quantizer", None) is None  # its layers, or their weights, are not plain ones
         and all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in model.model.layers)
     )
 

@@ -20,6 +20,7 @@ from parleyd.model import explain, generation_config
 from parleyd.model.checkpoint import Checkpoint
 from parleyd.model.gguf_blocks import GgufBlocks, open_blocks
 from parleyd.model.memory import check_device_map, check_fits
+from parleyd.model.quantization import quantization_config
 from parleyd.model.quiet import silence_transformers
 from parleyd.model.source import find_folder
 from parleyd.model.tokenizer import find_tokenizer
@@ -53,7 +54,7 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     tokenizer_dir = find_tokenizer(folder, settings)
     check_fits(settings.model, checkpoint.num_bytes(settings.dtype), settings.device_map)
 
-    model = _load_weights(folder, settings)
+    model = _load_weights(folder, settings, quantization_config(settings, checkpoint))
     config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
     info = ModelInfo(
@@ -83,9 +84,11 @@ def _check_attention(settings: ModelSettings) -> None:
         )
 
 
-def _load_weights(folder: Path, settings: ModelSettings) -> PreTrainedModel:
+def _load_weights(folder: Path, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:
     auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
-    attention = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
+    optional = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
+    if quantization is not None:
+        optional["quantization_config"] = quantization
     try:
         model, report = auto_model.from_pretrained(
             str(folder),
@@ -94,7 +97,7 @@ def _load_weights(folder: Path, settings: ModelSettings) -> PreTrainedModel:
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            **attention,
+            **optional,
         )
     except Exception as error:  # a broken or unusual model fails in many places, and each is for the operator to mend
         _logger.debug("loading %s failed", folder, exc_info=True)

@@ -1,0 +1,110 @@
+"""The embedded model in its fast layers, against float32 and against transformers' own layers, on real text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parleyd.config import ModelSettings
+from parleyd.engine.attention import PagedKVCache, StepLayout
+from parleyd.engine.build import _prompt_batch, build_engine
+from parleyd.engine.lean_forward import LeanForward
+from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.model.linear.by_rows import ByRows
+from parleyd.model.loader import LoadedModel, load_model
+from parleyd.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.timeout(120)
+
+TEXTS = ("declaration_of_independence.txt", "pride_and_prejudice.txt")
+DATA = Path(__file__).parents[2] / "data"
+BLOCK_SIZE, MAX_TOKENS = 32, 512
+# Of the best logit: where the two best are nearer to each other, bfloat16's rounding may turn them round.
+NEAR_TIE = 0.02
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model(ModelSettings())
+
+
+def text_ids(loaded: LoadedModel, name: str) -> list[int]:
+    text = (DATA / name).read_text(encoding="utf-8")
+    return list(Tokenizer.load(Path(loaded.info.tokenizer_dir)).encode(text))[:MAX_TOKENS]
+
+
+def perplexity(logits: Tensor, ids: list[int]) -> float:
+    return math.exp(torch.nn.functional.cross_entropy(logits[:-1].float(), torch.tensor(ids[1:])).item())
+
+
+def dequantised(loaded: LoadedModel) -> PreTrainedModel:
+    """The file's weights in float32, as the numbers, scales and offsets say, without any rounding."""
+    model = load_model(ModelSettings(dtype="float32")).model
+    assert loaded.blocks is not None
+    theirs = dict(loaded.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (numbers := loaded.blocks.numbers_of(theirs[name])) is not None:
+                parameter.copy_(numbers.dequantised())
+    return model
+
+
+def in_four_bits(loaded: LoadedModel, cache: PagedKVCache) -> LeanForward:
+    """All layers in 4 bits, whatever the number of rows."""
+    forward = LeanForward(loaded.model, cache, blocks=loaded.blocks)
+    layers = [getattr(layer, name) for layer in forward._layers for name in ("qkv", "out", "gate_up", "down")]
+    for linear in (*layers, forward._head):
+        assert isinstance(linear, ByRows)
+        linear.max_narrow_rows = MAX_TOKENS
+    return forward
+
+
+@torch.inference_mode()
+def test_perplexity_in_four_bits_is_that_of_the_dequantised_weights_within_one_percent() -> None:
+    loaded = load_model(ModelSettings())
+    reference = dequantised(loaded)
+    texts = [text_ids(loaded, name) for name in TEXTS]
+    expected = [perplexity(reference(torch.tensor([ids])).logits[0], ids) for ids in texts]
+    config: Any = loaded.model.config
+    shape = (config.num_hidden_layers, MAX_TOKENS // BLOCK_SIZE, BLOCK_SIZE, config.num_key_value_heads, 64)
+    cache = PagedKVCache(shape, torch.bfloat16, "cpu")
+    forward = in_four_bits(loaded, cache)
+    for ids, exact in zip(texts, expected, strict=True):
+        assert len(ids) > 250
+        rows = torch.arange(len(ids))
+        layout = StepLayout.of(_prompt_batch(len(ids), BLOCK_SIZE), cache)
+        ours = perplexity(forward(torch.tensor(ids), rows, layout, rows), ids)
+        print(f"perplexity {ours:.4f}, of the dequantised weights {exact:.4f}")
+        assert ours == pytest.approx(exact, rel=0.01)
+
+
+def test_in_bfloat16_answers_are_those_of_stock_layers_until_the_first_near_tie(loaded: LoadedModel) -> None:
+    stock = load_model(ModelSettings()).model
+    _, engine = build_engine(ModelSettings(kv_cache_memory=0.5), loaded.model, loaded.info, loaded.blocks)
+    prompts = [text_ids(loaded, name)[:length] for name in TEXTS for length in (20, 60)]
+    answers: dict[int, list[int]] = {key: [] for key in range(len(prompts))}
+    for key, prompt in enumerate(prompts):
+        params = SamplingParams(max_new_tokens=48, ignore_eos=True)
+        engine.submit(EngineRequest(key=key, prompt_ids=tuple(prompt), params=params))
+    open_keys = set(answers)
+    while open_keys:
+        for output in engine.step():
+            assert output.error is None
+            answers[output.key] += output.token_ids
+            open_keys -= {output.key} if output.is_last else set()
+    num_checked = 0
+    for key, prompt in enumerate(prompts):  # teacher forcing: the stock layers are asked about every step of the answer
+        with torch.inference_mode():
+            logits = stock(torch.tensor([prompt + answers[key]])).logits[0, len(prompt) - 1 : -1].float()
+        for step, chosen in zip(logits, answers[key], strict=True):
+            best = float(step.max())
+            assert best - float(step[chosen]) <= NEAR_TIE * abs(best), (key, num_checked)
+            num_checked += chosen == int(step.argmax())
+    print(f"{num_checked} of {48 * len(prompts)} tokens are the stock layers' own best")
+    assert num_checked > 0.9 * 48 * len(prompts)
