@@ -20,7 +20,7 @@ from parleyd.model.linear.by_rows import ByRows
 from parleyd.model.loader import LoadedModel, load_model
 from parleyd.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 TEXTS = ("declaration_of_independence.txt", "pride_and_prejudice.txt")
 DATA = Path(__file__).parents[2] / "data"
