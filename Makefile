@@ -114,10 +114,10 @@ verify-security: $(INSTALLED) ## check for known kinds of holes
 	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive clients/python service
 
 .PHONY: audit
-audit: $(INSTALLED) ## ask the package index for known holes in the installed versions
+audit: $(INSTALLED) ## ask PyPI for known holes in the versions of constraints.txt
 	@$(BIN)/python -m venv .venv/audit
 	@.venv/audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit
-	@.venv/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(ARGS)
+	@.venv/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 .PHONY: verify-protos
 verify-protos: $(INSTALLED) $(PROTOC)/.installed ## check the protos' style, compatibility and stubs

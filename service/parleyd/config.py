@@ -56,6 +56,9 @@ class ModelSettings:
         "Attention of transformers under engine generate; auto lets it choose. Engine batching has its own.",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
+    allow_pickle: bool = _option(
+        False, "Load pickled weights (pytorch_model.bin) of a local folder that has no safetensors files."
+    )
     trust_remote_code: bool = _option(False, "Run Python code that comes with the model. Only for models you trust.")
     cache: str | None = _option(
         None, "Folder for converted models. Default: $XDG_CACHE_HOME/parley or ~/.cache/parley.", metavar="DIR"

@@ -30,19 +30,28 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has passed the checks of `open`. `config` is config.json as it stands."""
+    """A folder that has passed the checks of `open`. `config` is config.json as it stands.
+
+    Of pickled weights, which are not looked into, each file counts as one tensor.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: tuple[_Tensor, ...]
+    is_pickled: bool = False
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Raises StartupError where the folder holds no causal language model in safetensors files that are whole."""
+    def open(cls, folder: Path, allow_pickle: bool = False) -> Checkpoint:
+        """Raises StartupError where the folder holds no causal language model in safetensors files that are whole, or,
+        where that is allowed, in pickled ones."""
         if not (folder / "config.json").is_file():
             raise StartupError(f"--model {folder}: not a model folder: it has no config.json")
         config = read_json_object(folder / "config.json")
         _check_architecture(folder, config)
+        has_safetensors = any((folder / name).is_file() for name in (_SINGLE_FILE, _INDEX))
+        if allow_pickle and not has_safetensors and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+            sizes = tuple(_Tensor("pickle", path.stat().st_size) for path in pickles)
+            return cls(folder, config, sizes, is_pickled=True)
         return cls(folder, config, tuple(tensor for path in _weight_files(folder) for tensor in _read_header(path)))
 
     def num_bytes(self, dtype: str) -> int:
@@ -92,7 +101,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _why_no_weights(folder: Path) -> str:
     if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
-        return "only pickled weights (.bin, .pt), which can run any code when loaded; convert them to safetensors first"
+        return (
+            "only pickled weights (.bin, .pt), a format that can carry code; convert them to safetensors, or take them "
+            "with --allow-pickle (pytorch_model*.bin)"
+        )
     if ggufs := sorted(folder.glob("*.gguf")):
         return f"no {_SINGLE_FILE} or {_INDEX}; to serve the GGUF file, use --model {ggufs[0]}"
     return f"no weights: it has neither {_SINGLE_FILE} nor {_INDEX}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,12 +48,12 @@ def load_model(settings: ModelSettings) -> LoadedModel:
     check_device_map(settings.device_map)
     _check_attention(settings)
     folder = find_folder(settings)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, settings.allow_pickle)
     defaults = generation_config.read_defaults(folder)
     tokenizer_dir = find_tokenizer(folder, settings)
     check_fits(settings.model, checkpoint.num_bytes(settings.dtype), settings.device_map)
 
-    model = _load_weights(folder, settings, quantization_config(settings, checkpoint))
+    model = _load_weights(checkpoint, settings, quantization_config(settings, checkpoint))
     config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
     info = ModelInfo(
@@ -84,23 +83,23 @@ def _check_attention(settings: ModelSettings) -> None:
         )
 
 
-def _load_weights(folder: Path, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:
+def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:
     auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
     optional = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
     if quantization is not None:
         optional["quantization_config"] = quantization
     try:
         model, report = auto_model.from_pretrained(
-            str(folder),
+            str(checkpoint.folder),
             dtype=settings.dtype,
             device_map=settings.device_map,
             trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
+            use_safetensors=not checkpoint.is_pickled,
             output_loading_info=True,
             **optional,
         )
     except Exception as error:  # a broken or unusual model fails in many places, and each is for the operator to mend
-        _logger.debug("loading %s failed", folder, exc_info=True)
+        _logger.debug("loading %s failed", checkpoint.folder, exc_info=True)
         raise StartupError(f"--model {settings.model}: {_reason(error, settings)}") from error
     if missing := report["missing_keys"]:
         raise StartupError(f"--model {settings.model}: {explain.missing_weights(missing)}")

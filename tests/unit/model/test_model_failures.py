@@ -66,6 +66,25 @@ def test_pickled_weights_are_refused(llama_folder: Path) -> None:
     assert "only pickled weights" in startup_error(llama_folder)
 
 
+class _Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self._path,)
+
+
+def test_allowed_pickles_still_run_no_code(llama_folder: Path, tmp_path: Path) -> None:
+    (llama_folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": _Evil(tmp_path / "ran")}, llama_folder / "pytorch_model.bin")
+    assert "cannot be loaded" in startup_error(llama_folder, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+    torch.load(llama_folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have worked
+
+
 def test_a_folder_of_gguf_files_points_at_one(llama_folder: Path) -> None:
     (llama_folder / "model.safetensors").rename(llama_folder / "m.gguf")
     assert f"--model {llama_folder / 'm.gguf'}" in startup_error(llama_folder)

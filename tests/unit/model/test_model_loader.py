@@ -57,6 +57,14 @@ def test_the_attention_implementation_is_passed_on(llama_folder: Path, attention
     assert load(llama_folder, attn_implementation=attention).model.config._attn_implementation == attention
 
 
+def test_pickled_weights_load_where_they_are_allowed(llama_folder: Path) -> None:
+    expected = load(llama_folder).model.state_dict()
+    torch.save(expected, llama_folder / "pytorch_model.bin")
+    (llama_folder / "model.safetensors").unlink()
+    loaded = load(llama_folder, allow_pickle=True).model.state_dict()
+    assert all(torch.equal(loaded[name], weights) for name, weights in expected.items())
+
+
 def test_defaults_are_only_what_generation_config_sets(llama_folder: Path) -> None:
     edit_json(llama_folder / "generation_config.json", temperature=0.7, top_k=20, do_sample=True, max_length=33)
     assert info(llama_folder).defaults == SamplingDefaults(temperature=0.7, top_k=20, do_sample=True)
