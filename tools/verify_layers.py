@@ -32,6 +32,7 @@ TORCH_SIDE = (
     "psutil",
     "tqdm",
     "triton",
+    "llguidance",
 )
 
 
@@ -55,6 +56,7 @@ ROOMS = (
         imports=("prometheus_client", "opentelemetry", "pythonjsonlogger", *SETTINGS),
     ),
     Room(("parleyd.security",), imports=("cryptography", "grpc", "jwt", "msgspec", *SETTINGS)),
+    Room(("parleyd.grammar",), imports=("llguidance", "parleyd.ipc", *SETTINGS)),
     Room(("parleyd.text",), imports=("tokenizers", "jinja2", "regex", "transformers.utils", *SETTINGS)),
     Room(
         (
@@ -65,7 +67,11 @@ ROOMS = (
         ),
         imports=SETTINGS,
     ),
-    Room(("parleyd.engine", "parleyd.model"), imports=(*TORCH_SIDE, *SETTINGS), never=("asyncio",)),
+    Room(
+        ("parleyd.engine", "parleyd.model"),
+        imports=(*TORCH_SIDE, "parleyd.grammar.compiler", *SETTINGS),
+        never=("asyncio",),
+    ),
     Room(
         ("parleyd.worker",),
         imports=("parleyd.engine", "parleyd.ipc", "parleyd.model", "parleyd.telemetry", *SETTINGS),

@@ -20,6 +20,7 @@ class SamplingParams:
     """How to draw the tokens of one sequence; every value resolved and in range (see generation.proto).
 
     `choice` is the sequence's place among those of its request. `logprobs` is true wherever `top_logprobs` is not 0.
+    `grammar` is what the text must follow, in llguidance's language (see grammar/formats.py); empty: nothing.
     """
 
     max_new_tokens: int
@@ -39,6 +40,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: bool = False
     top_logprobs: int = 0
+    grammar: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,9 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What one step made for one request. The last one for a request has a `finish_reason` or an `error`.
+    """What one step made for one request. The last one has a `finish_reason`, an `error` or a `grammar_error`.
 
+    `grammar_error` is the request's own: its grammar cannot be followed any further.
     `logprobs`: one for each of `token_ids` where the request asks for them, else none.
     `cached_prompt_tokens`: of the prompt, how many were found in the prefix cache.
     """
@@ -80,11 +83,12 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    grammar_error: str | None = None
     cached_prompt_tokens: int = 0
 
     @property
     def is_last(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
+        return self.finish_reason is not None or self.error is not None or self.grammar_error is not None
 
 
 @dataclass(frozen=True, kw_only=True)

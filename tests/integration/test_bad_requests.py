@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 from tokenizers import Tokenizer
 
-from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from parley.v1 import chat_pb2, message_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask, error_info_of, reason_of, violated_fields
@@ -174,7 +174,6 @@ def test_a_chat_template_that_raises_is_an_invalid_request(start_gateway: StartG
     ("request_fields", "field"),
     [
         ({"tools": [message_pb2.Tool(name="f")]}, "tools"),
-        ({"response_format": generation_pb2.ResponseFormat(regex="a+")}, "response_format"),
     ],
 )
 def test_what_is_not_supported_says_so_and_names_the_field(

@@ -7,16 +7,27 @@ import queue
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 
+from parleyd.engine.grammar import GrammarCompiler, GrammarState
 from parleyd.engine.model_runner import Launched, ModelRunner
 from parleyd.engine.prefill_budget import PrefillBudget
 from parleyd.engine.request import Batch
 from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, EngineStats, Output
+from parleyd.grammar.compiler import GrammarError
 
 _logger = logging.getLogger("parleyd.engine")
+
+
+class _Submitted(NamedTuple):
+    """A request in the inbox, and where its grammar starts."""
+
+    request: EngineRequest
+    compiled: Future[GrammarState] | None = None
 
 
 class BatchingEngine:
@@ -30,10 +41,12 @@ class BatchingEngine:
         budget: PrefillBudget | None = None,
         *,
         overlap: bool = False,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """`budget`: the scheduler's, where it wants to know what steps cost; they must have run once they are launched.
 
         `overlap`: launch a step before the ids of the one ahead are here, so that a device never waits for us.
+        Without `grammars`, requests that have one fail.
         """
         self.max_running = max_running
         self._budget = budget
@@ -42,14 +55,22 @@ class BatchingEngine:
         self._in_flight: deque[tuple[Batch, Launched]] = deque()
         self._scheduler = scheduler
         self._runner = runner
-        self._inbox: queue.SimpleQueue[EngineRequest | int] = queue.SimpleQueue()
+        self._grammars = grammars
+        self._compiling: set[int] = set()  # keys of requests that are not in the inbox yet, and may be aborted
+        self._inbox: queue.SimpleQueue[_Submitted | int] = queue.SimpleQueue()
 
     def submit(self, request: EngineRequest) -> None:
-        """See Engine."""
-        self._inbox.put(request)
+        """See Engine. A request with a grammar enters the inbox once that is compiled."""
+        if not request.params.grammar or self._grammars is None:
+            self._inbox.put(_Submitted(request))
+            return
+        self._compiling.add(request.key)
+        state = self._grammars.start(request)
+        state.add_done_callback(lambda state: self._inbox.put(_Submitted(request, state)))
 
     def abort(self, key: int) -> None:
         """See Engine."""
+        self._compiling.discard(key)
         self._inbox.put(key)
 
     def stats(self) -> EngineStats:
@@ -101,8 +122,25 @@ class BatchingEngine:
         while not self._inbox.empty():
             yield from self._take(self._inbox.get())
 
-    def _take(self, item: EngineRequest | int) -> Iterator[Output]:
+    def _take(self, item: _Submitted | int) -> Iterator[Output]:
         if isinstance(item, int):
             self._scheduler.abort(item)
-        elif (output := self._scheduler.submit(item)) is not None:
+        elif (output := self._submit(item)) is not None:
             yield output
+
+    def _submit(self, submitted: _Submitted) -> Output | None:
+        request, compiled = submitted
+        if compiled is None and request.params.grammar:
+            return Output(key=request.key, error="this engine knows no grammars")
+        if compiled is None:
+            return self._scheduler.submit(request)
+        if request.key not in self._compiling:  # aborted
+            return None
+        self._compiling.remove(request.key)
+        try:
+            return self._scheduler.submit(request, compiled.result())
+        except GrammarError as error:
+            return Output(key=request.key, grammar_error=str(error))
+        except Exception as error:
+            _logger.exception("compiling the grammar of request %d failed", request.key)
+            return Output(key=request.key, error=f"{type(error).__name__}: {error}")

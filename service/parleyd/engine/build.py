@@ -14,6 +14,7 @@ from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.cuda_graphs import CudaCapture, GraphedForward
 from parleyd.engine.generate import GenerateEngine
+from parleyd.engine.grammar import GrammarCompiler
 from parleyd.engine.kernels import AttentionShape, choose_kernels, probe_batch
 from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.lean_forward import LeanForward
@@ -58,7 +59,7 @@ def build_engine(
             return "batching", engine
         obstacle = obstacle or "with our attention it computes something else"
         _logger.warning("engine batching cannot drive this model (%s): engine generate serves it", obstacle)
-    return "generate", GenerateEngine(model, info.eos_token_ids, info.max_context_tokens)
+    return "generate", GenerateEngine(model, info.eos_token_ids, info.max_context_tokens, GrammarCompiler(info))
 
 
 def batching_obstacle(model: PreTrainedModel) -> str | None:
@@ -121,7 +122,14 @@ def _build_batching(
     if is_cuda and settings.cuda_graphs and cache.kernels.decode is not None:
         forward = _graphed(forward, cache, max_running, info.max_context_tokens)
     runner = ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids)
-    return BatchingEngine(scheduler, runner, max_running, budget, overlap=is_cuda and settings.overlap)
+    return BatchingEngine(
+        scheduler,
+        runner,
+        max_running,
+        budget,
+        overlap=is_cuda and settings.overlap,
+        grammars=GrammarCompiler(info),
+    )
 
 
 def _graphed(forward: Forward, cache: PagedKVCache, max_running: int, max_context_tokens: int) -> Forward:

@@ -19,8 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
+from parleyd.engine.grammar import GrammarCompiler, GrammarMask, GrammarRow, GrammarState
 from parleyd.engine.token_streamer import TokenStreamer
 from parleyd.generation import EngineRequest, EngineStats, FinishReason, Output, SamplingParams, TokenLogprob
+from parleyd.grammar.compiler import GrammarError
 
 _logger = logging.getLogger("parleyd.engine")
 
@@ -48,13 +50,20 @@ class GenerateEngine:
 
     max_running = 1
 
-    def __init__(self, model: PreTrainedModel, eos_token_ids: tuple[int, ...], max_context_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos_token_ids: tuple[int, ...],
+        max_context_tokens: int,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         self.progress = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._model = model
         self._eos_token_ids = eos_token_ids
         self._max_context_tokens = max_context_tokens
+        self._grammars = grammars
         self._base_config = _without_governed_fields(model.generation_config)
         # generate() fills what a request leaves unset from here; requests leave unset on purpose.
         model.generation_config = GenerationConfig()
@@ -121,6 +130,8 @@ class GenerateEngine:
             pass
         except torch.AcceleratorError as error:
             self._outputs.put(error)
+        except GrammarError as error:
+            self._outputs.put(Output(key=sequence.request.key, grammar_error=str(error)))
         except Exception as error:
             _logger.exception("generating for request %d failed", sequence.request.key)
             self._outputs.put(Output(key=sequence.request.key, error=f"{type(error).__name__}: {error}"))
@@ -133,6 +144,7 @@ class GenerateEngine:
         stop_ids = self._stop_ids(params)
         room = self._max_context_tokens - len(request.prompt_ids)
         max_new_tokens = min(params.max_new_tokens, room)
+        grammar = self._start_grammar(request)
 
         def on_token(token_id: int) -> None:
             if sequence.is_cancelled:
@@ -144,6 +156,10 @@ class GenerateEngine:
                 reason = FinishReason.STOP
             elif sequence.num_generated >= max_new_tokens:
                 reason = FinishReason.LENGTH
+            elif grammar is not None:
+                grammar.advance(token_id)
+            if grammar is not None and grammar.error is not None:
+                raise GrammarError(grammar.error)
             sequence.is_finished = reason is not None
             logprobs = (self._logprob(token_id, params.top_logprobs),) if params.logprobs else ()
             self._outputs.put(Output(key=request.key, token_ids=(token_id,), logprobs=logprobs, finish_reason=reason))
@@ -155,10 +171,17 @@ class GenerateEngine:
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=self._config(params, max_new_tokens - len(request.output_ids), stop_ids),
-            logits_processor=self._processors(params, len(request.prompt_ids), stop_ids),
+            logits_processor=self._processors(params, len(request.prompt_ids), stop_ids, grammar),
             stopping_criteria=[_Ended(sequence)],
             streamer=TokenStreamer(on_token),
         )
+
+    def _start_grammar(self, request: EngineRequest) -> GrammarState | None:
+        if not request.params.grammar:
+            return None
+        if self._grammars is None:
+            raise ValueError("this engine knows no grammars")
+        return self._grammars.start(request).result()
 
     def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
         assert self._logits is not None
@@ -167,7 +190,8 @@ class GenerateEngine:
         return TokenLogprob(float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
-        return [*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)]
+        ignores_eos = params.ignore_eos and not params.grammar  # nothing can follow the end of a grammar
+        return [*params.stop_token_ids, *(() if ignores_eos else self._eos_token_ids)]
 
     def _config(self, params: SamplingParams, max_new_tokens: int, stop_ids: list[int]) -> GenerationConfig:
         config = copy.deepcopy(self._base_config)
@@ -183,7 +207,9 @@ class GenerateEngine:
             config.min_p = params.min_p
         return config
 
-    def _processors(self, params: SamplingParams, prompt_length: int, stop_ids: list[int]) -> list[LogitsProcessor]:
+    def _processors(
+        self, params: SamplingParams, prompt_length: int, stop_ids: list[int], grammar: GrammarState | None
+    ) -> list[LogitsProcessor]:
         processors: list[LogitsProcessor] = []
         masked_ids = sorted({*self._eos_token_ids, *stop_ids})
         if params.min_new_tokens and masked_ids:
@@ -195,6 +221,8 @@ class GenerateEngine:
             )
         if params.logit_bias or params.presence_penalty or params.frequency_penalty:
             processors.append(_Additions(params, prompt_length))
+        if grammar is not None:
+            processors.append(_Steered(grammar, prompt_length))
         if params.do_sample:
             processors.append(_PositionSeed(params.seed, params.choice, prompt_length))
         return processors
@@ -242,6 +270,21 @@ class _Additions(LogitsProcessor):  # type: ignore[misc]
             scores[0, token_id] += bias
         counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[1])
         return scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+
+
+class _Steered(LogitsProcessor):  # type: ignore[misc]
+    """Masks what the grammar does not allow next."""
+
+    def __init__(self, grammar: GrammarState, prompt_length: int) -> None:
+        self._grammar = grammar
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        row = GrammarRow(0, self._grammar, input_ids.shape[1] - self._prompt_length)
+        mask = GrammarMask([row], scores.shape[1])
+        scores = scores.masked_fill(mask.forbidden(scores.device), -torch.inf)
+        mask.force_ends(scores)
+        return scores
 
 
 class _PositionSeed(LogitsProcessor):  # type: ignore[misc]

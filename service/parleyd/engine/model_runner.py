@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parleyd.engine.attention import PagedKVCache, StepLayout, attend
+from parleyd.engine.grammar import GrammarState
 from parleyd.engine.penalties import upload
 from parleyd.engine.request import Batch, Scheduled
 from parleyd.engine.sampler import SampledTokens, Sampler, SamplingRow
@@ -123,7 +124,14 @@ class ModelRunner:
 def _sampling_row(item: Scheduled) -> SamplingRow:
     sequence = item.sequence
     position = item.start + item.num_tokens - sequence.num_prompt_tokens
-    return SamplingRow(sequence.key, sequence.params, sequence.token_ids, sequence.num_prompt_tokens, position)
+    return SamplingRow(
+        sequence.key,
+        sequence.params,
+        sequence.token_ids,
+        sequence.num_prompt_tokens,
+        position,
+        cast(GrammarState | None, sequence.grammar),
+    )
 
 
 def _copy_to_host(sampled: SampledTokens) -> Launched:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from parleyd.generation import EngineRequest, FinishReason, SamplingParams
 
@@ -19,6 +19,17 @@ class SequenceState(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class Grammar(Protocol):
+    """Where a sequence is in the grammar that its text must follow; see engine/grammar.py."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it cannot be followed any further."""
+
+    def advance(self, token_id: int) -> None:
+        """Takes the sequence's next id, unless it is one that ends the sequence."""
 
 
 def _no_ids() -> array[int]:
@@ -42,6 +53,7 @@ class Sequence:
     priority: int
     arrival: int
     cache_salt: str
+    grammar: Grammar | None = None
 
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
@@ -55,20 +67,28 @@ class Sequence:
 
     @classmethod
     def from_request(
-        cls, request: EngineRequest, arrival: int, eos_token_ids: frozenset[int], max_context_tokens: int
+        cls,
+        request: EngineRequest,
+        arrival: int,
+        eos_token_ids: frozenset[int],
+        max_context_tokens: int,
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """A waiting sequence; one with a `finish_reason` where the ids already delivered leave nothing to generate."""
         params = request.params
+        # Nothing can follow the end of a grammar.
+        ignores_eos = params.ignore_eos and not params.grammar
         sequence = cls(
             key=request.key,
             token_ids=array("i", request.prompt_ids + request.output_ids),
             num_prompt_tokens=len(request.prompt_ids),
             params=params,
-            stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
+            stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if ignores_eos else eos_token_ids),
             max_length=min(len(request.prompt_ids) + params.max_new_tokens, max_context_tokens),
             priority=request.priority,
             arrival=arrival,
             cache_salt=request.cache_salt,
+            grammar=grammar,
         )
         if not sequence.stop_token_ids.isdisjoint(request.output_ids):
             sequence.finish_reason = FinishReason.STOP
@@ -99,6 +119,8 @@ class Sequence:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self.max_length:
             self.finish_reason = FinishReason.LENGTH
+        elif self.grammar is not None:
+            self.grammar.advance(token_id)
 
 
 class Scheduled(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parleyd.engine import draws
+from parleyd.engine.grammar import GrammarMask, GrammarRow, GrammarState
 from parleyd.engine.penalties import PenalisedRow, Penalties, PenaltyTable, upload
 from parleyd.generation import SamplingParams, TokenLogprob
 
@@ -31,7 +32,7 @@ class SamplingRow(NamedTuple):
 
     `position` counts the tokens generated before this one. `token_ids` (prompt, then output) may lack the latest of
     them while they are on their way from the device, as long as the row was in the step before. `key` is unique in the
-    batch, and stands for one request and its parameters for good.
+    batch, and stands for one request and its parameters for good. `grammar` has taken all generated tokens.
     """
 
     key: int
@@ -39,6 +40,7 @@ class SamplingRow(NamedTuple):
     token_ids: Sequence[int]
     num_prompt_tokens: int
     position: int
+    grammar: GrammarState | None = None
 
 
 class Logprobs(NamedTuple):
@@ -176,6 +178,7 @@ class SamplingBatch:
         asked = [(row, one.num_top_logprobs) for row, one in enumerate(settings) if one.num_top_logprobs is not None]
         self.logprobs = _Rows([row for row, _ in asked], self.size, device)
         self.num_top = tuple(num_top for _, num_top in asked)
+        self.mask: GrammarMask | None = None  # new at each step
 
 
 class Sampler:
@@ -208,10 +211,15 @@ class Sampler:
             self._update_penalties(rows)
         elif self._penalises and not self._penalty_table.is_at(self._penalised(rows)):
             self._update_penalties(rows)
+        batch.mask = self._mask(rows)
         for drawn in batch.drawn:
             positions = np.array([rows[row].position for row in drawn.rows.rows], np.uint64)
             drawn.uniforms = upload(draws.uniforms(drawn.stream_keys, positions), self._device)
         return batch
+
+    def _mask(self, rows: Sequence[SamplingRow]) -> GrammarMask | None:
+        steered = [GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None]
+        return GrammarMask(steered, self._vocab_size) if steered else None
 
     def _settings_of(self, row: SamplingRow) -> _Settings:
         return _Settings.of(row.params, self._vocab_size, self._eos_token_ids)
@@ -231,7 +239,7 @@ class Sampler:
     @torch.no_grad()
     def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
         """Chooses a token for each row. logits: [batch, vocab], any float type, in the rows' order; left as it is."""
-        x = self._changed(logits)
+        x = self._changed(logits, batch)
         token_ids = torch.empty(batch.size, dtype=torch.int64, device=x.device)
         if batch.greedy:
             token_ids = batch.greedy.put(token_ids, draws.first_argmax(_as_float(batch.greedy.of(x))))
@@ -245,17 +253,23 @@ class Sampler:
     @torch.no_grad()
     def probabilities(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """What `sample` would draw from: [batch, vocab], not scaled to a sum of 1. Rows of greedy choice are 0."""
-        x = self._changed(logits)
+        x = self._changed(logits, batch)
         probs = torch.zeros_like(x, dtype=torch.float32)
         for drawn in batch.drawn:
             probs = drawn.rows.put(probs, _probabilities(_as_float(drawn.rows.of(x)), drawn))
         return probs
 
-    def _changed(self, logits: Tensor) -> Tensor:
-        if not self._penalises:
+    def _changed(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        if not self._penalises and batch.mask is None:
             return logits
         changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        self._penalty_table.apply(changed)
+        if self._penalises:
+            self._penalty_table.apply(changed)
+        if batch.mask is not None:
+            rows = _Rows(batch.mask.rows, batch.size, self._device)
+            masked = rows.of(changed).masked_fill_(batch.mask.forbidden(self._device), -torch.inf)
+            changed = rows.put(changed, masked)
+            batch.mask.force_ends(changed)
         return changed
 
 

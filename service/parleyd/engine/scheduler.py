@@ -13,7 +13,7 @@ from collections.abc import Sequence as Ids
 from operator import attrgetter
 
 from parleyd.engine.kv_cache import IntegrityError, KVLedger
-from parleyd.engine.request import Batch, Sequence, SequenceState
+from parleyd.engine.request import Batch, Grammar, Sequence, SequenceState
 from parleyd.errors import StartupError
 from parleyd.generation import EngineRequest, EngineStats, Output, TokenLogprob
 
@@ -69,14 +69,19 @@ class Scheduler:
         """Whether no request is open."""
         return not self._sequences
 
-    def submit(self, request: EngineRequest) -> Output | None:
-        """Queues a request. Returns its only output where there is nothing to generate."""
+    def submit(self, request: EngineRequest, grammar: Grammar | None = None) -> Output | None:
+        """Queues a request. Returns its only output where there is nothing to generate.
+
+        `grammar`, of a request that has one, is where its output ids have left it.
+        """
         if request.key in self._sequences:
             raise ValueError(f"a request with key {request.key} is already open")
         if not (request.prompt_ids or request.output_ids):
             return Output(key=request.key, error="the prompt has no tokens")
         self._num_arrivals += 1
-        sequence = Sequence.from_request(request, self._num_arrivals, self._eos_token_ids, self._max_context_tokens)
+        sequence = Sequence.from_request(
+            request, self._num_arrivals, self._eos_token_ids, self._max_context_tokens, grammar
+        )
         if sequence.finish_reason is not None:
             return Output(key=request.key, finish_reason=sequence.finish_reason)
         self._sequences[request.key] = sequence
@@ -113,6 +118,10 @@ class Scheduler:
                 self._ledger.register(sequence, start, start + num_tokens)
             if token_id is not None:
                 sequence.append(token_id)
+                if sequence.grammar is not None and sequence.grammar.error is not None:
+                    self._end(sequence)
+                    outputs.append(Output(key=sequence.key, grammar_error=sequence.grammar.error))
+                    continue
                 reason = sequence.finish_reason
                 if reason is not None:
                     self._end(sequence)
@@ -189,6 +198,8 @@ class Scheduler:
         while index < len(running):
             sequence = running[index]
             index += 1
+            if sequence.num_pending and sequence.grammar is not None:
+                continue  # what may come next is not known before the id that is being sampled
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens - sequence.num_computed_tokens > 1:
                 prefills.append(sequence)

@@ -5,20 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
-from parleyd.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, PermissionDenied, PromptTooLong, Violation
+from parleyd.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    PermissionDenied,
+    PromptTooLong,
+    Unsupported,
+    Violation,
+)
 from parleyd.gateway import convert, tools
 from parleyd.gateway.answer import Answer, AnswerDelta
 from parleyd.gateway.batch import answer_batch
+from parleyd.gateway.grammar_checker import GrammarChecker
 from parleyd.gateway.prompt import Prompt, PromptBuilder
 from parleyd.gateway.runner import Generation, Runner
 from parleyd.gateway.served_model import ServedModel
 from parleyd.generation import SamplingParams
 from parleyd.telemetry.call import current_call
+from parleyd.text.answer_parser import AnswerParser
 from parleyd.text.sequence_text import SequenceText
 from parleyd.text.tool_format.call_id import call_id
 
@@ -28,9 +39,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Serves one model. `model` is None until the first worker is ready; the interceptor lets no call in before."""
 
-    def __init__(self, prompts: PromptBuilder, runner: Runner) -> None:
+    def __init__(self, prompts: PromptBuilder, grammars: GrammarChecker, runner: Runner) -> None:
         self.model: ServedModel | None = None
         self._prompts = prompts
+        self._grammars = grammars
         self._runner = runner
 
     async def Generate(self, request: chat_pb2.GenerateRequest, context: Context) -> chat_pb2.GenerateResponse:
@@ -96,10 +108,14 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             raise PermissionDenied("this client may not set a priority")
         served = self._served
         params = await self._prompts.check(served.check_request, request)
+        if question := served.grammar_question(request, params):
+            params = replace(params, grammar=await self._grammars.check(question))
         self._check_model(request.model)
         prompt = await self._prompts.build(served, request)
         if not prompt.token_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
+        if params.grammar and prompt.opens_reasoning:
+            raise Unsupported("response_format", "the chat template has this model's answer begin with its reasoning")
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineExceeded
@@ -126,10 +142,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         tool_names = [tool.name for tool in tools.offered(request)]
         num_earlier_calls = sum(len(message.tool_calls) for message in request.messages)
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
+        # What follows a grammar is content from its first token to its last.
+        markers = () if params.grammar else answer_format.markers(with_tools=bool(tool_names))
         text = SequenceText(
             self._served.tokenizer,
             skip_special_tokens=skip_special_tokens,
-            shown_ids=self._served.tokenizer.special_ids_of(answer_format.markers(with_tools=bool(tool_names))),
+            shown_ids=self._served.tokenizer.special_ids_of(markers),
             stop_strings=config.stop_strings or self._served.info.defaults.stop_strings,
             include_stop_string=config.include_stop_string,
             min_new_tokens=params.min_new_tokens,
@@ -140,7 +158,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             lambda index: call_id(params.seed, choice, num_earlier_calls + index),
             opens_reasoning=prompt.opens_reasoning,
         )
-        return Answer(self._served.tokenizer, text, parser, hidden_ids)
+        return Answer(self._served.tokenizer, text, AnswerParser() if params.grammar else parser, hidden_ids)
 
     async def _respond(self, generation: Generation) -> chat_pb2.GenerateResponse:
         """The whole answer."""

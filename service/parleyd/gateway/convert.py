@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,19 @@ def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: Sampli
         logprobs=config.logprobs or config.top_logprobs > 0,
         top_logprobs=config.top_logprobs,
     )
+
+
+def to_format(form: generation_pb2.ResponseFormat) -> tuple[str, str] | None:
+    """The kind of a response format and its source, as `grammar.formats` takes them; None for free text."""
+    match form.WhichOneof("format"):
+        case None | "text":
+            return None
+        case "json_object":
+            return "json_object", ""
+        case "choice":
+            return "choice", json.dumps(list(form.choice.choices))
+        case kind:
+            return kind, getattr(form, kind)
 
 
 def resolved_violations(request: chat_pb2.GenerateRequest, params: SamplingParams) -> Iterator[Violation]:

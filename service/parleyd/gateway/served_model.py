@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from importlib.util import find_spec
+from itertools import chain, islice, takewhile
 from pathlib import Path
 
 from parley.v1 import chat_pb2
@@ -12,15 +13,17 @@ from parleyd.config import ServerSettings
 from parleyd.errors import InvalidRequest, Unsupported, Violation
 from parleyd.gateway import convert, tools, validation
 from parleyd.generation import ModelInfo, SamplingParams
+from parleyd.ipc.messages import CheckGrammar
 from parleyd.text.answer_format import AnswerFormat
 from parleyd.text.chat_template import ChatTemplate
-from parleyd.text.tokenizer import Tokenizer
+from parleyd.text.tokenizer import ByteCoding, Tokenizer
 
 _MAX_VIOLATIONS = 200
 _CAPABILITIES = (
     "chat", "stream", "batch", "count_tokens", "continue_final_message", "stop_strings", "seed", "penalties",
     "logit_bias", "logprobs", "num_return_sequences", "resume",
 )  # fmt: skip
+_FORMATS = ("json_object", "json_schema", "regex", "grammar", "choice")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate
     answer_format: AnswerFormat
+    grammar_obstacle: str | None
     description: chat_pb2.GetModelResponse
 
     @classmethod
@@ -44,21 +48,36 @@ class ServedModel:
             template, tokenizer, tool_format=settings.tool_format, reasoning_format=settings.reasoning_format
         )
         defaults = convert.effective_defaults(info, settings.default_max_new_tokens)
+        grammar_obstacle = _grammar_obstacle(info, tokenizer)
         description = chat_pb2.GetModelResponse(
             model=name,
             max_context_tokens=info.max_context_tokens,
             vocab_size=info.vocab_size,
             default_generation_config=convert.to_generation_config(defaults, info.defaults.stop_strings),
-            capabilities=(*_CAPABILITIES, *_format_capabilities(answer_format)),
+            capabilities=(
+                *_CAPABILITIES,
+                *_format_capabilities(answer_format),
+                *(() if grammar_obstacle else _FORMATS),
+            ),
             engine=info.engine,
             dtype=info.dtype,
             device=info.device,
         )
-        return cls(name, info, defaults, tokenizer, template, answer_format, description)
+        return cls(name, info, defaults, tokenizer, template, answer_format, grammar_obstacle, description)
 
     def ending_ids(self, params: SamplingParams) -> frozenset[int]:
         """The ids that end an answer."""
-        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.info.eos_token_ids)
+        ignores_eos = params.ignore_eos and not params.grammar  # nothing can follow the end of a grammar
+        return frozenset(params.stop_token_ids) | frozenset(() if ignores_eos else self.info.eos_token_ids)
+
+    def grammar_question(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> CheckGrammar | None:
+        """What to ask the checker about a request; None where any text will do."""
+        form = convert.to_format(request.response_format)
+        if form is None:
+            return None
+        endings = {*params.stop_token_ids, *self.info.eos_token_ids}
+        resumed_ids = takewhile(lambda token_id: token_id not in endings, request.resume.token_ids)
+        return CheckGrammar(self.info, *form, tuple(resumed_ids))
 
     def check_request(self, request: chat_pb2.GenerateRequest) -> SamplingParams:
         """The request's sampling parameters. Raises InvalidRequest with every violation, or Unsupported."""
@@ -68,7 +87,7 @@ class ServedModel:
             convert.resolved_violations(request, params),
             self._kwarg_violations(request),
         )
-        self._refuse_unsupported(request, validation.unsupported_in_request(request))
+        self._refuse_unsupported(request, validation.unsupported_in_request(request, self.grammar_obstacle))
         return params
 
     def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
@@ -90,6 +109,17 @@ def _format_capabilities(answer_format: AnswerFormat) -> Iterator[str]:
         yield "tools"
     if answer_format.has_reasoning:
         yield "reasoning"
+
+
+def _grammar_obstacle(info: ModelInfo, tokenizer: Tokenizer) -> str | None:
+    """Why answers can have no form other than free text, or None."""
+    if find_spec("llguidance") is None:
+        return "the library llguidance is not installed on this server"
+    if tokenizer.byte_coding is ByteCoding.NONE:
+        return "this model's tokens do not spell texts byte for byte"
+    if not info.eos_token_ids:
+        return "this model has no end token"
+    return None
 
 
 def _refuse(*violations: Iterable[Violation]) -> None:

@@ -18,6 +18,7 @@ from parleyd.errors import Draining, StartupError
 from parleyd.gateway.admission import Admission
 from parleyd.gateway.chat import ChatService
 from parleyd.gateway.doorkeeper import Doorkeeper
+from parleyd.gateway.grammar_checker import GrammarChecker
 from parleyd.gateway.health import Health
 from parleyd.gateway.observer import Observer
 from parleyd.gateway.options import server_options
@@ -62,6 +63,7 @@ class Gateway:
         self._shutdown = asyncio.Event()
         self._hurry = asyncio.Event()
         self._prompts = PromptBuilder()
+        self._grammars = GrammarChecker()
         self.admission = Admission(
             model.max_running or 1,
             server.max_queue,
@@ -85,7 +87,7 @@ class Gateway:
             # Beside those that run or wait: calls that are being checked, and answers that nobody reads.
             max_open=server.max_queue + (model.max_running or 0) + _MAX_OTHER_CALLS,
         )
-        self._chat = ChatService(self._prompts, Runner(self.admission, self.supervisor, self.worker))
+        self._chat = ChatService(self._prompts, self._grammars, Runner(self.admission, self.supervisor, self.worker))
         self.guard = Guard(settings.security, _RPCS)
         check_address(server.host, settings.security)
         self._server = self._build_server()
@@ -156,6 +158,7 @@ class Gateway:
             supervision.cancel()
             await asyncio.gather(supervision, return_exceptions=True)
             self._prompts.close()
+            await self._grammars.close()
             self.observer.close()
             if self._admin:
                 self._admin.close()

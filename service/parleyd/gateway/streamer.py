@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from parleyd.errors import EngineFault, ParleyError
+from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Violation
 from parleyd.generation import FinishReason, Output, TokenLogprob
 
 # With all their log-probabilities they make some 150 KB; many clients take no message of more than 4 MiB.
@@ -46,6 +46,8 @@ class Streamer:
             self._cached_prompt_tokens = output.cached_prompt_tokens
         if output.error is not None:
             self._error = EngineFault(output.error)
+        elif output.grammar_error is not None:
+            self._error = InvalidRequest([Violation("response_format", output.grammar_error)])
         self._news.set()
         if output.is_last:
             self._on_end()

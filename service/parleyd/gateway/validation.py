@@ -17,6 +17,9 @@ _MAX_STOP_STRINGS = 16
 _MAX_STOP_STRING_CHARACTERS = 256
 _MAX_STOP_TOKEN_IDS = 64
 _MAX_LOGIT_BIAS = 1024
+_MAX_FORMAT_CHARACTERS = {"json_schema": 65_536, "regex": 8_192, "grammar": 65_536}
+_MAX_CHOICES = 1024
+_MAX_CHOICE_CHARACTERS = 1024
 
 # field: (lowest, is the lowest itself allowed, highest)
 _RANGES: dict[str, tuple[float, bool, float]] = {
@@ -38,6 +41,8 @@ def request_violations(request: chat_pb2.GenerateRequest, info: ModelInfo) -> It
     yield from conversation_violations(request)
     yield from config_violations(request.generation_config, info)
     yield from tools.choice_violations(request)
+    if request.HasField("response_format"):
+        yield from _format_violations(request.response_format)
     if request.request_id and not REQUEST_ID_PATTERN.fullmatch(request.request_id):
         yield Violation("request_id", "must be up to 128 of [A-Za-z0-9._:-]")
     yield from _ids_violations("resume.token_ids", request.resume.token_ids, info.max_context_tokens, info.vocab_size)
@@ -77,10 +82,16 @@ def config_violations(config: generation_pb2.GenerationConfig, info: ModelInfo) 
     yield from _logit_bias_violations(config, info.vocab_size)
 
 
-def unsupported_in_request(request: chat_pb2.GenerateRequest) -> Iterator[Unsupported]:
-    """What a valid GenerateRequest asks for that this build cannot do. Nothing is ever silently ignored."""
+def unsupported_in_request(request: chat_pb2.GenerateRequest, grammar_obstacle: str | None) -> Iterator[Unsupported]:
+    """What a valid GenerateRequest asks for that this build cannot do. Nothing is ever silently ignored.
+
+    `grammar_obstacle`: why answers can have no form other than free text, or None.
+    """
     if request.response_format.WhichOneof("format") not in (None, "text"):
-        yield Unsupported("response_format", "this server answers in free text only, so far")
+        if grammar_obstacle:
+            yield Unsupported("response_format", grammar_obstacle)
+        if tools.offered(request):
+            yield Unsupported("response_format", "not supported together with tools, unless tool_choice is MODE_NONE")
 
 
 def unsupported_in_conversation(
@@ -146,3 +157,30 @@ def _number_violations(path: str, value: struct_pb2.Value) -> Iterator[Violation
         case "struct_value":
             for key, item in value.struct_value.fields.items():
                 yield from _number_violations(f"{path}.{key}", item)
+
+
+def _format_violations(form: generation_pb2.ResponseFormat) -> Iterator[Violation]:
+    kind = form.WhichOneof("format")
+    if kind is None:
+        yield Violation("response_format", "must name a format")
+    elif kind == "choice":
+        yield from _choice_violations("response_format.choice.choices", form.choice.choices)
+    elif limit := _MAX_FORMAT_CHARACTERS.get(kind):
+        length = len(getattr(form, kind))
+        if not 1 <= length <= limit:
+            yield Violation(f"response_format.{kind}", f"must have 1 to {limit:,} characters, not {length:,}")
+
+
+def _choice_violations(path: str, choices: Sequence[str]) -> Iterator[Violation]:
+    if not 1 <= len(choices) <= _MAX_CHOICES:
+        yield Violation(path, f"must hold 1 to {_MAX_CHOICES:,}, not {len(choices):,}")
+        return
+    seen = set()
+    for i, choice in enumerate(choices):
+        if not 1 <= len(choice) <= _MAX_CHOICE_CHARACTERS:
+            yield Violation(
+                f"{path}[{i}]", f"must have 1 to {_MAX_CHOICE_CHARACTERS:,} characters, not {len(choice):,}"
+            )
+        elif choice in seen:
+            yield Violation(f"{path}[{i}]", "is there twice")
+        seen.add(choice)

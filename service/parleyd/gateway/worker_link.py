@@ -1,4 +1,4 @@
-"""The worker process as the gateway holds it: started, spoken to over a socket pair, killed."""
+"""A process of ours as the gateway holds it, worker or checker: started, spoken to over a socket pair, killed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class WorkerLink:
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, message: messages.ToWorker) -> None:
+    def send(self, message: messages.ToWorker | messages.CheckGrammar) -> None:
         """Queues a message. A worker that is gone takes it silently: `receive` tells."""
         if not self._writer.is_closing():
             self._writer.write(frame(messages.encode(message)))

@@ -1,4 +1,4 @@
-"""The messages between gateway and worker, in MessagePack. One `Step` carries all of a step's tokens."""
+"""The messages between the processes, in MessagePack. One `Step` carries all of a step's tokens."""
 
 from __future__ import annotations
 
@@ -52,9 +52,28 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     stats: EngineStats
 
 
+class CheckGrammar(msgspec.Struct, tag=True, frozen=True):
+    """Gateway to checker: can the model follow this `response_format`? `output_ids` are those that the client has."""
+
+    info: ModelInfo
+    kind: str
+    source: str
+    output_ids: tuple[int, ...] = ()
+
+
+class GrammarChecked(msgspec.Struct, tag=True, frozen=True):
+    """Checker to gateway: the grammar for the engine, or why there is none. `breaks_off`: it forbids the output ids."""
+
+    grammar: str = ""
+    error: str = ""
+    unsupported: str = ""
+    breaks_off: bool = False
+
+
 ToWorker = Start | Submit | Abort
-ToGateway = Ready | LoadFailed | Step | Progress
+ToGateway = Ready | LoadFailed | Step | Progress | GrammarChecked
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_checker = msgspec.msgpack.Decoder(CheckGrammar).decode
 decode_to_gateway = msgspec.msgpack.Decoder(ToGateway).decode

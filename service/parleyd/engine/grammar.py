@@ -1,0 +1,168 @@
+"""Grammars that answers must follow: compiled in threads of their own, one state a sequence, masks for the sampler."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parleyd.engine.penalties import upload
+from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
+from parleyd.grammar.compiler import GrammarError, compile_grammar, load_tokenizer, raise_error, replay
+
+_logger = logging.getLogger("parleyd.engine")
+
+_MAX_CACHED = 128
+_NUM_THREADS = 2
+
+
+class GrammarState:
+    """Where one sequence is in its grammar. Lives as long as the sequence, and is advanced with each of its ids.
+
+    End tokens and stop ids may be drawn exactly where the grammar allows an end, but for end tokens under `ignore_eos`
+    and all of them before `min_new_tokens`. Where that leaves nothing to draw, an end token may be drawn after all.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int
+    ) -> None:
+        self.error: str | None = None
+        self.eos_token_id = eos_token_ids[0]
+        self._matcher = matcher
+        self._min_new_tokens = params.min_new_tokens
+        self._eos_bits = _bits(eos_token_ids, vocab_size)
+        stop_bits = _bits(params.stop_token_ids, vocab_size)
+        self._ending_bits = self._eos_bits | stop_bits
+        self._allowed_ending_bits = stop_bits if params.ignore_eos else self._ending_bits
+
+    def advance(self, token_id: int) -> None:
+        """Takes the sequence's next id, unless it is one that ends the sequence."""
+        if self.error is None and not self._matcher.consume_token(token_id):
+            self._fail()
+
+    def fill(self, mask: NDArray[np.int32], row: int, position: int) -> bool:
+        """Sets the bits of the ids that may be drawn at output `position`. Returns whether an end is all there is.
+
+        mask: [rows, vocab / 32].
+        """
+        bits = mask[row].view(np.uint8)
+        try:
+            fill_next_token_bitmask(self._matcher, mask, row)
+            raise_error(self._matcher)
+        except (GrammarError, ValueError):
+            self._fail()
+            bits[:] = 0
+        may_end = bool((bits & self._eos_bits).any()) and position >= self._min_new_tokens
+        bits &= ~self._ending_bits
+        if may_end:
+            bits |= self._allowed_ending_bits
+        if bits.any():
+            return False
+        bits |= self._eos_bits
+        return True
+
+    def _fail(self) -> None:
+        try:
+            raise_error(self._matcher)
+            self.error = "cannot be followed any further"
+        except GrammarError as error:
+            self.error = f"cannot be followed any further: {error}"
+
+
+class GrammarCompiler:
+    """Makes grammar states. Compiled grammars are kept, the last used longest."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        self._info = info
+        self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
+        self._tokenizer: Future[LLTokenizer] | None = None
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def start(self, request: EngineRequest) -> Future[GrammarState]:
+        """The state of a request that has a grammar, its output ids taken. Fails with GrammarError. Never waits."""
+        compiled = self._compile(request.params.grammar)
+        state: Future[GrammarState] = Future()
+
+        def finish(compiled: Future[LLMatcher]) -> None:
+            try:
+                state.set_result(self._state_of(compiled.result(), request))
+            except Exception as error:
+                state.set_exception(error)
+
+        compiled.add_done_callback(finish)
+        return state
+
+    def _compile(self, grammar: str) -> Future[LLMatcher]:
+        with self._lock:
+            if self._tokenizer is None:
+                # Only where grammars are used at all: it takes time and memory.
+                info = self._info
+                self._tokenizer = self._executor.submit(
+                    load_tokenizer, info.tokenizer_dir, info.vocab_size, info.eos_token_ids
+                )
+            tokenizer = self._tokenizer
+            compiled = self._compiled.pop(grammar, None)
+            if compiled is None:
+                compiled = self._executor.submit(lambda: compile_grammar(tokenizer.result(), grammar))
+            self._compiled[grammar] = compiled
+            if len(self._compiled) > _MAX_CACHED:
+                self._compiled.popitem(last=False)
+            return compiled
+
+    def _state_of(self, compiled: LLMatcher, request: EngineRequest) -> GrammarState:
+        matcher = compiled.deep_copy()
+        if replay(matcher, request.output_ids) < len(request.output_ids):
+            raise GrammarError("does not allow the ids that are there already")
+        return GrammarState(matcher, request.params, self._info.eos_token_ids, self._info.vocab_size)
+
+
+class GrammarRow(NamedTuple):
+    """A row of a step, and the output position that it samples. `state` has taken all ids before."""
+
+    row: int
+    state: GrammarState
+    position: int
+
+
+class GrammarMask:
+    """Which ids may be drawn in some rows of a step."""
+
+    def __init__(self, rows: Sequence[GrammarRow], vocab_size: int) -> None:
+        self.rows = tuple(row for row, _, _ in rows)
+        self._vocab_size = vocab_size
+        self._mask = np.zeros((len(rows), -(-vocab_size // 32)), np.int32)
+        filled = [state.fill(self._mask, i, position) for i, (_, state, position) in enumerate(rows)]
+        self._ends = [(one.row, one.state.eos_token_id) for one, ends in zip(rows, filled, strict=True) if ends]
+
+    def forbidden(self, device: torch.device) -> Tensor:
+        """[rows, vocab], bool."""
+        bits = ~self._mask.view(np.uint8)
+        if device.type == "cpu":
+            unpacked = np.unpackbits(bits, axis=1, count=self._vocab_size, bitorder="little")
+            return torch.from_numpy(unpacked.view(np.bool_))
+        shifts = torch.arange(8, dtype=torch.uint8, device=device)
+        unpacked_there = (upload(bits, device)[:, :, None] >> shifts) & 1
+        return unpacked_there.flatten(1)[:, : self._vocab_size].bool()
+
+    def force_ends(self, logits: Tensor) -> None:
+        """Where an end is all there is, lets it be drawn whatever else has masked it. logits: [batch, vocab]."""
+        for row, token_id in self._ends:
+            logits[row, token_id] = 0.0
+
+
+def _bits(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.uint8]:
+    """A mask of these ids, as llguidance packs it."""
+    flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    flags[list(token_ids)] = 1
+    return np.packbits(flags, bitorder="little")

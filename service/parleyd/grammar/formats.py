@@ -1,0 +1,82 @@
+"""From a request's `response_format` to a grammar in llguidance's own language, which is plain text.
+
+The checker process calls it. Only how a format is written is checked here; compiler.py tells
+whether it can be followed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from parleyd.grammar.compiler import GrammarError
+
+# Between JSON tokens: a space, or a line's end and what indents the next. Without a bound, models that have lost their
+# way write blanks until they are cut off. The rest keeps schemas from choosing looser rules for themselves.
+_JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"(?: |\n[ \t]{0,40})",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(-)|.)", re.DOTALL)
+
+
+def to_grammar(kind: str, source: str) -> str:
+    """`kind` is a field of ResponseFormat, `source` its value: for `choice` a JSON array, for `json_object` nothing.
+
+    Raises GrammarError.
+    """
+    match kind:
+        case "json_object":
+            return _from_json_schema('{"type": "object"}')
+        case "json_schema":
+            return _from_json_schema(source)
+        case "regex":
+            return LLMatcher.grammar_from_regex(source)
+        case "choice":
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(source)))
+        case "grammar":
+            return _from_gbnf(source)
+        case _:
+            raise ValueError(f"{kind!r} is no format")
+
+
+def _from_json_schema(source: str) -> str:
+    try:
+        schema = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"is not JSON: {error}") from error
+    if schema is True:
+        source = "{}"
+    elif not isinstance(schema, dict):
+        raise GrammarError("is no JSON Schema that anything could match")
+    try:
+        return LLMatcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise GrammarError(str(error)) from error
+
+
+def _from_gbnf(source: str) -> str:
+    try:
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(_ESCAPE.sub(_rewrite_escape, source)))
+    except GrammarError:
+        raise
+    except Exception as error:  # the library raises bare Exception, and RecursionError where it is nested too deeply
+        raise GrammarError(str(error)) from error
+
+
+def _rewrite_escape(escape: re.Match[str]) -> str:
+    r"""Escapes that llguidance's conversion gets wrong (\u, \U) or does not know (\-), as ones that it gets right."""
+    if escape[3]:
+        return r"\x2d"
+    digits = escape[1] or escape[2]
+    if digits is None:
+        return escape[0]
+    code = int(digits, 16)
+    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+        raise GrammarError(f"{escape[0]} is no character")
+    return f"\\x{code:02x}" if code < 0x80 else chr(code)

@@ -1,0 +1,192 @@
+"""Answers under a grammar, from the whole engine over random logits and a vocabulary of bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from parleyd.engine.batching import BatchingEngine
+from parleyd.engine.draws import first_argmax
+from parleyd.engine.grammar import GrammarCompiler, GrammarMask, GrammarRow
+from parleyd.engine.kv_cache import KVLedger
+from parleyd.engine.sampler import Sampler, SamplingRow
+from parleyd.engine.scheduler import Scheduler
+from parleyd.generation import FinishReason, ModelInfo
+from parleyd.grammar.formats import to_grammar
+from tests.support import tiny_tokenizer
+from tests.support.random_engine import Answer, ask_engine, info_of, make_random_engine, run_all
+
+EOS, VOCAB_SIZE = tiny_tokenizer.IM_END_ID, tiny_tokenizer.VOCAB_SIZE
+LIKELY = (*b'"}],:0', EOS)
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> ModelInfo:
+    folder = tiny_tokenizer.write_tiny_tokenizer(tmp_path_factory.mktemp("bytes"))
+    return info_of(str(folder), VOCAB_SIZE, (EOS,))
+
+
+@pytest.fixture(params=[False, True], ids=["one step at a time", "a step launched ahead"])
+def engine(request: pytest.FixtureRequest, info: ModelInfo) -> BatchingEngine:
+    return make_random_engine(info, LIKELY, overlap=request.param)
+
+
+def text_of(answer: Answer) -> str:
+    return bytes(i for i in answer.token_ids if i < tiny_tokenizer.NUM_BYTES).decode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "pattern"),
+    [
+        ("regex", "[a-c]{2,4}(-[0-9]+)?", "[a-c]{2,4}(-[0-9]+)?"),
+        ("regex", "é+|日本", "é+|日本"),
+        ("choice", json.dumps(["yes", "no", 'a "quoted"\n| word', "\0"]), 'yes|no|a "quoted"\n\\| word|\0'),
+        ("grammar", 'root ::= item+\nitem ::= "- " [^\\n]{1,4} "\\n"', "(- [^\n]{1,4}\n)+"),
+        ("grammar", 'root ::= "\\u00e9" [\\u4e00-\\u4e10] [a\\-]', "é[一-丐][a-]"),
+    ],
+)
+def test_every_answer_that_ends_matches_as_a_whole(
+    engine: BatchingEngine, kind: str, source: str, pattern: str
+) -> None:
+    grammar = to_grammar(kind, source)
+    answers = run_all(engine, [ask_engine(key, grammar) for key in range(16)]).values()
+    ended = [text_of(answer) for answer in answers if answer.finish_reason is FinishReason.STOP]
+    assert ended
+    assert [text for text in ended if not re.fullmatch(pattern, text)] == []
+
+
+def test_json_object_is_an_object_with_any_members(engine: BatchingEngine) -> None:
+    grammar = to_grammar("json_object", "")
+    answers = run_all(engine, [ask_engine(key, grammar) for key in range(16)]).values()
+    ended = [json.loads(text_of(answer)) for answer in answers if answer.finish_reason is FinishReason.STOP]
+    assert ended
+    assert all(isinstance(value, dict) for value in ended)
+
+
+def test_the_end_token_ends_a_finished_grammar_even_under_ignore_eos_and_min_new_tokens(
+    engine: BatchingEngine,
+) -> None:
+    grammar = to_grammar("choice", '["ok"]')
+    requests = [
+        ask_engine(0, grammar),
+        ask_engine(1, grammar, ignore_eos=True),
+        ask_engine(2, grammar, min_new_tokens=9),
+    ]
+    for answer in run_all(engine, requests).values():
+        assert (answer.token_ids, answer.finish_reason) == ([*b"ok", EOS], FinishReason.STOP)
+
+
+def test_where_more_is_allowed_ignore_eos_and_min_new_tokens_put_the_end_off(engine: BatchingEngine) -> None:
+    grammar = to_grammar("regex", "[a-z]*")
+    requests = [
+        ask_engine(0, grammar, ignore_eos=True, max_new_tokens=30),
+        ask_engine(1, grammar, min_new_tokens=20, max_new_tokens=100),
+    ]
+    ignoring, long = run_all(engine, requests).values()
+    assert (len(ignoring.token_ids), ignoring.finish_reason) == (30, FinishReason.LENGTH)
+    assert EOS not in long.token_ids[:20]
+    assert (long.token_ids[-1], long.finish_reason) == (EOS, FinishReason.STOP)
+
+
+def test_stop_ids_are_drawn_only_where_the_grammar_allows_an_end(engine: BatchingEngine) -> None:
+    grammar = to_grammar("regex", "x{3}|x{6}")
+    for answer in run_all(engine, [ask_engine(k, grammar, stop_token_ids=(ord("}"),)) for k in range(16)]).values():
+        *text, end = answer.token_ids
+        assert text in ([*b"xxx"], [*b"xxxxxx"])
+        assert end in (EOS, ord("}"))
+
+
+def test_a_grammar_whose_only_next_token_is_a_stop_id_ends_instead_of_hanging(engine: BatchingEngine) -> None:
+    answer = run_all(engine, [ask_engine(0, to_grammar("choice", '["ab"]'), stop_token_ids=(ord("b"),))])[0]
+    assert (answer.token_ids, answer.finish_reason) == ([ord("a"), EOS], FinishReason.STOP)
+
+
+def test_length_cuts_an_answer_short(engine: BatchingEngine) -> None:
+    answer = run_all(engine, [ask_engine(0, to_grammar("regex", "x{50}"), max_new_tokens=7)])[0]
+    assert (answer.token_ids, answer.finish_reason) == ([*b"xxxxxxx"], FinishReason.LENGTH)
+
+
+def test_every_sampling_parameter_applies_on_top(engine: BatchingEngine) -> None:
+    grammar = to_grammar("regex", "[ab]{8}")
+    some = {"do_sample": True, "temperature": 9.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.5}
+    requests = [
+        ask_engine(0, grammar, logit_bias=((ord("a"), 100.0), (ord("z"), 100.0))),
+        ask_engine(1, grammar, logit_bias=((ord("a"), -100.0), (EOS, 100.0))),
+        *(ask_engine(2 + seed, grammar, seed=seed, **some) for seed in range(8)),
+    ]
+    answers = run_all(engine, requests)
+    assert text_of(answers[0]) == "aaaaaaaa"
+    assert text_of(answers[1]) == "bbbbbbbb"
+    assert all(re.fullmatch("[ab]{8}", text_of(answers[2 + seed])) for seed in range(8))
+
+
+def test_a_resumed_answer_goes_on_from_its_ids_and_ids_that_the_grammar_forbids_are_refused(
+    engine: BatchingEngine,
+) -> None:
+    grammar = to_grammar("choice", '["alpha", "beta"]')
+    answers = run_all(engine, [ask_engine(0, grammar, tuple(b"be")), ask_engine(1, grammar, tuple(b"bx"))])
+    assert (text_of(answers[0]), answers[0].finish_reason) == ("ta", FinishReason.STOP)
+    assert (answers[1].token_ids, answers[1].finish_reason) == ([], None)
+    assert "does not allow" in (answers[1].grammar_error or "")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_preempted_sequences_keep_their_place_in_the_grammar(info: ModelInfo, overlap: bool) -> None:
+    engine = make_random_engine(info, num_blocks=64, overlap=overlap)
+    grammar = to_grammar("regex", "(abcdefghij){20}")
+    answers = run_all(engine, [ask_engine(key, grammar, max_new_tokens=300) for key in range(12)])
+    assert engine.stats().num_preemptions > 0
+    assert {text_of(answer) for answer in answers.values()} == {"abcdefghij" * 20}
+
+
+def test_a_grammar_that_cannot_be_followed_fails_alone(engine: BatchingEngine) -> None:
+    hostile, fine = to_grammar("regex", "(a{1000}){1000}"), to_grammar("choice", '["fine"]')
+    answers = run_all(engine, [ask_engine(0, hostile), ask_engine(1, fine)])
+    assert "cannot be followed" in (answers[0].grammar_error or "")
+    assert text_of(answers[1]) == "fine"
+
+
+def test_a_request_that_is_aborted_while_its_grammar_compiles_never_runs(engine: BatchingEngine) -> None:
+    engine.submit(ask_engine(0, to_grammar("regex", "[a-z]*")))
+    engine.abort(0)
+    answers = run_all(engine, [ask_engine(1, to_grammar("choice", '["ok"]'))])
+    assert set(answers) == {1}
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+
+def test_a_sequence_with_a_grammar_is_not_scheduled_ahead_of_its_id(info: ModelInfo) -> None:
+    scheduler = Scheduler(KVLedger(64, 16), max_running=4, max_batch_tokens=64, max_context_tokens=256)
+    grammar = to_grammar("regex", "[a-z]*")
+    request = ask_engine(0, grammar)
+    scheduler.submit(request, GrammarCompiler(info).start(request).result())
+    first = scheduler.schedule()
+    assert first is not None and first.num_samples == 1
+    assert scheduler.schedule() is None
+    scheduler.commit(first, [ord("a")])
+    assert scheduler.schedule() is not None
+
+
+def test_rows_without_a_grammar_and_log_probabilities_are_as_they_would_be_without(info: ModelInfo) -> None:
+    sampler = Sampler(VOCAB_SIZE, (EOS,), torch.device("cpu"))
+    steered = ask_engine(0, to_grammar("choice", '["z"]'), logprobs=True, top_logprobs=3)
+    free = ask_engine(1, "", logprobs=True)
+    state = GrammarCompiler(info).start(steered).result()
+    rows = [SamplingRow(0, steered.params, (1, 2, 3), 3, 0, state), SamplingRow(1, free.params, (1, 2, 3), 3, 0)]
+    logits = torch.randn(2, VOCAB_SIZE)
+    before = logits.clone()
+    sampled = sampler.sample(logits, sampler.prepare(rows))
+    assert torch.equal(logits, before)
+    assert sampled.token_ids.tolist() == [ord("z"), int(first_argmax(logits[1:]))]
+    assert sampled.logprobs is not None
+    expected = logits.log_softmax(-1)[[0, 1], sampled.token_ids]
+    torch.testing.assert_close(sampled.logprobs.token_logprobs, expected)
+
+
+def test_a_mask_is_of_the_bits_it_is_made_from(info: ModelInfo) -> None:
+    request = ask_engine(0, to_grammar("regex", "[a-c]*"))
+    state = GrammarCompiler(info).start(request).result()
+    forbidden = GrammarMask([GrammarRow(0, state, 0)], VOCAB_SIZE).forbidden(torch.device("cpu"))
+    assert (~forbidden[0]).nonzero()[:, 0].tolist() == [*b"abc", EOS]
