@@ -84,6 +84,10 @@ test-robustness: $(INSTALLED) ## run traffic under faults for SECONDS=600, from 
 test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)
 
+.PHONY: soak
+soak: $(INSTALLED) ## run traffic under random faults for half an hour, and print the figures
+	@$(BIN)/python -m tests.robustness.soak $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(INSTALLED) ## send messages and bytes of every kind for SECONDS=600
 	@FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/fuzz --timeout 0 $(ARGS)
