@@ -39,8 +39,10 @@ export interface TlsOptions {
 export interface ClientOptions {
   /** Encrypts the connection; default: plain text. */
   tls?: boolean | TlsOptions;
-  /** Sent as `authorization: Bearer …` with each call. */
+  /** Sent as `authorization: Bearer …` with each call: over TLS, or to this machine. */
   apiKey?: string;
+  /** Lets the key cross a network in plain text, where something else protects it. */
+  insecure?: boolean;
   /** Further metadata of each call. */
   metadata?: Record<string, string>;
   /** Milliseconds that each call may take, unless it says otherwise; default: no limit. */
@@ -74,6 +76,7 @@ type Streaming<Request, Response> = (
   options: Partial<GrpcCallOptions>,
 ) => ClientReadableStream<Response>;
 
+const LOCAL_TARGET = /^(dns:\/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
 const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back
 
 /** A connection to a Parley server, made with the first call. Every call that fails throws a ParleyError. */
@@ -86,6 +89,9 @@ export class Client {
   /** `target`: where the server listens, "HOST:PORT" or any other gRPC target. */
   constructor(target = "localhost:50051", options: ClientOptions = {}) {
     const tls = options.tls === true ? {} : options.tls || undefined;
+    if (options.apiKey !== undefined && !tls && !options.insecure && !LOCAL_TARGET.test(target)) {
+      throw new TypeError(`an API key must not cross the network to ${target} in plain text: give tls, or insecure`);
+    }
     const channel = tls
       ? credentials.createSsl(tls.rootCertificates, tls.privateKey, tls.certificateChain)
       : credentials.createInsecure();
