@@ -27,8 +27,8 @@ from benchmarks import workload
 from benchmarks.command import build_parser, num_requests, write_result
 from benchmarks.environment import bandwidth_gb_per_s
 from benchmarks.load import Run, drive
-from benchmarks.peers.installed import PEERS, weights_folder
-from benchmarks.server import weight_bytes
+from benchmarks.peers.installed import PEERS
+from benchmarks.server import our_weight_bytes, weight_bytes
 from benchmarks.summary import Row, line, ratio, summarise
 from parleyd import cli
 from parleyd.config import ModelSettings
@@ -93,13 +93,14 @@ def _measure(engine: OfflineEngine, arguments: argparse.Namespace, concurrency: 
         runs["engine"].append(engine.run(seed, concurrency, number, arguments.new_tokens))
         for name in arguments.peer:
             runs[name].append(run_peer(name, arguments.peers, concurrency, number, arguments.new_tokens))
-    rows = []
+    rows, serve = [], shlex.split(arguments.serve)
     for name, its_runs in runs.items():
-        weights = Path(PEERS[name].model(arguments.peers)) if name in PEERS else weights_folder()
+        is_peer = name in PEERS
+        read = weight_bytes(Path(PEERS[name].model(arguments.peers))) if is_peer else our_weight_bytes(serve)
         labels = {"server": name, "workload": "fixed", "concurrency": concurrency, "dtype": engine.info.dtype}
-        if name in PEERS:
+        if is_peer:
             del labels["dtype"]
-        row = summarise(labels, its_runs, weight_bytes(weights), bandwidth_gb_per_s())
+        row = summarise(labels, its_runs, read, bandwidth_gb_per_s())
         if rows:
             row["ratio_of_first"] = round(ratio(rows[0]["rounds"], row["rounds"]), 3)
         rows.append(row)

@@ -23,10 +23,12 @@ from benchmarks.clients import GrpcClient, HttpClient
 from benchmarks.load import Client
 from benchmarks.peers.installed import PEERS, Peer, weights_folder
 from parley_client import Client as ParleyClient
+from parleyd.model.embedded import find_embedded_model
 
 _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.1
+_NO_FOUR_BIT = "--no-four-bit-linear"
 _ROOT = Path(__file__).parents[1]
 
 
@@ -96,7 +98,7 @@ def serving(arguments: Sequence[str] = (), name: str = "parley") -> Iterator[Ser
         target = line.removeprefix("listening on ").strip()
         with ParleyClient(target) as client:
             client.wait_until_ready(timeout=_READY_TIMEOUT_S)
-        yield Server(name, target, process, time.perf_counter() - started, weight_bytes(weights_folder()))
+        yield Server(name, target, process, time.perf_counter() - started, our_weight_bytes(arguments))
 
 
 @contextmanager
@@ -125,9 +127,14 @@ def serving_peer(name: str, peers: Path) -> Iterator[Server]:
         yield Server(name, target, process, start_s, weight_bytes(Path(model)), peer, model, peer.body)
 
 
+def our_weight_bytes(arguments: Sequence[str]) -> int:
+    """As `weight_bytes`, for our own server or engine with these arguments, where few streams run."""
+    return weight_bytes(find_embedded_model() if _NO_FOUR_BIT not in arguments else weights_folder())
+
+
 def weight_bytes(model: Path) -> int:
-    """What a decode step reads at least: all weights once."""
-    return sum(path.stat().st_size for path in ([model] if model.is_file() else model.glob("*.safetensors")))
+    """What a decode step reads at least: all weights once. `model`: a .gguf file, or a folder of transformers."""
+    return (model if model.is_file() else model / "model.safetensors").stat().st_size
 
 
 @contextmanager

@@ -7,6 +7,7 @@ parleyd makes of its .gguf file.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,15 +44,14 @@ def weights_folder() -> Path:
 def _endless_model(peers: Path) -> str:
     """The same with no end token in its configuration: not every peer can be told to go on after one."""
     source, folder = weights_folder(), peers / "model"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for path in source.iterdir():
-        target = folder / path.name
-        target.unlink(missing_ok=True)
         if path.name in _CONFIGS:
             config = json.loads(path.read_text())
-            target.write_text(json.dumps({**config, "eos_token_id": None}))
-        else:
-            target.symlink_to(path.resolve())
+            (folder / path.name).write_text(json.dumps({**config, "eos_token_id": None}))
+        elif path.suffix != ".safetensors" or path.stem == "model":  # peers would read the 4-bit blocks too
+            (folder / path.name).symlink_to(path.resolve())
     return str(folder)
 
 
