@@ -162,6 +162,18 @@ def test_priorities_need_permission(start: Start, gateway: GatewayThread) -> Non
     gateway.stub.Generate(ask("Hi", priority=5))  # nobody is asked for credentials here
 
 
+def test_in_a_batch_a_priority_without_permission_fails_its_item_alone(start: Start) -> None:
+    gateway = start("requests_per_minute = 2\n")
+    batch = chat_pb2.GenerateBatchRequest(requests=[ask("Hi", priority=1), ask("Hi")])
+    outcomes = {outcome.index: outcome for outcome in gateway.stub.GenerateBatch(batch, metadata=bearer(LIMITED))}
+    assert outcomes[0].error.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
+    assert outcomes[1].response.choices[0].message.content == "Hi"
+    error: Any = refusal(lambda: gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(LIMITED)))
+    assert reason_of(error) == "QUEUE_FULL"  # both of the batch counted
+    outcomes = {outcome.index: outcome for outcome in gateway.stub.GenerateBatch(batch, metadata=bearer(KEY))}
+    assert {outcome.WhichOneof("result") for outcome in outcomes.values()} == {"response"}
+
+
 def test_limits_are_each_clients_own(start: Start) -> None:
     gateway = start("max_open_calls = 1\nrequests_per_minute = 3\n")
     stream = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=4000), timeout=30, metadata=bearer(LIMITED))
