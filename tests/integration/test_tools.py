@@ -291,6 +291,38 @@ def test_a_bad_tool_is_refused_by_name(
         assert violated_fields(raised.value) == fields
 
 
+REQUIRED = message_pb2.ToolChoice(mode=MODE.MODE_REQUIRED)
+JSON_OBJECT = generation_pb2.ResponseFormat(json_object=generation_pb2.JsonObjectFormat())
+BAD_PATTERN = tool(parameters='{"properties": {"a": {"type": "string", "pattern": "("}}}')
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tools": [BAD_PATTERN], "tool_choice": REQUIRED}, "tools"),
+        ({"tools": TOOLS, "tool_choice": REQUIRED, "response_format": JSON_OBJECT}, "response_format"),
+        ({"tools": TOOLS, "tool_choice": REQUIRED, "resume": chat_pb2.Resume(token_ids=b"No")}, "resume.token_ids"),
+        ({"tools": TOOLS, "tool_choice": message_pb2.ToolChoice(name="f")}, "tool_choice.name"),
+        ({"tool_choice": REQUIRED}, "tool_choice.mode"),
+    ],
+)
+def test_calls_can_only_be_demanded_where_they_can_be_made(
+    families: dict[str, GatewayThread], fields: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        families["qwen"].stub.Generate(ask("x", **fields), timeout=60)
+    assert violated_fields(raised.value) == [field]
+
+
+def test_a_format_of_the_whole_answer_leaves_no_room_for_tools(families: dict[str, GatewayThread]) -> None:
+    request = ask(saying("qwen", "{}"), tools=TOOLS, response_format=JSON_OBJECT)
+    with pytest.raises(grpc.RpcError) as raised:
+        families["qwen"].stub.Generate(request, timeout=60)
+    assert error_info_of(raised.value).metadata["field"] == "response_format"
+    request.tool_choice.mode = MODE.MODE_NONE
+    assert families["qwen"].stub.Generate(request, timeout=60).choices[0].message.content == "{}"
+
+
 USER, ASSISTANT, RESULT = message_pb2.ROLE_USER, message_pb2.ROLE_ASSISTANT, message_pb2.ROLE_TOOL
 
 

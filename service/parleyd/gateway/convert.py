@@ -60,6 +60,11 @@ def _further_fields(message: message_pb2.Message, names_by_call_id: Mapping[str,
     return {name: value for name, value in fields.items() if value}
 
 
+def continued(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> str:
+    """What the message to continue holds; empty where a new one is to be written."""
+    return request.messages[-1].content if request.continue_final_message else ""
+
+
 def to_template_kwargs(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> dict[str, Any]:
     """The chat template's further variables; whole numbers become ints, which templates may compare or print."""
     values = json_format.MessageToDict(request.chat_template_kwargs)

@@ -48,12 +48,16 @@ class GrammarChecker:
         except OSError:
             self._verdicts.pop(key, None)
             raise
+        is_of_tools = question.kind == "tool_calls"
         if verdict.unsupported:
-            raise Unsupported("response_format", f"this model's tokenizer does not allow it: {verdict.unsupported}")
+            field = "tool_choice" if is_of_tools else "response_format"
+            raise Unsupported(field, f"this model's tokenizer does not allow it: {verdict.unsupported}")
         if verdict.error:
-            raise InvalidRequest([Violation(f"response_format.{question.kind}", verdict.error)])
+            field = "tools" if is_of_tools else f"response_format.{question.kind}"
+            raise InvalidRequest([Violation(field, verdict.error)])
         if verdict.breaks_off:
-            raise InvalidRequest([Violation("resume.token_ids", "are not what response_format allows")])
+            allowing = "tool_choice" if is_of_tools else "response_format"
+            raise InvalidRequest([Violation("resume.token_ids", f"are not what {allowing} allows")])
         return verdict.grammar
 
     async def close(self) -> None:

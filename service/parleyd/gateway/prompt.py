@@ -74,5 +74,4 @@ def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.Cou
     # A tokenizer may know tokens that the model has no embedding for, and users may spell them.
     if token_ids and max(token_ids) >= served.info.vocab_size:
         raise InvalidRequest([Violation("messages", "spell a token that the model does not know")])
-    continued = request.messages[-1].content if request.continue_final_message else ""
-    return Prompt(token_ids, served.answer_format.opens_reasoning(text, continued))
+    return Prompt(token_ids, served.answer_format.opens_reasoning(text, convert.continued(request)))

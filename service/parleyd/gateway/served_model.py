@@ -73,6 +73,8 @@ class ServedModel:
     def grammar_question(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> CheckGrammar | None:
         """What to ask the checker about a request; None where any text will do."""
         form = convert.to_format(request.response_format)
+        if tools.is_required(request.tool_choice):
+            form = "tool_calls", self._required_calls(request)
         if form is None:
             return None
         endings = {*params.stop_token_ids, *self.info.eos_token_ids}
@@ -95,9 +97,20 @@ class ServedModel:
         _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
         self._refuse_unsupported(request)
 
+    def _required_calls(self, request: chat_pb2.GenerateRequest) -> str:
+        tool_format = self.answer_format.tool_format
+        assert tool_format is not None
+        opening_ids = self.tokenizer.special_ids_of([tool_format.opening])
+        reasoning = self.answer_format.reasoning_before(
+            self.template, convert.to_template_kwargs(request), convert.continued(request)
+        )
+        return tools.required_calls(request, tool_format, next(iter(opening_ids), None), reasoning)
+
     def _refuse_unsupported(self, request: tools.AnyRequest, further: Iterable[Unsupported] = ()) -> None:
         in_conversation = validation.unsupported_in_conversation(request, reads_names=self.template.reads_names)
-        for unsupported in chain(in_conversation, tools.unsupported(request, self.answer_format), further):
+        for unsupported in chain(
+            in_conversation, tools.unsupported(request, self.answer_format, self.grammar_obstacle), further
+        ):
             raise unsupported
 
     def _kwarg_violations(self, request: tools.AnyRequest) -> list[Violation]:

@@ -10,7 +10,7 @@ from typing import Any
 from parley.v1 import chat_pb2, message_pb2
 from parleyd.errors import Unsupported, Violation
 from parleyd.text.answer_format import AnswerFormat
-from parleyd.text.tool_format.tool_format import ToolCallPiece
+from parleyd.text.tool_format.tool_format import ToolCallPiece, ToolFormat
 
 _MAX_TOOLS = 128
 _MAX_DESCRIPTION_CHARACTERS = 16_384
@@ -44,13 +44,17 @@ def choice_violations(request: chat_pb2.GenerateRequest) -> Iterator[Violation]:
         yield Violation("tool_choice.name", "must be one of the tools")
     if choice.mode == _MODES.MODE_REQUIRED and not request.tools:
         yield Violation("tool_choice.mode", "MODE_REQUIRED needs tools")
+    if is_required(choice) and _has_format(request):
+        yield Violation("response_format", "contradicts tool_choice")
 
 
-def unsupported(request: AnyRequest, answer_format: AnswerFormat) -> Iterator[Unsupported]:
+def unsupported(
+    request: AnyRequest, answer_format: AnswerFormat, grammar_obstacle: str | None
+) -> Iterator[Unsupported]:
     """What a valid request says about tools that this model cannot do."""
-    if isinstance(request, chat_pb2.GenerateRequest) and _is_required(request.tool_choice):
-        yield Unsupported("tool_choice", "calls cannot be enforced by this server yet")
     if answer_format.tool_format is not None:
+        if isinstance(request, chat_pb2.GenerateRequest):
+            yield from _unsupported_together(request, grammar_obstacle)
         return
     why = answer_format.no_tools_because
     if request.tools:
@@ -60,6 +64,11 @@ def unsupported(request: AnyRequest, answer_format: AnswerFormat) -> Iterator[Un
             yield Unsupported(f"messages[{i}].role", why)
         if message.tool_calls:
             yield Unsupported(f"messages[{i}].tool_calls", why)
+
+
+def is_required(choice: message_pb2.ToolChoice) -> bool:
+    """Whether a call must be made."""
+    return bool(choice.name) or choice.mode == _MODES.MODE_REQUIRED
 
 
 def offered(request: AnyRequest) -> Sequence[message_pb2.Tool]:
@@ -110,8 +119,40 @@ def to_calls(pieces: Sequence[ToolCallPiece]) -> list[message_pb2.ToolCall]:
     return [message_pb2.ToolCall(id=piece.id, name=piece.name, arguments=piece.arguments) for piece in pieces]
 
 
-def _is_required(choice: message_pb2.ToolChoice) -> bool:
-    return bool(choice.name) or choice.mode == _MODES.MODE_REQUIRED
+def required_calls(
+    request: chat_pb2.GenerateRequest, tool_format: ToolFormat, opening_id: int | None, reasoning: str | None
+) -> str:
+    """What a request's answer must hold, as `grammar.formats` takes it: one call of the tool that is named, or at least
+    one of any. `opening_id` and `reasoning` as there."""
+    name = request.tool_choice.name
+    return json.dumps(
+        {
+            **tool_format.spelling._asdict(),
+            **({"between": None} if name else {}),
+            "opening": "" if tool_format.is_bare else tool_format.opening,
+            "opening_id": None if tool_format.is_bare else opening_id,
+            "arguments_key": tool_format.arguments_key,
+            "tools": {tool.name: _arguments_schema(tool) for tool in request.tools if name in ("", tool.name)},
+            "reasoning": reasoning,
+        }
+    )
+
+
+def _arguments_schema(tool: message_pb2.Tool) -> dict[str, Any]:
+    if not tool.parameters:
+        return {"type": "object", "additionalProperties": False}
+    return {**json.loads(tool.parameters), "type": "object"}
+
+
+def _unsupported_together(request: chat_pb2.GenerateRequest, grammar_obstacle: str | None) -> Iterator[Unsupported]:
+    if grammar_obstacle and is_required(request.tool_choice):
+        yield Unsupported("tool_choice", grammar_obstacle)
+    if _has_format(request) and offered(request):
+        yield Unsupported("response_format", "cannot be combined with tools, unless tool_choice is MODE_NONE")
+
+
+def _has_format(request: chat_pb2.GenerateRequest) -> bool:
+    return request.response_format.WhichOneof("format") not in (None, "text")
 
 
 def _tools_violations(tools: Sequence[message_pb2.Tool]) -> Iterator[Violation]:

@@ -13,6 +13,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from parleyd.grammar.compiler import GrammarError
+from parleyd.grammar.tool_calls import to_lark
 
 # Between JSON tokens: a space, or a line's end and what indents the next. Without a bound, models that have lost their
 # way write blanks until they are cut off. The rest keeps schemas from choosing looser rules for themselves.
@@ -26,7 +27,8 @@ _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(-)|.)", re.DOTA
 
 
 def to_grammar(kind: str, source: str) -> str:
-    """`kind` is a field of ResponseFormat, `source` its value: for `choice` a JSON array, for `json_object` nothing.
+    """`kind` is a field of ResponseFormat, `source` its value: for `choice` a JSON array, for `json_object` nothing. Or
+    `kind` is "tool_calls", and `source` a JSON object of the arguments of `tool_calls.to_lark`.
 
     Raises GrammarError.
     """
@@ -39,6 +41,8 @@ def to_grammar(kind: str, source: str) -> str:
             return LLMatcher.grammar_from_regex(source)
         case "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(source)))
+        case "tool_calls":
+            return LLMatcher.grammar_from_lark(to_lark(**json.loads(source), json_options=_JSON_OPTIONS))
         case "grammar":
             return _from_gbnf(source)
         case _:

@@ -6,9 +6,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from parleyd.text.tool_format.tool_format import ToolFormat
+from parleyd.text.tool_format.tool_format import Spelling, ToolFormat
 
-HERMES = ToolFormat(name="hermes", opening="<tool_call>", closing="</tool_call>")
+HERMES = ToolFormat(
+    name="hermes",
+    opening="<tool_call>",
+    closing="</tool_call>",
+    spelling=Spelling("\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+)
 
 # What Qwen 2.5's template tells the model.
 _INSTRUCTIONS = """# Tools

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from parleyd.text.tool_format.tool_format import ToolFormat
+from parleyd.text.tool_format.tool_format import Spelling, ToolFormat
 
-MISTRAL = ToolFormat(name="mistral", opening="[TOOL_CALLS]", closing="]", first=r"\s*\[\s*", next=r"\s*,\s*")
+MISTRAL = ToolFormat(
+    name="mistral",
+    opening="[TOOL_CALLS]",
+    closing="]",
+    first=r"\s*\[\s*",
+    next=r"\s*,\s*",
+    spelling=Spelling(" [", ", ", "]"),
+)

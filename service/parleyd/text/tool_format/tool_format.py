@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import regex
+
+
+class Spelling(NamedTuple):
+    """`before` the first object (the opening first, unless objects are bare), `between` two (None: there is one only),
+    `after` the last."""
+
+    before: str
+    between: str | None
+    after: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +23,8 @@ class ToolFormat:
     """Calls are `opening`, JSON objects that hold a name and arguments, and `closing`, if there is one. `first` and
     `next` are regular expressions for what stands before the first object and between two; None: there is one only.
 
-    `is_bare`: an answer may also begin with an object, without the opening.
+    `is_bare`: an answer may also begin with an object, without the opening. `spelling` is what models write around the
+    objects, for answers that must hold calls.
     """
 
     name: str
@@ -23,6 +34,7 @@ class ToolFormat:
     first: str = r"\s*"
     next: str | None = None
     is_bare: bool = False
+    spelling: Spelling
 
     @property
     def markers(self) -> tuple[str, ...]:
