@@ -20,9 +20,9 @@ NAMES = ("get_weather", "get_time", "run")
 PARIS, BERN = '{"city": "Paris", "unit": "celsius"}', '{"city": "Bern"}'
 
 
-def parse(tool_format: ToolFormat, *pieces: str, is_open: bool = False) -> tuple[str, list[tuple[str, str]], int]:
+def parse(tool_format: ToolFormat, *pieces: str) -> tuple[str, list[tuple[str, str]], int]:
     """Content, (name, arguments) of each call, and how many are complete."""
-    parser = ToolCallParser(tool_format, NAMES, lambda index: f"id-{index}", is_open=is_open)
+    parser = ToolCallParser(tool_format, NAMES, lambda index: f"id-{index}")
     parsed = ParsedText.join([*(parser.push(piece) for piece in pieces), parser.finish()])
     assert [call.id for call in parsed.tool_calls] == [f"id-{i}" for i in range(len(parsed.tool_calls))]
     return parsed.content, [(call.name, call.arguments) for call in parsed.tool_calls], parser.num_complete
@@ -169,12 +169,6 @@ def test_plain_text_waits_for_nothing_but_possible_markers() -> None:
         "",
         " \n.",
     ]
-
-
-def test_the_opening_may_be_part_of_the_prompt() -> None:
-    text = f'\n{{"name": "get_weather", "arguments": {BERN}}}\n</tool_call>'
-    assert parse(HERMES, *text, is_open=True) == ("", [("get_weather", BERN)], 1)
-    assert parse(HERMES, "No.", is_open=True) == ("No.", [], 0)
 
 
 PARTS = (

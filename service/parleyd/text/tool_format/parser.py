@@ -34,12 +34,10 @@ class ToolCallParser:
     such a call stays incomplete, and the text goes on as content. White space around calls is left out; other text
     comes as it is.
 
-    `num_complete` counts the calls whose arguments have ended. `is_open`: the opening is part of the prompt.
+    `num_complete` counts the calls whose arguments have ended.
     """
 
-    def __init__(
-        self, tool_format: ToolFormat, names: Collection[str], call_id: Callable[[int], str], *, is_open: bool = False
-    ) -> None:
+    def __init__(self, tool_format: ToolFormat, names: Collection[str], call_id: Callable[[int], str]) -> None:
         self.num_complete = 0
         self._format = tool_format
         self._call_id = call_id
@@ -49,7 +47,7 @@ class ToolCallParser:
         self._next = None if tool_format.next is None else regex.compile(tool_format.next + head)
         closing = tool_format.closing
         self._closing = None if closing is None else regex.compile(r"\s*" + regex.escape(closing))
-        self._at = _At.HEAD if is_open else _At.TEXT
+        self._at = _At.TEXT
         self._head = self._first
         self._head_start = 0  # where in the held text the head begins, once in HEAD
         self._num_refused = 0  # how much of the held text is content if there is no head
