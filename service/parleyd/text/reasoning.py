@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from parleyd.text.markers import num_matched
+from parleyd.text.markers import MAX_SPACE, end_before_space, num_matched
 from parleyd.text.parsed_text import ParsedText
 
 OPENING, CLOSING = "<think>", "</think>"
@@ -39,8 +39,9 @@ class ReasoningParser:
             self._read_start()
         if self._at is _At.REASONING:
             self._read_reasoning(parsed)
-        if self._at is _At.AFTER and (rest := self._held.lstrip()):
-            self._held, self._at = rest, _At.ANSWER
+        if self._at is _At.AFTER:
+            self._held = self._held.lstrip()
+            self._at = _At.ANSWER if self._held else _At.AFTER
         if self._at is _At.ANSWER:
             parsed.content, self._held = self._held, ""
         return parsed
@@ -50,14 +51,16 @@ class ReasoningParser:
         parsed, held = ParsedText(), self._held
         self._held = ""
         if self._at is _At.REASONING:
-            self._add_reasoning(parsed, held.rstrip())
+            self._add_reasoning(parsed, held[: end_before_space(held)])
         elif self._at is _At.START:
             parsed.content = held
         return parsed
 
     def _read_start(self) -> None:
         begin = self._held.lstrip()
-        if begin.startswith(OPENING):
+        if len(self._held) - len(begin) > MAX_SPACE:
+            self._at = _At.ANSWER
+        elif begin.startswith(OPENING):
             self._held, self._at = begin.removeprefix(OPENING), _At.REASONING
         elif not OPENING.startswith(begin):
             self._at = _At.ANSWER
@@ -65,12 +68,13 @@ class ReasoningParser:
     def _read_reasoning(self, parsed: ParsedText) -> None:
         reasoning, closing, rest = self._held.partition(CLOSING)
         if closing:
-            self._add_reasoning(parsed, reasoning.rstrip())
+            self._add_reasoning(parsed, reasoning[: end_before_space(reasoning)])
             self._held, self._at = rest, _At.AFTER
             return
-        safe = self._held[: len(self._held) - num_matched(self._held, CLOSING)].rstrip()
-        self._add_reasoning(parsed, safe)
-        self._held = self._held[len(safe) :]
+        safe = self._held[: len(self._held) - num_matched(self._held, CLOSING)]
+        end = end_before_space(safe)
+        self._add_reasoning(parsed, safe[:end])
+        self._held = self._held[end:]
 
     def _add_reasoning(self, parsed: ParsedText, text: str) -> None:
         if not self._has_begun:

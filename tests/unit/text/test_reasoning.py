@@ -45,6 +45,15 @@ def test_reasoning_goes_out_as_it_is_written() -> None:
     assert sent == [("", ""), ("Let", ""), (" me see.", ""), *[("", "")] * 4, ("", "Yes"), ("", ".")]
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("text", [" " * 300 + "<think>a</think>b", "<think>a" + "\n" * 300 + "</think>b", " " * 300])
+def test_white_space_without_end_is_not_held_back_without_end(text: str, is_open: bool) -> None:
+    assert parse(text, is_open=is_open) == parse(*text, is_open=is_open)
+    parser = ReasoningParser(is_open=is_open)
+    sent = [parser.push(piece) for piece in ("x", *["\n" * 100] * 10)]
+    assert sum(len(part.content) + len(part.reasoning_content) for part in sent) > 700
+
+
 @given(
     parts=st.lists(st.sampled_from(("<think>", "</think>", "<th", "ink>", "</", " ", "\n", "why", "x")), max_size=9),
     is_open=st.booleans(),

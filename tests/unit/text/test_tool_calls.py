@@ -171,6 +171,17 @@ def test_plain_text_waits_for_nothing_but_possible_markers() -> None:
     ]
 
 
+@pytest.mark.parametrize("tool_format", [HERMES, LLAMA3, MISTRAL])
+@pytest.mark.parametrize("before", ["", "Hm.", "<tool_call>", '<tool_call>{"name": "run", "arguments": {}'])
+def test_white_space_without_end_is_not_held_back_without_end(tool_format: ToolFormat, before: str) -> None:
+    parser = ToolCallParser(tool_format, NAMES, str)
+    parsed = ParsedText.join([parser.push(piece) for piece in (before, *[" " * 100] * 50)])
+    assert len(parsed.content) > 4000 or parsed.tool_calls
+    for opening in (tool_format.opening, "{"):
+        text = before + " " * 300 + opening + '{"name": "run", "arguments": {}}'
+        assert parse(tool_format, text) == parse(tool_format, *text)
+
+
 PARTS = (
     "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "\n", " ", "[", "]", "}", ";", ", ", "{", "<tool",
     "text", '{"name": "get_time", "arguments": ', '{"name": "run", "parameters": ', '{"name": "x"', '{"a": [1, "}"]}',

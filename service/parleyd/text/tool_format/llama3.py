@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from parleyd.text.tool_format.tool_format import Spelling, ToolFormat
+from parleyd.text.tool_format.tool_format import SPACE, Spelling, ToolFormat
 
 LLAMA3 = ToolFormat(
     name="llama3",
     opening="<|python_tag|>",
     arguments_key="parameters",
-    next=r"\s*;?\s*",
+    next=rf"{SPACE};?{SPACE}",
     is_bare=True,
     spelling=Spelling("", None, ""),
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from parleyd.text.tool_format.tool_format import Spelling, ToolFormat
+from parleyd.text.tool_format.tool_format import SPACE, Spelling, ToolFormat
 
 MISTRAL = ToolFormat(
     name="mistral",
     opening="[TOOL_CALLS]",
     closing="]",
-    first=r"\s*\[\s*",
-    next=r"\s*,\s*",
+    first=rf"{SPACE}\[{SPACE}",
+    next=rf"{SPACE},{SPACE}",
     spelling=Spelling(" [", ", ", "]"),
 )

@@ -9,12 +9,12 @@ from typing import Any
 import regex
 
 from parleyd.text.json_scanner import JsonObjectScanner
-from parleyd.text.markers import num_matched
+from parleyd.text.markers import MAX_SPACE, end_before_space, num_matched
 from parleyd.text.parsed_text import ParsedText
-from parleyd.text.tool_format.tool_format import ToolCallPiece, ToolFormat
+from parleyd.text.tool_format.tool_format import SPACE, ToolCallPiece, ToolFormat
 
 # `id`: some Mistral models write one of their own, which is not used.
-_OBJECT_END = regex.compile(r'\s*(?:,\s*"id"\s*:\s*"[^"\\]*"\s*)?\}')
+_OBJECT_END = regex.compile(rf'{SPACE}(?:,{SPACE}"id"{SPACE}:{SPACE}"[^"\\]{{0,64}}"{SPACE})?\}}')
 
 
 class _At(Enum):
@@ -46,7 +46,7 @@ class ToolCallParser:
         self._bare = regex.compile(head) if tool_format.is_bare else None
         self._next = None if tool_format.next is None else regex.compile(tool_format.next + head)
         closing = tool_format.closing
-        self._closing = None if closing is None else regex.compile(r"\s*" + regex.escape(closing))
+        self._closing = None if closing is None else regex.compile(SPACE + regex.escape(closing))
         self._at = _At.TEXT
         self._head = self._first
         self._head_start = 0  # where in the held text the head begins, once in HEAD
@@ -85,18 +85,20 @@ class ToolCallParser:
     def _read_text(self, parsed: ParsedText) -> bool:
         start = len(self._held) - len(self._held.lstrip())
         if self._bare and self._is_start:
-            if start == len(self._held):
+            if start > MAX_SPACE:
+                self._is_start = False
+            elif start == len(self._held):
                 return False
-            if self._held[start] == "{":
+            elif self._held[start] == "{":
                 return self._expect_head(self._bare, start, start + 1)
         opening = self._format.opening
         found = self._held.find(opening)
         if found >= 0:
-            self._release(parsed, len(self._held[:found].rstrip()))
+            self._release(parsed, end_before_space(self._held[:found]))
             end = self._held.index(opening) + len(opening)
             return self._expect_head(self._first, end, end)
         num_safe = len(self._held) - num_matched(self._held, opening)
-        self._release(parsed, len(self._held[:num_safe].rstrip()))
+        self._release(parsed, end_before_space(self._held[:num_safe]))
         return False
 
     def _expect_head(self, head: Any, start: int, num_refused: int) -> bool:

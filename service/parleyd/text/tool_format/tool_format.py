@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import regex
 
+# White space within a call. The bound keeps what is held back, and read again with each piece, short.
+SPACE = r"\s{0,64}"
+
 
 class Spelling(NamedTuple):
     """`before` the first object (the opening first, unless objects are bare), `between` two (None: there is one only),
@@ -31,7 +34,7 @@ class ToolFormat:
     opening: str
     closing: str | None = None
     arguments_key: str = "arguments"
-    first: str = r"\s*"
+    first: str = SPACE
     next: str | None = None
     is_bare: bool = False
     spelling: Spelling
@@ -43,10 +46,12 @@ class ToolFormat:
 
     def head(self, names: Collection[str]) -> str:
         """A regular expression for an object up to its arguments' brace; the group `name` is one of `names`."""
-        kind = r'(?:"type"\s*:\s*"function"\s*,\s*)?'
+        kind = rf'(?:"type"{SPACE}:{SPACE}"function"{SPACE},{SPACE})?'
         name = "|".join(regex.escape(name) for name in names)
         key = "|".join(dict.fromkeys((self.arguments_key, "arguments")))
-        return rf'\{{\s*{kind}"name"\s*:\s*"(?P<name>{name})"\s*,\s*"(?:{key})"\s*:\s*(?=\{{)'
+        return (
+            rf'\{{{SPACE}{kind}"name"{SPACE}:{SPACE}"(?P<name>{name})"{SPACE},{SPACE}"(?:{key})"{SPACE}:{SPACE}(?=\{{)'
+        )
 
 
 @dataclass(slots=True)
