@@ -13,5 +13,7 @@ def end_before_space(text: str) -> int:
 
 def num_matched(text: str, marker: str) -> int:
     """How much of `marker`, less than all of it, the text ends with."""
-    longest = min(len(text), len(marker) - 1)
-    return next((length for length in range(longest, 0, -1) if text.endswith(marker[:length])), 0)
+    start = text.find(marker[0], max(0, len(text) - len(marker) + 1))
+    while start >= 0 and not marker.startswith(text[start:]):
+        start = text.find(marker[0], start + 1)
+    return len(text) - start if start >= 0 else 0

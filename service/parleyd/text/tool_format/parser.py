@@ -47,6 +47,13 @@ class ToolCallParser:
         self._next = None if tool_format.next is None else regex.compile(tool_format.next + head)
         closing = tool_format.closing
         self._closing = None if closing is None else regex.compile(SPACE + regex.escape(closing))
+        self._steps = {
+            _At.TEXT: self._read_text,
+            _At.HEAD: self._read_head,
+            _At.ARGUMENTS: self._read_arguments,
+            _At.OBJECT_END: self._read_object_end,
+            _At.BETWEEN: self._read_between,
+        }
         self._at = _At.TEXT
         self._head = self._first
         self._head_start = 0  # where in the held text the head begins, once in HEAD
@@ -61,14 +68,7 @@ class ToolCallParser:
         """What the text adds. Text that may still become part of a call, or white space before one, is held back."""
         self._held += text
         parsed = ParsedText()
-        steps = {
-            _At.TEXT: self._read_text,
-            _At.HEAD: self._read_head,
-            _At.ARGUMENTS: self._read_arguments,
-            _At.OBJECT_END: self._read_object_end,
-            _At.BETWEEN: self._read_between,
-        }
-        while self._held and steps[self._at](parsed):
+        while self._held and self._steps[self._at](parsed):
             pass
         return parsed
 
