@@ -183,6 +183,10 @@ bench-offline: $(BENCH) ## measure the engine alone, in process; ARGS="--peer ll
 
 ##### the rest
 
+.PHONY: bench-layers
+bench-layers: $(INSTALLED) ## measure the engine's layers, variant against variant
+	@$(BIN)/python -m benchmarks.layers $(ARGS)
+
 .PHONY: bench-gpu
 bench-gpu: $(INSTALLED) ## measure the engine on a GPU against its bandwidth
 	@$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)
