@@ -20,7 +20,7 @@ from parleyd.grammar.compiler import compile_grammar, load_tokenizer
 from parleyd.grammar.formats import to_grammar
 from parleyd.worker.load import load
 
-_NUM_STREAMS, _NUM_TOKENS = 16, 48
+_NUM_STREAMS, _NUM_TOKENS = 16, 24
 _PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},

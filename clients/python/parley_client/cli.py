@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from parley_client import batch_job, commands, conversation
 from parley_client.batch import MAX_REQUESTS
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help='what to answer; "-" reads it from stdin')
     _add_connection(generate, timeout_help="seconds that the answer may take (default: no limit)")
     _add_generation(generate)
+    _add_format(generate)
     generate.add_argument("--num-return-sequences", metavar="N", type=int, help="how many answers; needs --json")
     generate.add_argument("--top-logprobs", metavar="N", type=int, help="tell log-probabilities; needs --json")
     _add_json(generate, "print the whole answer as one JSON object, with token ids, usage and timings")
@@ -158,6 +160,37 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frequency-penalty", metavar="X", type=float, help="-2 to 2; above 0 avoids frequent tokens")
     group.add_argument("--seed", metavar="N", type=int, help="makes the draws repeatable")
     group.add_argument("--stop", metavar="TEXT", action="append", help="ends the answer; may be given several times")
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("form of the answer", "Left out: free text.").add_mutually_exclusive_group()
+    form: dict[str, Any] = {"dest": "response_format"}
+    group.add_argument("--json-object", action="store_const", const="json_object", help="any JSON object", **form)
+    group.add_argument(
+        "--json-schema",
+        metavar="FILE",
+        type=lambda path: {"json_schema": _file_text(path)},
+        help="JSON of the JSON Schema in this file",
+        **form,
+    )
+    group.add_argument(
+        "--regex", metavar="REGEX", type=lambda regex: {"regex": regex}, help="text that matches as a whole", **form
+    )
+    group.add_argument(
+        "--grammar",
+        metavar="FILE",
+        type=lambda path: {"grammar": _file_text(path)},
+        help="text of the GBNF grammar in this file",
+        **form,
+    )
+    group.add_argument("--choice", metavar="TEXT", action="append", help="one of the texts given so")
+
+
+def _file_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}") from error
 
 
 def _add_json(parser: argparse.ArgumentParser, help_text: str) -> None:

@@ -43,6 +43,7 @@ def generate(args: Namespace) -> int:
     """`parley generate PROMPT`: the answer's text as it is made, or the whole answer as JSON."""
     options = chat_options(args)
     options["num_return_sequences"], options["top_logprobs"] = args.num_return_sequences, args.top_logprobs
+    options["response_format"] = {"choice": args.choice} if args.choice else args.response_format
     if not args.json and (args.num_return_sequences is not None or args.top_logprobs is not None):
         args.usage_error("--num-return-sequences and --top-logprobs need --json")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

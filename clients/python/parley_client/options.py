@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from parley.v1 import generation_pb2, message_pb2
 from parley_client.messages import AnyTool
+
+
+class HasJsonSchema(Protocol):
+    """What has a JSON Schema, such as a pydantic model."""
+
+    def model_json_schema(self) -> dict[str, Any]: ...
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -48,8 +54,8 @@ class ChatOptions(GenerationOptions, total=False):
     # "auto", "none", "required", or the name of the tool to call.
     tool_choice: str | message_pb2.ToolChoice | None
     # "text", "json_object", or one of {"json_schema": dict or JSON text}, {"regex": str}, {"grammar": GBNF text},
-    # {"choice": [str, ...]}.
-    response_format: str | Mapping[str, Any] | generation_pb2.ResponseFormat | None
+    # {"choice": [str, ...]}. A class with `model_json_schema()`, such as a pydantic model, stands for its JSON Schema.
+    response_format: str | Mapping[str, Any] | HasJsonSchema | generation_pb2.ResponseFormat | None
     # Further variables for the chat template, such as {"enable_thinking": False}.
     chat_template_kwargs: Mapping[str, Any] | None
     # Continue the last message, an assistant's, instead of starting a new one; the answer holds only the continuation.

@@ -13,7 +13,7 @@ from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parley_client.encoding import extend_field, join, set_field, update_field
 from parley_client.errors import InvalidRequest
 from parley_client.messages import AnyTool, Message, Tool
-from parley_client.options import ChatOptions, GenerationOptions
+from parley_client.options import ChatOptions, GenerationOptions, HasJsonSchema
 from parley_client.reply import Reply
 
 AnyMessage: TypeAlias = Message | Reply | message_pb2.Message
@@ -168,7 +168,8 @@ def _set_tool_choice(request: chat_pb2.GenerateRequest, choice: str | message_pb
 
 
 def _set_response_format(
-    request: chat_pb2.GenerateRequest, form: str | Mapping[str, Any] | generation_pb2.ResponseFormat | None
+    request: chat_pb2.GenerateRequest,
+    form: str | Mapping[str, Any] | HasJsonSchema | generation_pb2.ResponseFormat | None,
 ) -> None:
     if form is None:
         return
@@ -176,7 +177,10 @@ def _set_response_format(
     if isinstance(form, generation_pb2.ResponseFormat):
         proto.CopyFrom(form)
         return
-    form = {form: None} if isinstance(form, str) else form
+    if isinstance(form, str):
+        form = {form: None}
+    elif not isinstance(form, Mapping):
+        form = {"json_schema": form}
     if len(form) != 1:
         raise InvalidRequest.at(path, f"takes exactly one form, not {len(form)}")
     [(kind, value)] = form.items()
@@ -194,5 +198,7 @@ def _set_response_format(
 
 
 def _to_json(value: object) -> object:
-    """JSON text of a JSON Schema that is given as a dict (or True); text stays as it is."""
+    """JSON text of a JSON Schema that is given as a dict (or True) or by a class that has one; text stays as it is."""
+    if hasattr(value, "model_json_schema"):
+        value = value.model_json_schema()
     return json.dumps(value) if isinstance(value, (Mapping, bool)) else value

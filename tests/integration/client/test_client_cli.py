@@ -118,6 +118,34 @@ def test_flags_become_generation_options(server, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], None),
+        (["--json-object"], generation_pb2.ResponseFormat(json_object={})),
+        (["--json-schema", "FILE"], generation_pb2.ResponseFormat(json_schema='{"type": "object"}')),
+        (["--regex", "[a-z]+"], generation_pb2.ResponseFormat(regex="[a-z]+")),
+        (["--grammar", "FILE"], generation_pb2.ResponseFormat(grammar='{"type": "object"}')),
+        (["--choice", "yes", "--choice", "no"], generation_pb2.ResponseFormat(choice={"choices": ["yes", "no"]})),
+    ],
+)
+def test_flags_say_what_form_the_answer_takes(server, tmp_path, flags, expected):
+    file = tmp_path / "file"
+    file.write_text('{"type": "object"}')
+    server.says("x")
+    assert main(["generate", "Hi", *(str(file) if flag == "FILE" else flag for flag in flags)]) == 0
+    sent = server.requests[-1]
+    assert (sent.response_format if sent.HasField("response_format") else None) == expected
+
+
+def test_forms_exclude_each_other_and_a_file_that_is_not_there_is_wrong_usage(server, capsys):
+    for flags in (["--json-object", "--regex", "a"], ["--json-schema", "/nowhere"]):
+        with pytest.raises(SystemExit) as error:
+            main(["generate", "Hi", *flags])
+        assert error.value.code == 2
+    assert "/nowhere cannot be read" in capsys.readouterr().err
+
+
 def test_model_tells_what_is_served(server, capsys):
     defaults = generation_pb2.GenerationConfig(top_k=20)
     served = chat_pb2.GetModelResponse(model="scripted", default_generation_config=defaults, capabilities=["chat"])

@@ -18,6 +18,14 @@ def test_the_options_are_the_fields_of_the_contract():
     assert set(GenerationOptions.__annotations__) == set(generation_pb2.GenerationConfig.DESCRIPTOR.fields_by_name)
 
 
+class Person:
+    """As a pydantic model tells its schema."""
+
+    @classmethod
+    def model_json_schema(cls):
+        return {"title": cls.__name__}
+
+
 @pytest.mark.parametrize("field", list(generation_pb2.GenerationConfig.DESCRIPTOR.fields), ids=lambda field: field.name)
 def test_each_generation_option_sets_its_field_and_only_it(field):
     samples = {"stop_strings": ["a", "b"], "stop_token_ids": [0, 7], "logit_bias": {3: -1.0}}
@@ -133,6 +141,8 @@ def test_tool_choice_is_a_mode_or_a_tools_name(choice, expected):
         ("json_object", generation_pb2.ResponseFormat(json_object={})),
         ({"json_schema": {"type": "object"}}, generation_pb2.ResponseFormat(json_schema='{"type": "object"}')),
         ({"json_schema": '{"type":"object"}'}, generation_pb2.ResponseFormat(json_schema='{"type":"object"}')),
+        ({"json_schema": Person}, generation_pb2.ResponseFormat(json_schema='{"title": "Person"}')),
+        (Person, generation_pb2.ResponseFormat(json_schema='{"title": "Person"}')),
         ({"regex": "[0-9]+"}, generation_pb2.ResponseFormat(regex="[0-9]+")),
         ({"grammar": 'root ::= "a"'}, generation_pb2.ResponseFormat(grammar='root ::= "a"')),
         ({"choice": ["yes", "no"]}, generation_pb2.ResponseFormat(choice={"choices": ["yes", "no"]})),
