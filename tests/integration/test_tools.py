@@ -314,6 +314,17 @@ def test_calls_can_only_be_demanded_where_they_can_be_made(
     assert violated_fields(raised.value) == [field]
 
 
+@pytest.mark.parametrize("choice", [REQUIRED, message_pb2.ToolChoice(name="get_weather")])
+@pytest.mark.parametrize("family", ["qwen", "mistral", "llama"])
+def test_a_call_that_must_be_made_is_read_as_any_other(
+    families: dict[str, GatewayThread], family: str, choice: message_pb2.ToolChoice
+) -> None:
+    request = ask(saying(family, spell(family, "get_weather", BERN)), tools=TOOLS, tool_choice=choice)
+    answer = families[family].stub.Generate(request, timeout=60).choices[0]
+    assert [call.arguments for call in answer.message.tool_calls] == [BERN]
+    assert answer.finish_reason == generation_pb2.FINISH_REASON_TOOL_CALLS
+
+
 def test_a_format_of_the_whole_answer_leaves_no_room_for_tools(families: dict[str, GatewayThread]) -> None:
     request = ask(saying("qwen", "{}"), tools=TOOLS, response_format=JSON_OBJECT)
     with pytest.raises(grpc.RpcError) as raised:

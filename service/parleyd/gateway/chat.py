@@ -142,8 +142,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         tool_names = [tool.name for tool in tools.offered(request)]
         num_earlier_calls = sum(len(message.tool_calls) for message in request.messages)
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
-        # What follows a grammar is content from its first token to its last.
-        markers = () if params.grammar else answer_format.markers(with_tools=bool(tool_names))
+        # What has the form of response_format is content from its first token to its last.
+        is_all_content = bool(params.grammar) and not tools.is_required(request.tool_choice)
+        markers = () if is_all_content else answer_format.markers(with_tools=bool(tool_names))
         text = SequenceText(
             self._served.tokenizer,
             skip_special_tokens=skip_special_tokens,
@@ -158,7 +159,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             lambda index: call_id(params.seed, choice, num_earlier_calls + index),
             opens_reasoning=prompt.opens_reasoning,
         )
-        return Answer(self._served.tokenizer, text, AnswerParser() if params.grammar else parser, hidden_ids)
+        return Answer(self._served.tokenizer, text, AnswerParser() if is_all_content else parser, hidden_ids)
 
     async def _respond(self, generation: Generation) -> chat_pb2.GenerateResponse:
         """The whole answer."""
