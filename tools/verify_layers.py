@@ -82,7 +82,6 @@ ROOMS = (
             *STUBS,
             "grpc_health",
             "grpc_reflection",
-            "xds",
             "parleyd.ipc",
             "parleyd.security",
             "parleyd.telemetry",

@@ -22,10 +22,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
-from xds.data.orca.v3.orca_load_report_pb2 import OrcaLoadReport
 
 from parley.v1 import chat_pb2
 from parleyd.errors import StartupError
+from parleyd.rpc.load_report import OrcaLoadReport
 from parleyd.telemetry.tracing import Tracing
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread

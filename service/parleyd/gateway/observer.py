@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from xds.data.orca.v3.orca_load_report_pb2 import OrcaLoadReport
-
 from parleyd.errors import StartupError
+from parleyd.rpc.load_report import OrcaLoadReport
 from parleyd.telemetry.call import current_call
 from parleyd.telemetry.metrics import Load, Metrics
 
