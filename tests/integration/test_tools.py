@@ -31,6 +31,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "chatml": {"template": CHATML_TEMPLATE, "settings": {"tool_format": "hermes"}},
     "thinking": {"template": tool_templates.QWEN_REASONING},
     "opened": {"template": tool_templates.OPENED_REASONING},
+    "opened with tools": {
+        "template": tool_templates.QWEN.removesuffix("{%- endif %}\n") + "{{- '<think>\n' }}{%- endif %}"
+    },
 }
 TOOL_CALLS_ID = tiny_tokenizer.VOCAB_SIZE  # Mistral's opening is a token of its own, and special
 
@@ -323,6 +326,17 @@ def test_a_call_that_must_be_made_is_read_as_any_other(
     answer = families[family].stub.Generate(request, timeout=60).choices[0]
     assert [call.arguments for call in answer.message.tool_calls] == [BERN]
     assert answer.finish_reason == generation_pb2.FINISH_REASON_TOOL_CALLS
+
+
+def test_a_model_may_reason_before_the_call_that_it_must_make(families: dict[str, GatewayThread]) -> None:
+    text = "Hm.\n</think>\n\n" + spell("qwen", "get_weather", '{"city": "Bern"}')
+    request = ask(saying("qwen", text), tools=TOOLS, tool_choice=REQUIRED)
+    message = families["opened with tools"].stub.Generate(request, timeout=60).choices[0].message
+    assert (message.reasoning_content, message.content) == ("Hm.", "")
+    assert message.tool_calls[0].arguments == '{"city": "Bern"}'
+    request.resume.token_ids.extend(text.encode())  # which the grammar must allow
+    resumed = families["opened with tools"].stub.Generate(request, timeout=60).choices[0]
+    assert resumed.finish_reason == generation_pb2.FINISH_REASON_TOOL_CALLS
 
 
 def test_a_format_of_the_whole_answer_leaves_no_room_for_tools(families: dict[str, GatewayThread]) -> None:

@@ -114,7 +114,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         prompt = await self._prompts.build(served, request)
         if not prompt.token_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
-        if params.grammar and prompt.opens_reasoning:
+        if convert.to_format(request.response_format) and prompt.opens_reasoning:
             raise Unsupported("response_format", "the chat template has this model's answer begin with its reasoning")
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
@@ -143,7 +143,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         num_earlier_calls = sum(len(message.tool_calls) for message in request.messages)
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
         # What has the form of response_format is content from its first token to its last.
-        is_all_content = bool(params.grammar) and not tools.is_required(request.tool_choice)
+        is_all_content = convert.to_format(request.response_format) is not None
         markers = () if is_all_content else answer_format.markers(with_tools=bool(tool_names))
         text = SequenceText(
             self._served.tokenizer,

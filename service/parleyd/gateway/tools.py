@@ -44,7 +44,7 @@ def choice_violations(request: chat_pb2.GenerateRequest) -> Iterator[Violation]:
         yield Violation("tool_choice.name", "must be one of the tools")
     if choice.mode == _MODES.MODE_REQUIRED and not request.tools:
         yield Violation("tool_choice.mode", "MODE_REQUIRED needs tools")
-    if is_required(choice) and _has_format(request):
+    if is_required(choice) and request.response_format.WhichOneof("format") not in (None, "text"):
         yield Violation("response_format", "contradicts tool_choice")
 
 
@@ -53,8 +53,8 @@ def unsupported(
 ) -> Iterator[Unsupported]:
     """What a valid request says about tools that this model cannot do."""
     if answer_format.tool_format is not None:
-        if isinstance(request, chat_pb2.GenerateRequest):
-            yield from _unsupported_together(request, grammar_obstacle)
+        if grammar_obstacle and isinstance(request, chat_pb2.GenerateRequest) and is_required(request.tool_choice):
+            yield Unsupported("tool_choice", grammar_obstacle)
         return
     why = answer_format.no_tools_because
     if request.tools:
@@ -142,17 +142,6 @@ def _arguments_schema(tool: message_pb2.Tool) -> dict[str, Any]:
     if not tool.parameters:
         return {"type": "object", "additionalProperties": False}
     return {**json.loads(tool.parameters), "type": "object"}
-
-
-def _unsupported_together(request: chat_pb2.GenerateRequest, grammar_obstacle: str | None) -> Iterator[Unsupported]:
-    if grammar_obstacle and is_required(request.tool_choice):
-        yield Unsupported("tool_choice", grammar_obstacle)
-    if _has_format(request) and offered(request):
-        yield Unsupported("response_format", "cannot be combined with tools, unless tool_choice is MODE_NONE")
-
-
-def _has_format(request: chat_pb2.GenerateRequest) -> bool:
-    return request.response_format.WhichOneof("format") not in (None, "text")
 
 
 def _tools_violations(tools: Sequence[message_pb2.Tool]) -> Iterator[Violation]:

@@ -96,4 +96,5 @@ def _find_tool_format(
 
 
 def _has_reasoning(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
-    return reasoning.CLOSING in (template.source or "") or tokenizer.token_id(reasoning.CLOSING) is not None
+    markers = (reasoning.OPENING, reasoning.CLOSING)
+    return any(marker in (template.source or "") or tokenizer.token_id(marker) is not None for marker in markers)
