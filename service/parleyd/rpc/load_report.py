@@ -1,7 +1,7 @@
 """`xds.data.orca.v3.OrcaLoadReport`, the load report that weighted balancers read (https://github.com/cncf/xds).
 
-Described here, not imported from xds-protos: that package brings files of googleapis-common-protos and opentelemetry-proto
-in other versions, and which of them win is left to the order in which pip installs them.
+Described here, not imported from xds-protos: that package brings files of googleapis-common-protos and of
+opentelemetry-proto in other versions, and which of them win is left to the order in which pip installs them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.engine.attention import PagedKVCache, StepLayout
-from parleyd.engine.build import _prompt_batch, build_engine
+from parleyd.engine.build import build_engine
+from parleyd.engine.kernels import probe_batch
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.model.linear.by_rows import ByRows
@@ -78,7 +79,7 @@ def test_perplexity_in_four_bits_is_that_of_the_dequantised_weights_within_one_p
     for ids, exact in zip(texts, expected, strict=True):
         assert len(ids) > 250
         rows = torch.arange(len(ids))
-        layout = StepLayout.of(_prompt_batch(len(ids), BLOCK_SIZE), cache)
+        layout = StepLayout.of(probe_batch([(0, len(ids))], BLOCK_SIZE), cache)
         ours = perplexity(forward(torch.tensor(ids), rows, layout, rows), ids)
         print(f"perplexity {ours:.4f}, of the dequantised weights {exact:.4f}")
         assert ours == pytest.approx(exact, rel=0.01)
