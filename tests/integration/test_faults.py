@@ -261,6 +261,41 @@ def test_a_request_that_kills_the_worker_twice_fails_alone(start_gateway: StartG
     gateway.wait_idle()
 
 
+def test_a_request_that_kills_workers_in_its_first_decode_fails_alone(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.005"), max_running=2)
+    running = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=1000))
+    ids = list(next(running).token_ids)
+    with pytest.raises(grpc.RpcError) as raised:
+        gateway.stub.Generate(ask("!die-after 1 " + "x" * 100), timeout=30)
+    assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    ids += [i for response in running for i in response.token_ids]
+    assert ids == (list(b"all work and no play ") * 50)[:1000]
+    assert gateway.gateway.supervisor.num_restarts <= 3
+
+
+def test_a_worker_that_sends_nonsense_is_replaced(start_gateway: StartGateway) -> None:
+    gateway = start_gateway()
+    assert gateway.stub.Generate(ask("!garble"), timeout=20).choices[0].message.content == "xy"
+    assert gateway.gateway.supervisor.num_restarts == 1
+
+
+def test_a_worker_that_hangs_as_it_loads_is_replaced(start_gateway: StartGateway, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    gateway = start_gateway(worker=("--hang-if", str(marker)), worker_timeout=0.5)
+    marker.touch()
+    assert gateway.stub.Generate(ask("!die-at 3 abcdef"), timeout=60).choices[0].message.content == "abcdef"
+    assert gateway.gateway.supervisor.num_restarts == 2
+
+
+def test_a_worker_that_hung_while_it_was_idle_is_replaced(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker_timeout=0.5)
+    os.kill(worker_pid(gateway), signal.SIGSTOP)
+    time.sleep(1.0)
+    assert gateway.gateway.supervisor.num_restarts == 0  # nobody waits for it
+    assert_answers(gateway)
+    assert gateway.gateway.supervisor.num_restarts == 1
+
+
 def test_those_that_came_with_a_poisoned_request_are_served(start_gateway: StartGateway) -> None:
     gateway = start_gateway(worker=("--step-delay", "0.02"), max_running=4)
     calls = [gateway.stub.Generate.future(ask(text), timeout=30) for text in ("a", "!die", "b", "c")]

@@ -3,7 +3,8 @@
 It answers with the last message of the conversation, or with what stands in the prompt's last «», a byte a token, then
 the end token. Some messages are orders:
 `!forever` never ends, `!die` kills the process, `!die-at 3 text` kills it once, after 3 ids of its answer, `!hang-at`
-stops it there instead, `!fail` makes the engine fail, `!fail 2` makes it fail for choice 2, `!choice` answers with the
+stops it there instead, `!die-after 1 text` kills each worker that has made one id of it, `!garble` makes the worker
+send nonsense once, `!fail` makes the engine fail, `!fail 2` makes it fail for choice 2, `!choice` answers with the
 choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is aborted.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -118,6 +120,16 @@ def script(request: EngineRequest) -> Iterator[int]:
                 if position == int(words[1]) and len(request.output_ids) < position:
                     os.kill(os.getpid(), number)
                 yield token_id
+        case "!die-after":
+            for num_made, token_id in enumerate(" ".join(words[2:]).encode()):
+                if num_made == len(request.output_ids) + int(words[1]):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield token_id
+        case "!garble":
+            yield ord("x")
+            if not request.output_ids:
+                os.write(int(sys.argv[-1]), b"\0\0\0\1\xc1")  # a whole frame; no MessagePack begins so
+            yield ord("y")
         case "!choice":
             yield from f"choice {request.params.choice}".encode()
         case "!fail" if words[1:] in ([], [str(request.params.choice)]):
@@ -153,6 +165,7 @@ def main() -> int:
     parser.add_argument("--load-delay", type=float, default=0.0)
     parser.add_argument("--load-error")
     parser.add_argument("--die-if", type=Path, help="dies instead of loading if this file is there")
+    parser.add_argument("--hang-if", type=Path, help="stops instead of loading if this file is there")
     parser.add_argument("--stop-string", action="append", default=[])
     parser.add_argument("--max-running", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=tiny_tokenizer.VOCAB_SIZE)
@@ -163,6 +176,9 @@ def main() -> int:
         time.sleep(arguments.load_delay)
         if arguments.die_if and arguments.die_if.exists():
             os.kill(os.getpid(), signal.SIGKILL)
+        if arguments.hang_if and arguments.hang_if.exists():
+            arguments.hang_if.unlink()
+            os.kill(os.getpid(), signal.SIGSTOP)
         if arguments.load_error:
             raise StartupError(arguments.load_error)
         info = ModelInfo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -23,6 +24,8 @@ _FIRST_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 30.0
 # The watchdog counts quiet stretches, not seconds on the clock: a gateway that was itself stopped blames nobody.
 _NUM_WATCHES = 8
+# A worker that takes so many times as long to load as the slowest before it hangs. The first may take what it needs.
+_LOAD_SHARE = 5
 
 
 class State(Enum):
@@ -58,6 +61,7 @@ class Supervisor:
         self._worker: Worker | None = None
         self._spare = SpareWorker(self._start_worker) if server.spare_worker else None
         self._info: ModelInfo | None = None
+        self._slowest_load_s = 0.0
         self._losses = 0  # workers lost since one last made a token
         self.num_restarts = 0
         self._refusal: ParleyError | None = None
@@ -116,7 +120,7 @@ class Supervisor:
     async def _serve(self, worker: Worker) -> None:
         """Lets a worker load, generates with it, and returns when it is gone."""
         try:
-            info = await worker.load()
+            info = await self._load(worker)
         except (StartupError, WorkerLost) as error:
             if self._state is State.LOADING and isinstance(error, StartupError):
                 raise
@@ -135,6 +139,20 @@ class Supervisor:
         self._enter(State.REPLACING)
         if self._client.detach():
             self._losses = 0  # whatever killed the ones before is over
+
+    async def _load(self, worker: Worker) -> ModelInfo:
+        """Raises what `Worker.load` does, also WorkerLost where it hangs; its process is killed then."""
+        started = time.monotonic()
+        limit_s = max(self._server.worker_timeout, _LOAD_SHARE * self._slowest_load_s) if self._info else None
+        try:
+            async with asyncio.timeout(limit_s):
+                info = await worker.load()
+        except TimeoutError as error:
+            if worker.link is not None:
+                worker.link.kill()
+            raise WorkerLost(f"a worker has not loaded the model in {limit_s:g} s") from error
+        self._slowest_load_s = max(self._slowest_load_s, time.monotonic() - started)
+        return info
 
     async def _watch(self, worker: Worker) -> None:
         """Returns when the worker is gone; kills it if it does nothing for too long while there is work."""

@@ -69,6 +69,8 @@ class Worker:
                         self._on_outputs(outputs)
                     case Progress(stats):
                         self.stats = stats
+        except Exception:  # such as bytes that are no message: nothing after them can be understood
+            _logger.exception("worker %d cannot be understood", link.pid)
         finally:
             self.gone.set()
             if not self.ready.done():

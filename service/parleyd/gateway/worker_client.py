@@ -23,6 +23,8 @@ from parleyd.telemetry.metrics import Metrics
 _logger = logging.getLogger("parleyd.worker")
 
 _MAX_STRIKES = 2
+# From here on a request is not to blame for its worker's death: one token came out of its prefill, one out of a decode.
+_NUM_SETTLED = 2
 
 
 @dataclass(eq=False)
@@ -35,9 +37,8 @@ class _OpenRequest:
     last_token_time: float | None = None  # on the monotonic clock
     made_ids: array[int] = field(default_factory=lambda: array("i"))
     is_submitted: bool = False  # to the attached worker
-    has_progressed: bool = False  # there
-    is_suspect: bool = False  # of having killed a worker: it was there, and had no token from it yet
-    num_strikes: int = 0  # workers that died when it alone could be to blame
+    num_made: int = 0  # tokens that it has made
+    num_strikes: int = 0  # workers in a row that died when it alone could be to blame
 
     @property
     def remainder(self) -> EngineRequest:
@@ -46,7 +47,11 @@ class _OpenRequest:
 
 
 class WorkerClient:
-    """Generates through whichever worker is attached; between two, requests wait."""
+    """Generates through whichever worker is attached; between two, requests wait.
+
+    Requests that had not settled when a worker died are suspects. Each is tried while nobody else is unsettled, so that
+    another death tells who is to blame; newcomers and suspects take turns, so that neither keeps the others out.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self.num_handed_over = 0
@@ -54,6 +59,11 @@ class WorkerClient:
         self._keys = itertools.count()
         self._link: WorkerLink | None = None
         self._open: dict[int, _OpenRequest] = {}
+        # Of these, by key: not submitted yet; submitted and not settled; suspects, submitted or not.
+        self._newcomers: dict[int, _OpenRequest] = {}
+        self._unsettled: dict[int, _OpenRequest] = {}
+        self._suspects: dict[int, _OpenRequest] = {}
+        self._is_suspects_turn = False
 
     @property
     def num_open(self) -> int:
@@ -69,8 +79,9 @@ class WorkerClient:
         Raises EngineFault, or whatever else ended the request.
         """
         entry = self._open[request.key] = _OpenRequest(request, Streamer(on_end), current_call.get())
+        self._newcomers[request.key] = entry
         self._observe_start(entry)
-        self._submit(entry)
+        self._go_on()
         try:
             while True:
                 delta = await entry.streamer.take()
@@ -79,11 +90,12 @@ class WorkerClient:
                     return
         finally:
             # Forgotten by then if the worker ended it; else nobody waits for it any more.
-            if self._open.pop(request.key, None) is not None:
+            if request.key in self._open:
+                self._forget(request.key)
                 if self._link is not None and entry.is_submitted:
                     self._link.send(Abort(request.key))
                 on_end()
-                self._try_suspect()
+                self._go_on()
 
     def next_key(self) -> int:
         """A key that no other request of this gateway has."""
@@ -94,52 +106,57 @@ class WorkerClient:
         now = time.monotonic()
         self._metrics.batch_size.observe(len(outputs))
         for output in outputs:
-            entry = self._open.pop(output.key, None) if output.is_last else self._open.get(output.key)
+            entry = self._open.get(output.key)
             if entry is None:
                 continue
             if output.token_ids:
                 entry.made_ids.extend(output.token_ids)
+                entry.num_made += len(output.token_ids)
                 self._observe_token(entry, now)
+            if output.is_last:
+                self._forget(output.key)
+            elif output.key in self._unsettled and entry.num_made >= _NUM_SETTLED:
+                self._settle(entry)
             entry.streamer.put(output)
-            if not entry.has_progressed:
-                entry.has_progressed, entry.is_suspect = True, False
-                self._try_suspect()
+        self._go_on()
 
     def attach(self, link: WorkerLink) -> None:
-        """Hands every open request to a fresh worker, suspects one by one once all others are under way."""
+        """Hands every open request to a fresh worker, suspects one by one once all others have settled."""
         self._link = link
-        for entry in self._open.values():
-            if not entry.is_suspect:
-                self._submit(entry)
-        self._try_suspect()
+        self._go_on()
 
     def detach(self) -> bool:
         """The worker is gone: its requests wait for the next. Returns whether one of them was found to be the cause.
 
-        A request is blamed if it was there without a token from this worker. Where it is the only one so often that
-        chance is no explanation, it fails, so that the others can go on.
+        A request is blamed if it had not settled. Where it is the only one so often that chance is no explanation, it
+        fails, so that the others can go on.
         """
         self._link = None
-        blamed = [entry for entry in self._open.values() if entry.is_submitted and not entry.has_progressed]
+        blamed, self._unsettled = self._unsettled, {}
         self.num_handed_over += sum(entry.is_submitted for entry in self._open.values())
         for entry in self._open.values():
-            entry.is_submitted = entry.has_progressed = False
-        for entry in blamed:
-            entry.is_suspect = True
+            entry.is_submitted, entry.num_made = False, 0
+        self._suspects |= blamed
+        self._newcomers = {key: entry for key, entry in self._open.items() if key not in self._suspects}
+        self._is_suspects_turn = False
         if len(blamed) != 1:
             return False
-        (culprit,) = blamed
+        (culprit,) = blamed.values()
         culprit.num_strikes += 1
         if culprit.num_strikes < _MAX_STRIKES:
             return False
-        _logger.error("request %d has killed %d workers: it fails", culprit.request.key, culprit.num_strikes)
-        del self._open[culprit.request.key]
+        _logger.error(
+            "request %s (%d) has killed %d workers: it fails",
+            culprit.call.request_id, culprit.request.key, culprit.num_strikes,
+        )  # fmt: skip
+        self._forget(culprit.request.key)
         culprit.streamer.fail(EngineFault(f"request {culprit.request.key} kills the worker"))
         return True
 
     def fail_all(self, error: ParleyError) -> None:
         """Ends every open request."""
         entries, self._open = self._open, {}
+        self._newcomers, self._unsettled, self._suspects = {}, {}, {}
         for entry in entries.values():
             entry.streamer.fail(error)
 
@@ -160,15 +177,32 @@ class WorkerClient:
             self._metrics.token_seconds.observe(now - entry.last_token_time)
         entry.last_token_time = now
 
-    def _submit(self, entry: _OpenRequest) -> None:
-        if self._link is not None:
-            entry.is_submitted = True
-            self._link.send(Submit(entry.remainder))
-
-    def _try_suspect(self) -> None:
-        """Submits the next suspect, unless the worker's death would leave a doubt about who is to blame."""
-        if self._link is None or any(entry.is_submitted and not entry.has_progressed for entry in self._open.values()):
+    def _go_on(self) -> None:
+        """Submits whoever's turn it is."""
+        if self._link is None:
             return
-        suspects = [entry for entry in self._open.values() if entry.is_suspect]
-        if suspects:
-            self._submit(min(suspects, key=lambda entry: entry.num_strikes))
+        if self._suspects:
+            if self._unsettled:
+                return  # another death would leave a doubt about who is to blame
+            if self._is_suspects_turn or not self._newcomers:
+                self._is_suspects_turn = False
+                self._submit(self._link, min(self._suspects.values(), key=lambda entry: entry.num_strikes))
+                return
+            self._is_suspects_turn = True
+        newcomers, self._newcomers = self._newcomers, {}
+        for entry in newcomers.values():
+            self._submit(self._link, entry)
+
+    def _submit(self, link: WorkerLink, entry: _OpenRequest) -> None:
+        entry.is_submitted = True
+        self._unsettled[entry.request.key] = entry
+        link.send(Submit(entry.remainder))
+
+    def _settle(self, entry: _OpenRequest) -> None:
+        entry.num_strikes = 0
+        del self._unsettled[entry.request.key]
+        self._suspects.pop(entry.request.key, None)
+
+    def _forget(self, key: int) -> None:
+        for group in (self._open, self._newcomers, self._unsettled, self._suspects):
+            group.pop(key, None)
