@@ -181,7 +181,9 @@ bench-online: $(BENCH) ## measure the service under load; ARGS="--peer vllm --co
 bench-offline: $(BENCH) ## measure the engine alone, in process; ARGS="--peer llama-cpp …"
 	@$(BIN)/python -m benchmarks.offline --peers "$(PEERS)" $(ARGS)
 
-##### the rest
+.PHONY: bench-structured
+bench-structured: $(INSTALLED) ## measure what a grammar costs: to compile, and in a step of 16 streams
+	@$(BIN)/python -m benchmarks.structured $(ARGS)
 
 .PHONY: bench-layers
 bench-layers: $(INSTALLED) ## measure the engine's layers, variant against variant
@@ -190,6 +192,8 @@ bench-layers: $(INSTALLED) ## measure the engine's layers, variant against varia
 .PHONY: bench-gpu
 bench-gpu: $(INSTALLED) ## measure the engine on a GPU against its bandwidth
 	@$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)
+
+##### the rest
 
 .PHONY: clean
 clean: ## remove .venv, caches and build results

@@ -104,6 +104,7 @@ class SamplingDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    num_return_sequences: int | None = None
     stop_strings: tuple[str, ...] = ()
 
 

@@ -10,7 +10,7 @@ import pytest
 from parley.v1 import chat_pb2, generation_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
-from tests.support.requests import ask, reason_of
+from tests.support.requests import ask, reason_of, violated_fields
 
 STOP, LENGTH = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_LENGTH
 
@@ -108,3 +108,18 @@ def test_choices_survive_the_worker(start_gateway: StartGateway) -> None:
     response = gateway.stub.Generate(several("!die-at 5 hello world", 3, logprobs=True), timeout=60)
     assert [choice.message.content for choice in response.choices] == ["hello world"] * 3
     assert all([one.token_id for one in choice.logprobs] == list(choice.token_ids) for choice in response.choices)
+
+
+def test_a_model_may_say_how_many_unless_the_request_does(start_gateway: StartGateway) -> None:
+    stub = start_gateway(max_running=2, worker=("--num-return-sequences", "2")).stub
+    defaults = stub.GetModel(chat_pb2.GetModelRequest(), timeout=20).default_generation_config
+    assert defaults.num_return_sequences == 2
+    assert len(stub.Generate(ask("!choice", do_sample=True), timeout=20).choices) == 2
+    assert len(stub.Generate(several("!choice", 1), timeout=20).choices) == 1
+    for request, field in (
+        (ask("hello"), "generation_config.num_return_sequences"),  # greedy
+        (ask("hello", do_sample=True, resume=chat_pb2.Resume(token_ids=b"he")), "resume"),
+    ):
+        with pytest.raises(grpc.RpcError) as raised:
+            stub.Generate(request, timeout=20)
+        assert violated_fields(raised.value) == [field]

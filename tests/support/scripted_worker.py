@@ -167,6 +167,7 @@ def main() -> int:
     parser.add_argument("--die-if", type=Path, help="dies instead of loading if this file is there")
     parser.add_argument("--hang-if", type=Path, help="stops instead of loading if this file is there")
     parser.add_argument("--stop-string", action="append", default=[])
+    parser.add_argument("--num-return-sequences", type=int)
     parser.add_argument("--max-running", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=tiny_tokenizer.VOCAB_SIZE)
     parser.add_argument("fd", type=int)
@@ -190,7 +191,11 @@ def main() -> int:
             device="cpu",
             engine="scripted",
             max_running=arguments.max_running,
-            defaults=SamplingDefaults(temperature=0.5, stop_strings=tuple(arguments.stop_string)),
+            defaults=SamplingDefaults(
+                temperature=0.5,
+                stop_strings=tuple(arguments.stop_string),
+                num_return_sequences=arguments.num_return_sequences,
+            ),
         )
         return ScriptedEngine(arguments.step_delay), info
 

@@ -97,7 +97,7 @@ class Accumulator:
     @property
     def can_resume(self) -> bool:
         """Whether a server can go on from what is here: it has begun, and is not one of several answers."""
-        return bool(self._head.request_id) and self._num_choices == 1
+        return bool(self._head.request_id) and max(self._num_choices, len(self._choices)) == 1
 
     def remainder(self) -> chat_pb2.GenerateRequest:
         """The request for the rest of the answer, which any server of the same model can answer."""

@@ -282,7 +282,7 @@ class _Steered(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         row = GrammarRow(0, self._grammar, input_ids.shape[1] - self._prompt_length)
         mask = GrammarMask([row], scores.shape[1])
-        scores = scores.masked_fill(mask.forbidden(scores.device), -torch.inf)
+        scores = mask.apply(scores.clone())
         mask.force_ends(scores)
         return scores
 

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
@@ -24,6 +23,9 @@ _logger = logging.getLogger("parleyd.engine")
 
 _MAX_CACHED = 128
 _NUM_THREADS = 2
+# For each byte of a mask, what is added to its 8 logits. Adding takes a CPU half the time that filling does.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_ADDENDS = np.where(_BITS, np.float32(0), np.float32(-np.inf))
 
 
 class GrammarState:
@@ -145,15 +147,11 @@ class GrammarMask:
         filled = [state.fill(self._mask, i, position) for i, (_, state, position) in enumerate(rows)]
         self._ends = [(one.row, one.state.eos_token_id) for one, ends in zip(rows, filled, strict=True) if ends]
 
-    def forbidden(self, device: torch.device) -> Tensor:
-        """[rows, vocab], bool."""
-        bits = ~self._mask.view(np.uint8)
-        if device.type == "cpu":
-            unpacked = np.unpackbits(bits, axis=1, count=self._vocab_size, bitorder="little")
-            return torch.from_numpy(unpacked.view(np.bool_))
-        shifts = torch.arange(8, dtype=torch.uint8, device=device)
-        unpacked_there = (upload(bits, device)[:, :, None] >> shifts) & 1
-        return unpacked_there.flatten(1)[:, : self._vocab_size].bool()
+    def apply(self, logits: Tensor) -> Tensor:
+        """The logits, minus infinity for what may not be drawn. logits: [rows, vocab], float32; changed in place."""
+        packed = upload(self._mask.view(np.uint8), logits.device)
+        addends = upload(_ADDENDS, logits.device).index_select(0, packed.flatten().int())
+        return logits.add_(addends.view(len(logits), -1)[:, : self._vocab_size])
 
     def force_ends(self, logits: Tensor) -> None:
         """Where an end is all there is, lets it be drawn whatever else has masked it. logits: [batch, vocab]."""

@@ -267,8 +267,7 @@ class Sampler:
             self._penalty_table.apply(changed)
         if batch.mask is not None:
             rows = _Rows(batch.mask.rows, batch.size, self._device)
-            masked = rows.of(changed).masked_fill_(batch.mask.forbidden(self._device), -torch.inf)
-            changed = rows.put(changed, masked)
+            changed = rows.put(changed, batch.mask.apply(rows.of(changed)))
             batch.mask.force_ends(changed)
         return changed
 

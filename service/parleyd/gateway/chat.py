@@ -119,11 +119,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineExceeded
-        num_choices = request.generation_config.num_return_sequences or 1
         generation = Generation(
             prompt_ids=tuple(prompt.token_ids),
             params=params,
-            answers=[self._answer(request, params, prompt, index) for index in range(num_choices)],
+            answers=[self._answer(request, params, prompt, index) for index in range(served.num_choices(request))],
             priority=request.priority,
             deadline=None if remaining_s is None else time.monotonic() + remaining_s,
         )

@@ -77,7 +77,8 @@ def effective_defaults(info: ModelInfo, default_max_new_tokens: int) -> Sampling
     given = {
         name: value for name in SamplingDefaults.__dataclass_fields__ if (value := getattr(defaults, name)) is not None
     }
-    given.pop("stop_strings", None)  # the engine knows no text
+    for name in ("stop_strings", "num_return_sequences"):  # the engine knows neither text nor other choices
+        given.pop(name, None)
     wanted = given.pop("max_new_tokens", default_max_new_tokens)
     return SamplingParams(max_new_tokens=min(wanted, info.max_context_tokens), **given)
 
@@ -109,6 +110,11 @@ def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: Sampli
     )
 
 
+def num_choices(config: generation_pb2.GenerationConfig, defaults: SamplingDefaults) -> int:
+    """How many answers a valid configuration asks for."""
+    return config.num_return_sequences or defaults.num_return_sequences or 1
+
+
 def to_format(form: generation_pb2.ResponseFormat) -> tuple[str, str] | None:
     """The kind of a response format and its source, as `grammar.formats` takes them; None for free text."""
     match form.WhichOneof("format"):
@@ -122,7 +128,9 @@ def to_format(form: generation_pb2.ResponseFormat) -> tuple[str, str] | None:
             return kind, getattr(form, kind)
 
 
-def resolved_violations(request: chat_pb2.GenerateRequest, params: SamplingParams) -> Iterator[Violation]:
+def resolved_violations(
+    request: chat_pb2.GenerateRequest, params: SamplingParams, num_choices: int
+) -> Iterator[Violation]:
     """What contradicts itself once defaults are filled in."""
     if params.min_new_tokens > params.max_new_tokens:
         yield Violation(
@@ -131,16 +139,21 @@ def resolved_violations(request: chat_pb2.GenerateRequest, params: SamplingParam
         )
     if len(request.resume.token_ids) > params.max_new_tokens:
         yield Violation("resume.token_ids", f"are more than max_new_tokens ({params.max_new_tokens})")
-    if request.generation_config.num_return_sequences > 1 and not params.do_sample:
+    if request.resume.token_ids and num_choices > 1:
+        yield Violation("resume", "contradicts several return sequences")
+    if num_choices > 1 and not params.do_sample:
         yield Violation(
             "generation_config.num_return_sequences", "more than 1 needs sampling, and this request is greedy"
         )
 
 
-def to_generation_config(params: SamplingParams, stop_strings: Sequence[str]) -> generation_pb2.GenerationConfig:
-    """Defaults, as GetModel tells them."""
+def to_generation_config(params: SamplingParams, defaults: SamplingDefaults) -> generation_pb2.GenerationConfig:
+    """Defaults, as GetModel tells them: `params` those that the engine knows, `defaults` the model's."""
     config = generation_pb2.GenerationConfig(
-        num_return_sequences=1, skip_special_tokens=True, include_stop_string=False, stop_strings=stop_strings
+        num_return_sequences=num_choices(generation_pb2.GenerationConfig(), defaults),
+        skip_special_tokens=True,
+        include_stop_string=False,
+        stop_strings=defaults.stop_strings,
     )
     for name in (
         "max_new_tokens", "min_new_tokens", "do_sample", *_SAMPLING_FIELDS, "repetition_penalty", "presence_penalty",

@@ -53,7 +53,7 @@ class ServedModel:
             model=name,
             max_context_tokens=info.max_context_tokens,
             vocab_size=info.vocab_size,
-            default_generation_config=convert.to_generation_config(defaults, info.defaults.stop_strings),
+            default_generation_config=convert.to_generation_config(defaults, info.defaults),
             capabilities=(
                 *_CAPABILITIES,
                 *_format_capabilities(answer_format),
@@ -69,6 +69,10 @@ class ServedModel:
         """The ids that end an answer."""
         ignores_eos = params.ignore_eos and not params.grammar  # nothing can follow the end of a grammar
         return frozenset(params.stop_token_ids) | frozenset(() if ignores_eos else self.info.eos_token_ids)
+
+    def num_choices(self, request: chat_pb2.GenerateRequest) -> int:
+        """How many answers a valid request asks for."""
+        return convert.num_choices(request.generation_config, self.info.defaults)
 
     def grammar_question(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> CheckGrammar | None:
         """What to ask the checker about a request; None where any text will do."""
@@ -86,7 +90,7 @@ class ServedModel:
         params = convert.to_sampling_params(request.generation_config, self.defaults)
         _refuse(
             validation.request_violations(request, self.info),
-            convert.resolved_violations(request, params),
+            convert.resolved_violations(request, params, self.num_choices(request)),
             self._kwarg_violations(request),
         )
         self._refuse_unsupported(request, validation.unsupported_in_request(request, self.grammar_obstacle))

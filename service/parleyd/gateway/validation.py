@@ -46,8 +46,6 @@ def request_violations(request: chat_pb2.GenerateRequest, info: ModelInfo) -> It
     if request.request_id and not REQUEST_ID_PATTERN.fullmatch(request.request_id):
         yield Violation("request_id", "must be up to 128 of [A-Za-z0-9._:-]")
     yield from _ids_violations("resume.token_ids", request.resume.token_ids, info.max_context_tokens, info.vocab_size)
-    if request.resume.token_ids and request.generation_config.num_return_sequences > 1:
-        yield Violation("resume", "contradicts several return sequences")
 
 
 def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> Iterator[Violation]:

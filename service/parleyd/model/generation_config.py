@@ -15,6 +15,7 @@ _FILE = "generation_config.json"
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "max_new_tokens": int, "min_new_tokens": int, "do_sample": bool, "temperature": (int, float), "top_p": (int, float),
     "top_k": int, "min_p": (int, float), "repetition_penalty": (int, float),
+    "num_return_sequences": int,
 }  # fmt: skip
 
 # Each architecture has its own name for it.

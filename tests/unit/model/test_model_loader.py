@@ -66,8 +66,9 @@ def test_pickled_weights_load_where_they_are_allowed(llama_folder: Path) -> None
 
 
 def test_defaults_are_only_what_generation_config_sets(llama_folder: Path) -> None:
-    edit_json(llama_folder / "generation_config.json", temperature=0.7, top_k=20, do_sample=True, max_length=33)
-    assert info(llama_folder).defaults == SamplingDefaults(temperature=0.7, top_k=20, do_sample=True)
+    given = {"temperature": 0.7, "top_k": 20, "do_sample": True, "num_return_sequences": 2}
+    edit_json(llama_folder / "generation_config.json", **given, max_length=33)
+    assert info(llama_folder).defaults == SamplingDefaults(**given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("given", ["END", ["END"]])
