@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
+
+# The limit of the API. Engines look for as many always, or which of equal ones are told would depend on how many are.
+NUM_TOP_LOGPROBS = 20
 
 
 class FinishReason(Enum):
@@ -62,11 +66,17 @@ class EngineRequest:
 class TokenLogprob(NamedTuple):
     """Natural logarithms of the model's own distribution at one position (log-softmax of the raw logits).
 
-    `logprob` is the generated token's; `top` are (id, log-probability) of the most likely ones, best first.
+    `logprob` is the generated token's; `top` are (id, log-probability) of the most likely ones, best first, equal
+    ones by id: as the greedy choice goes.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+    @staticmethod
+    def best(ids: Sequence[int], logprobs: Sequence[float], number: int) -> tuple[tuple[int, float], ...]:
+        """So many of these as `top`."""
+        return tuple(sorted(zip(ids, logprobs, strict=True), key=lambda one: (-one[1], one[0]))[:number])
 
 
 @dataclass(frozen=True, kw_only=True)

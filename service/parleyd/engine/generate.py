@@ -21,7 +21,15 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from parleyd.engine.grammar import GrammarCompiler, GrammarMask, GrammarRow, GrammarState
 from parleyd.engine.token_streamer import TokenStreamer
-from parleyd.generation import EngineRequest, EngineStats, FinishReason, Output, SamplingParams, TokenLogprob
+from parleyd.generation import (
+    NUM_TOP_LOGPROBS,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    Output,
+    SamplingParams,
+    TokenLogprob,
+)
 from parleyd.grammar.compiler import GrammarError
 
 _logger = logging.getLogger("parleyd.engine")
@@ -186,8 +194,8 @@ class GenerateEngine:
     def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
         assert self._logits is not None
         logprobs = self._logits.float().log_softmax(-1)
-        values, ids = logprobs.topk(min(num_top, len(logprobs)))
-        return TokenLogprob(float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        values, ids = logprobs.topk(min(NUM_TOP_LOGPROBS, len(logprobs)))
+        return TokenLogprob(float(logprobs[token_id]), TokenLogprob.best(ids.tolist(), values.tolist(), num_top))
 
     def _stop_ids(self, params: SamplingParams) -> list[int]:
         ignores_eos = params.ignore_eos and not params.grammar  # nothing can follow the end of a grammar

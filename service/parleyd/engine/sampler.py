@@ -16,13 +16,11 @@ from torch import Tensor
 from parleyd.engine import draws
 from parleyd.engine.grammar import GrammarMask, GrammarRow, GrammarState
 from parleyd.engine.penalties import PenalisedRow, Penalties, PenaltyTable, upload
-from parleyd.generation import SamplingParams, TokenLogprob
+from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
 
 # Below these, logits overflow; what they ask for is the greedy choice anyway. Engine `generate` has the same.
 _MIN_TEMPERATURE = 1e-5
 _MIN_REPETITION_PENALTY = 1e-3
-# The limit of the API. Always as many, since which of equal logits come first may depend on how many are asked for.
-_NUM_TOP_LOGPROBS = 20
 # A CPU draws for as many rows at once as have so many logits together, which its cache holds.
 _CHUNK_SIZE = 2**19
 
@@ -46,7 +44,7 @@ class SamplingRow(NamedTuple):
 class Logprobs(NamedTuple):
     """Natural logarithms of the model's own distribution: the log-softmax of the raw logits.
 
-    `token_logprobs[i]` is of row `rows[i]`; of its `top_ids[i]`, the likeliest first, `num_top[i]` were asked for.
+    `token_logprobs[i]` is of row `rows[i]`; of its `top_ids[i]`, the likeliest, `num_top[i]` were asked for.
     """
 
     rows: tuple[int, ...]
@@ -60,7 +58,7 @@ class Logprobs(NamedTuple):
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(self.rows)
         if self.top_ids is not None and self.top_logprobs is not None:
             pairs = zip(self.num_top, self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
-            tops = [tuple(zip(ids[:num], values[:num], strict=True)) for num, ids, values in pairs]
+            tops = [TokenLogprob.best(ids, values, num) for num, ids, values in pairs]
         return dict(zip(self.rows, map(TokenLogprob, self.token_logprobs.tolist(), tops), strict=True))
 
 
@@ -299,6 +297,6 @@ def _logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> Logpro
     token_logprobs = logprobs.gather(1, rows.of(token_ids)[:, None]).squeeze(1)
     top_ids = top_logprobs = None
     if any(batch.num_top):
-        _, top_ids = draws.largest(logits, min(_NUM_TOP_LOGPROBS, logits.shape[1]))
+        _, top_ids = draws.largest(logits, min(NUM_TOP_LOGPROBS, logits.shape[1]))
         top_logprobs = logprobs.gather(1, top_ids)
     return Logprobs(rows.rows, batch.num_top, token_logprobs, top_ids, top_logprobs)

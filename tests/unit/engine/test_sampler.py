@@ -356,3 +356,14 @@ def test_logits_that_are_not_numbers_give_some_id_and_no_exception() -> None:
     logits[::2] = -math.inf
     ids = sample(logits, [row(Params(**one), key) for key, one in enumerate(MIXED)])  # type: ignore[arg-type]
     assert all(0 <= id_ < 1000 for id_ in ids)
+
+
+def test_of_equal_log_probabilities_the_lowest_ids_come_first() -> None:
+    logits = random_logits(4, 1024, step=0.5)
+    rows = [row(SamplingParams(max_new_tokens=9, logprobs=True, top_logprobs=n), key=n) for n in (1, 2, 5, 20)]
+    sampler = Sampler(1024, [EOS], CPU)
+    sampled = sampler.sample(logits, sampler.prepare(rows))
+    assert sampled.logprobs is not None
+    for index, logprob in sampled.logprobs.by_row().items():
+        assert logprob.top[0] == (int(sampled.token_ids[index]), logprob.logprob)
+        assert list(logprob.top) == sorted(logprob.top, key=lambda one: (-one[1], one[0]))
