@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=1800.0, help="how long new requests are begun (1800)")
     parser.add_argument("--requests", type=int, default=_NEVER, help="at most so many requests")
     parser.add_argument("--every", type=float, nargs=2, default=(5.0, 20.0), help="seconds between faults (5 20)")
+    parser.add_argument("--faults", type=int, default=_NEVER, help="at most so many faults")
     parser.add_argument("--kills-only", action="store_true", help="no fault but SIGKILL of the worker")
     parser.add_argument("--real-model", action="store_true", help="the embedded model instead of a scripted worker")
     parser.add_argument("--clients", type=int, default=24, help="requests that are open at the same time (24)")
@@ -77,7 +78,7 @@ async def _soak(
     memory: list[int] = []
 
     async def deal() -> None:
-        while True:
+        while dealt.total() < arguments.faults:
             await asyncio.sleep(chance.uniform(*arguments.every))
             failpoint = chance.choice(failpoints)
             await failpoint(gateway, chance)

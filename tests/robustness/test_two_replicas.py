@@ -79,8 +79,12 @@ async def _streams_while(
         async def ask_on() -> None:
             behaviours: list[Callable[[AsyncClient, str, Outcomes], Awaitable[None]]] = [_stream, _stream, _chat]
             while not disturbing.done():
-                text = f"{chance.randrange(10**9)} " * chance.randint(5, 20)
-                await chance.choice(behaviours)(client, text, outcomes)
+                behaviour = chance.choice(behaviours)
+                # A whole answer is begun again where a stream goes on: it must be short to come through within a few.
+                text = f"{chance.randrange(10**9)} " * (
+                    chance.randint(1, 3) if behaviour is _chat else chance.randint(5, 20)
+                )
+                await behaviour(client, text, outcomes)
 
         await asyncio.gather(*(ask_on() for _ in range(_NUM_CLIENTS)))
     await disturbing

@@ -46,7 +46,7 @@ def test_the_audience_may_be_one_of_several_and_clocks_may_differ_a_little(verif
         {"exp": int(time.time()) - 60},
         {"exp": None},
         {"exp": "tomorrow"},
-        {"nbf": int(time.time()) + 600},
+        {"nbf": int(time.time()) + 10**6},
         {"iss": "https://evil.example"},
         {"iss": None},
         {"aud": "another"},
