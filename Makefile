@@ -185,6 +185,10 @@ bench-offline: $(BENCH) ## measure the engine alone, in process; ARGS="--peer ll
 bench-structured: $(INSTALLED) ## measure what a grammar costs: to compile, and in a step of 16 streams
 	@$(BIN)/python -m benchmarks.structured $(ARGS)
 
+.PHONY: bench-overload
+bench-overload: $(INSTALLED) ## measure overload, 2,000 streams, a killed worker and the bookkeeping (7 minutes)
+	@$(BIN)/python -m benchmarks.overload $(ARGS)
+
 .PHONY: bench-layers
 bench-layers: $(INSTALLED) ## measure the engine's layers, variant against variant
 	@$(BIN)/python -m benchmarks.layers $(ARGS)

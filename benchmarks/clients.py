@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import msgspec
 
+from benchmarks.load import Refused
 from benchmarks.workload import Request
 from parley.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, message_pb2
 
@@ -26,8 +27,13 @@ class GrpcClient:
 
     async def stream(self, request: Request) -> AsyncIterator[int]:
         """See load.Client."""
-        async for response in self._stub.GenerateStream(_to_proto(request), timeout=_TIMEOUT_S):
-            yield len(response.token_ids)
+        try:
+            async for response in self._stub.GenerateStream(_to_proto(request), timeout=_TIMEOUT_S):
+                yield len(response.token_ids)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise Refused from error
+            raise
 
     async def prompt_tokens(self, request: Request) -> int:
         """How long the prompt is; answered after the prompts of all requests that were sent before."""

@@ -11,11 +11,15 @@ from typing import Any, Protocol
 from benchmarks.workload import Request
 
 
+class Refused(Exception):
+    """The server has no room for the request."""
+
+
 class Client(Protocol):
     """One connection to a server."""
 
     def stream(self, request: Request) -> AsyncIterator[int]:
-        """How many tokens each message of the answer brings."""
+        """How many tokens each message of the answer brings. Raises Refused."""
         ...
 
     async def close(self) -> None: ...
@@ -30,6 +34,7 @@ class Run:
     num_answers: int = 0
     first_token_s: list[float] = field(default_factory=list)
     between_tokens_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     is_cut: bool = False
 
@@ -58,6 +63,10 @@ class Clock:
         self._last = now
         self._num_tokens += num_tokens
         self._run.num_tokens += num_tokens
+
+    def refused(self) -> None:
+        """There will be no answer."""
+        self._run.refused_s.append(time.perf_counter() - self._last)
 
     def ended(self, wanted: int) -> None:
         """The answer is over."""
@@ -95,6 +104,8 @@ async def _answer(client: Client, request: Request, run: Run) -> None:
     try:
         async for num_tokens in client.stream(request):
             clock.saw(num_tokens)
+    except Refused:
+        clock.refused()
     except Exception as error:  # of whatever library: a peer that fails is a result
         run.errors.append(f"{type(error).__name__}: {error}"[:300])
     else:

@@ -49,7 +49,7 @@ def main() -> int:
                 seed=arguments.seed,
             )
     write_result(arguments.json, rows)
-    return 1 if any(row.get("num_errors") for row in rows) else 0
+    return 1 if any(row.get("num_errors") or row.get("num_refused") for row in rows) else 0
 
 
 def compare(

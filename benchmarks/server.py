@@ -29,6 +29,7 @@ _READY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.1
 _NO_FOUR_BIT = "--no-four-bit-linear"
+_PARLEYD = ("parleyd", "serve", "--port", "0", "--drain-delay", "0")
 _ROOT = Path(__file__).parents[1]
 
 
@@ -85,9 +86,9 @@ def alone(server: Server, servers: Sequence[Server]) -> Iterator[None]:
 
 
 @contextmanager
-def serving(arguments: Sequence[str] = (), name: str = "parley") -> Iterator[Server]:
-    """Our own server; `arguments` are those of `parleyd serve`."""
-    command = [sys.executable, "-m", "parleyd", "serve", "--port", "0", "--drain-delay", "0", *arguments]
+def serving(arguments: Sequence[str] = (), name: str = "parley", program: Sequence[str] = _PARLEYD) -> Iterator[Server]:
+    """Our own server; `arguments` are those of `parleyd serve`, or of another `program` of ours."""
+    command = [sys.executable, "-m", *program, *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     with _ended(process):

@@ -37,6 +37,8 @@ def summarise(labels: Row, runs: Sequence[Run], bytes_per_step: float | None = N
         row["share_of_bandwidth"] = round(gb_per_s / gb_limit, 3)
     if any(run.is_cut for run in runs):
         row["is_cut"] = True
+    if num_refused := sum(len(run.refused_s) for run in runs):
+        row["num_refused"] = num_refused
     if errors := [error for run in runs for error in run.errors]:
         row["num_errors"], row["first_error"] = len(errors), errors[0]
     return row

@@ -41,7 +41,7 @@ def test_the_service_is_measured_against_itself(tmp_path: Path) -> None:
     assert second["ratio_of_first"] > 0
 
 
-@pytest.mark.parametrize("module", ["online", "suite", "report", "gateway_cpu"])
+@pytest.mark.parametrize("module", ["online", "suite", "report", "gateway_cpu", "overload"])
 def test_help_is_there(module: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{module}", "--help"]
     assert "usage" in subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

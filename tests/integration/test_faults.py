@@ -8,19 +8,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import h2.config
-import h2.connection
-import h2.settings
 import pytest
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
+from tests.support.raw_stream import begin_raw_stream
 from tests.support.requests import ask, reason_of, retry_delay_of
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -162,25 +159,9 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_gets_every_id(start_gat
     assert ids == (list(b"all work and no play ") * 200)[:4000]
 
 
-@contextmanager
-def unread_stream(target: str) -> Iterator[None]:
+def unread_stream(target: str) -> socket.socket:
     """A stream whose client grants no HTTP/2 window, so that nothing of the answer can be written."""
-    host, port = target.split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as raw:
-        connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-        connection.local_settings = h2.settings.Settings(
-            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0}
-        )
-        connection.initiate_connection()
-        headers = [
-            (":method", "POST"), (":scheme", "http"), (":authority", target), ("te", "trailers"),
-            (":path", "/parley.v1.ChatService/GenerateStream"), ("content-type", "application/grpc"),
-        ]  # fmt: skip
-        connection.send_headers(1, sorted(headers))
-        payload = ask("never read").SerializeToString()
-        connection.send_data(1, b"\0" + len(payload).to_bytes(4, "big") + payload, end_stream=True)
-        raw.sendall(connection.data_to_send())
-        yield
+    return begin_raw_stream(target, "never read", window=0)
 
 
 def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> None:
@@ -198,6 +179,14 @@ def test_a_client_that_never_reads_is_cut_off(start_gateway: StartGateway) -> No
         time.sleep(0.2)
         assert gateway.gateway.doorkeeper.num_open == 1
         eventually(lambda: gateway.gateway.doorkeeper.num_open == 0)
+    assert_answers(gateway)
+
+
+def test_a_client_whose_host_vanished_is_let_go(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(keepalive_time=1, keepalive_timeout=1)
+    with begin_raw_stream(gateway.target, "!wait"):  # answers no ping, and says nothing more
+        eventually(lambda: gateway.gateway.worker.num_open == 1)
+        gateway.wait_idle()
     assert_answers(gateway)
 
 

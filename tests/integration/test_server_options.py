@@ -24,6 +24,7 @@ PINGS = (
     "grpc.http2.min_ping_interval_without_data_ms",
     "grpc.keepalive_permit_without_calls",
 )
+PENDING = ("grpc.server.max_pending_requests", "grpc.server.max_pending_requests_hard_limit")
 
 
 @asynccontextmanager
@@ -179,9 +180,30 @@ async def test_a_second_server_cannot_take_the_same_port() -> None:
         assert second.add_insecure_port(f"127.0.0.1:{port}") == port  # what happens without the option
 
 
+async def test_max_pending_requests_take_effect() -> None:
+    assert await _num_cancelled_of_a_burst(OPTIONS) == 0
+    assert await _num_cancelled_of_a_burst(without(*PENDING)) > 0  # what happens without the options
+
+
+async def _num_cancelled_of_a_burst(options: dict[str, int]) -> int:
+    """Of 1,500 calls that arrive while the event loop is busy."""
+
+    def burst(port: int) -> int:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            grpc.channel_ready_future(channel).result(10)
+            calls = [channel.unary_unary("/Echo/Echo").future(b"x", timeout=30) for _ in range(1500)]
+            return sum(call.code() is grpc.StatusCode.CANCELLED for call in calls)
+
+    async with server_with(options) as port:
+        answers = asyncio.create_task(asyncio.to_thread(burst, port))
+        await asyncio.sleep(0.1)
+        time.sleep(1.0)  # noqa: ASYNC251 - keeps the event loop from taking calls
+        return await answers
+
+
 def test_every_option_has_a_test_here() -> None:
     tested = {
-        *PINGS, "grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.max_receive_message_length",
+        *PINGS, *PENDING, "grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.max_receive_message_length",
         "grpc.so_reuseport",
     }  # fmt: skip
     assert set(OPTIONS) == tested

@@ -11,18 +11,22 @@ import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-import h2.config
-import h2.connection
+import grpc
 
 from parleyd.gateway.supervisor import State
 from tests.support.gateway import GatewayThread
-from tests.support.requests import ask
+from tests.support.raw_stream import begin_raw_stream
+from tests.support.requests import ask, reason_of
 
 Failpoint = Callable[[GatewayThread, random.Random], Awaitable[None]]
 
 # Longer than the watchdog's patience in these tests, and a good deal shorter.
 WORKER_TIMEOUT_S = 1.0
 _SHORT_STOP_S = 0.2
+# Of a client that reads nothing, and the shorter patience with it.
+_UNREAD_S = 1.0
+SLOW_READER_TIMEOUT_S = 0.5
+_CALL_TIMEOUT_S = 60.0
 
 
 async def kill_worker(gateway: GatewayThread, chance: random.Random) -> None:
@@ -68,6 +72,19 @@ async def crash_worker(gateway: GatewayThread, chance: random.Random) -> None:
     _signal_worker(gateway, signal.SIGSEGV)
 
 
+async def break_engine(gateway: GatewayThread, chance: random.Random) -> None:
+    """A step raises what no step can follow, as a lost device does; the worker leaves by itself."""
+    response = await asyncio.to_thread(gateway.stub.Generate, ask("!break-at 3 abcdef"), timeout=_CALL_TIMEOUT_S)
+    assert response.choices[0].message.content == "abcdef"
+
+
+async def poison(gateway: GatewayThread, chance: random.Random) -> None:
+    """A request that kills every worker it reaches: it alone fails."""
+    call = gateway.stub.Generate.future(ask("!die"), timeout=_CALL_TIMEOUT_S)
+    error = await asyncio.to_thread(call.exception)
+    assert isinstance(error, grpc.RpcError) and reason_of(error) == "INTERNAL"
+
+
 async def close_ipc(gateway: GatewayThread, chance: random.Random) -> None:
     """The socket pair breaks, and both processes live."""
     worker = gateway.gateway.supervisor._worker
@@ -77,7 +94,7 @@ async def close_ipc(gateway: GatewayThread, chance: random.Random) -> None:
 
 async def vanish(gateway: GatewayThread, chance: random.Random) -> None:
     """A client resets its connection in the middle of an answer."""
-    raw = await asyncio.to_thread(_begin_raw_stream, gateway.target)
+    raw = await asyncio.to_thread(begin_raw_stream, gateway.target, "!forever")
     await asyncio.sleep(0.05)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     raw.close()
@@ -93,7 +110,16 @@ async def send_garbage(gateway: GatewayThread, chance: random.Random) -> None:
     writer.close()
 
 
-WORKER_FAULTS: tuple[Failpoint, ...] = (
+async def stop_reading(gateway: GatewayThread, chance: random.Random) -> None:
+    """A client that takes nothing of its answer."""
+    raw = await asyncio.to_thread(begin_raw_stream, gateway.target, "!forever", window=0)
+    await asyncio.sleep(_UNREAD_S)
+    raw.close()
+
+
+# The orders of a scripted worker.
+SCRIPTED_FAULTS: tuple[Failpoint, ...] = (break_engine, poison)
+FAULTS: tuple[Failpoint, ...] = (
     kill_worker,
     kill_worker_twice,
     kill_worker_at_hand_over,
@@ -101,8 +127,11 @@ WORKER_FAULTS: tuple[Failpoint, ...] = (
     stop_worker_for_a_moment,
     crash_worker,
     close_ipc,
+    *SCRIPTED_FAULTS,
+    vanish,
+    send_garbage,
+    stop_reading,
 )
-CLIENT_FAULTS: tuple[Failpoint, ...] = (vanish, send_garbage)
 
 
 def _signal_worker(gateway: GatewayThread, number: int) -> None:
@@ -110,19 +139,3 @@ def _signal_worker(gateway: GatewayThread, number: int) -> None:
     if pid is not None:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def _begin_raw_stream(target: str) -> socket.socket:
-    host, port = target.split(":")
-    raw = socket.create_connection((host, int(port)), timeout=10)
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-    connection.initiate_connection()
-    headers = [
-        (":method", "POST"), (":path", "/parley.v1.ChatService/GenerateStream"), (":scheme", "http"),
-        (":authority", target), ("te", "trailers"), ("content-type", "application/grpc"),
-    ]  # fmt: skip
-    connection.send_headers(1, headers)
-    payload = ask("!forever", max_new_tokens=4000).SerializeToString()
-    connection.send_data(1, b"\0" + len(payload).to_bytes(4, "big") + payload, end_stream=True)
-    raw.sendall(connection.data_to_send())
-    return raw

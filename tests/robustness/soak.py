@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.gateway.worker_link import WORKER_COMMAND
-from tests.robustness.failpoints import CLIENT_FAULTS, WORKER_FAULTS, WORKER_TIMEOUT_S, Failpoint, kill_worker
+from tests.robustness.failpoints import FAULTS, SCRIPTED_FAULTS, WORKER_TIMEOUT_S, Failpoint, kill_worker
 from tests.robustness.known_answers import KnownAnswers
 from tests.robustness.traffic import Traffic
 from tests.robustness.validators import Belongings, assert_idle
@@ -73,7 +73,9 @@ async def _soak(
 ) -> dict[str, Any]:
     started = time.monotonic()
     end = started + arguments.seconds
-    failpoints: Sequence[Failpoint] = (kill_worker,) if arguments.kills_only else (*WORKER_FAULTS, *CLIENT_FAULTS)
+    failpoints: Sequence[Failpoint] = (kill_worker,) if arguments.kills_only else FAULTS
+    if arguments.real_model:
+        failpoints = [failpoint for failpoint in failpoints if failpoint not in SCRIPTED_FAULTS]
     dealt: Counter[str] = Counter()
     memory: list[int] = []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.robustness.failpoints import CLIENT_FAULTS, WORKER_FAULTS, WORKER_TIMEOUT_S, Failpoint
+from tests.robustness.failpoints import FAULTS, SLOW_READER_TIMEOUT_S, WORKER_TIMEOUT_S, Failpoint
 from tests.robustness.traffic import Traffic
 from tests.robustness.validators import Belongings, assert_idle, assert_no_leaks, assert_no_orphans
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
@@ -37,6 +37,7 @@ def test_no_answer_is_lost_doubled_or_crossed_whatever_happens_to_the_worker(
         max_queue=100,
         max_worker_restarts=20,
         worker_timeout=WORKER_TIMEOUT_S,
+        slow_reader_timeout=SLOW_READER_TIMEOUT_S,
         spare_worker=spare_worker,
     )
     command = scripted_command(tokenizer_folder, "--step-delay", "0.002", "--max-running", "16")
@@ -63,10 +64,10 @@ async def _traffic_under_faults(
 
     async def deal() -> None:
         # Every failpoint once, then by chance.
-        planned: list[Failpoint] = [*WORKER_FAULTS, *CLIENT_FAULTS]
+        planned: list[Failpoint] = [*FAULTS]
         chance.shuffle(planned)
         while time.monotonic() < end or planned:
-            failpoint = planned.pop() if planned else chance.choice([*WORKER_FAULTS, *CLIENT_FAULTS])
+            failpoint = planned.pop() if planned else chance.choice(FAULTS)
             await failpoint(gateway, chance)
             dealt.append(failpoint.__name__)
             await asyncio.sleep(chance.uniform(0.2, 1.2))

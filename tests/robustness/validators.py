@@ -37,11 +37,12 @@ class Belongings:
 
 
 def assert_idle(gateway: GatewayThread) -> None:
-    """No call, slot, queue place or request is left, in the gateway or the engine."""
+    """No call, slot, queue place, request or KV block is left, in the gateway or the engine."""
     gateway.wait_idle()
     inner = gateway.gateway
     assert (inner.admission.num_running, inner.admission.num_waiting) == (0, 0)
     eventually(lambda: inner.load().engine.num_running == 0, "the engine still runs something")
+    eventually(lambda: inner.load().engine.num_used_blocks == 0, "a KV block belongs to nobody")
 
 
 def assert_no_leaks(before: Belongings) -> None:
@@ -58,7 +59,7 @@ def assert_no_orphans(marker: Path) -> None:
     eventually(lambda: not orphans(), "a worker has no gateway any more")
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
+def eventually(condition: Callable[[], object], what: str) -> None:
     """Waits for what takes a moment to come true."""
     deadline = time.monotonic() + _SETTLE_S
     while not condition():

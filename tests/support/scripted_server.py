@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import random
+import time
 from pathlib import Path
 
 from parleyd.gateway.server import serve
 from tests.support.gateway import scripted_command, scripted_settings
+
+_DAY_S = 86400.0
 
 
 def main() -> None:
@@ -17,7 +21,12 @@ def main() -> None:
     parser.add_argument("--drain-delay", type=float, default=0.3)
     parser.add_argument("--drain-timeout", type=float, default=30.0)
     parser.add_argument("--step-delay", default="0.002")
+    parser.add_argument("--load-delay", default="0")
+    parser.add_argument("--clock-jumps", action="store_true", help="time.time is a day off, now and then")
     arguments = parser.parse_args()
+    if arguments.clock_jumps:
+        true_time = time.time
+        time.time = lambda: true_time() + random.choice((-_DAY_S, 0.0, _DAY_S))
     settings = scripted_settings(
         port=arguments.port,
         max_running=16,
@@ -25,7 +34,8 @@ def main() -> None:
         drain_delay=arguments.drain_delay,
         drain_timeout=arguments.drain_timeout,
     )
-    command = scripted_command(arguments.folder, "--max-running", "16", "--step-delay", arguments.step_delay)
+    worker = ("--max-running", "16", "--step-delay", arguments.step_delay, "--load-delay", arguments.load_delay)
+    command = scripted_command(arguments.folder, *worker)
     asyncio.run(serve(settings, announce=lambda line: print(line, flush=True), worker_command=command))
 
 

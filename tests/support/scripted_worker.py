@@ -3,9 +3,10 @@
 It answers with the last message of the conversation, or with what stands in the prompt's last «», a byte a token, then
 the end token. Some messages are orders:
 `!forever` never ends, `!die` kills the process, `!die-at 3 text` kills it once, after 3 ids of its answer, `!hang-at`
-stops it there instead, `!die-after 1 text` kills each worker that has made one id of it, `!garble` makes the worker
-send nonsense once, `!fail` makes the engine fail, `!fail 2` makes it fail for choice 2, `!choice` answers with the
-choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is aborted.
+stops it there instead, `!break-at` makes `step` raise there, `!die-after 1 text` kills each worker that has made one id
+of it, `!garble` makes the worker send nonsense once, `!fail` makes the engine fail for the request, `!fail 2` for its
+choice 2, `!choice` answers with the choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is
+aborted.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ from parleyd.worker.process import run
 from tests.support import tiny_tokenizer
 
 MAX_CONTEXT_TOKENS = 4096
+
+
+class BrokenEngineError(Exception):
+    """What no step can follow."""
 
 
 class ScriptedEngine:
@@ -114,11 +119,10 @@ def script(request: EngineRequest) -> Iterator[int]:
             yield from itertools.repeat(None)
         case "!die":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "!die-at" | "!hang-at":
-            number = signal.SIGKILL if words[0] == "!die-at" else signal.SIGSTOP
+        case "!die-at" | "!hang-at" | "!break-at":
             for position, token_id in enumerate(" ".join(words[2:]).encode()):
                 if position == int(words[1]) and len(request.output_ids) < position:
-                    os.kill(os.getpid(), number)
+                    _go_wrong(words[0])
                 yield token_id
         case "!die-after":
             for num_made, token_id in enumerate(" ".join(words[2:]).encode()):
@@ -142,6 +146,12 @@ def script(request: EngineRequest) -> Iterator[int]:
             yield from " ".join(words).encode()
     while True:
         yield tiny_tokenizer.IM_END_ID
+
+
+def _go_wrong(order: str) -> None:
+    if order == "!break-at":
+        raise BrokenEngineError
+    os.kill(os.getpid(), signal.SIGKILL if order == "!die-at" else signal.SIGSTOP)
 
 
 def last_message(request: EngineRequest) -> str:

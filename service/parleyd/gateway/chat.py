@@ -47,13 +47,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Generate(self, request: chat_pb2.GenerateRequest, context: Context) -> chat_pb2.GenerateResponse:
         """See chat.proto."""
-        return await self._respond(await self._prepare(request, context))
+        return await self._respond(await self._prepare(request))
 
     async def GenerateStream(
         self, request: chat_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[chat_pb2.GenerateStreamResponse]:
         """See chat.proto."""
-        generation = await self._prepare(request, context)
+        generation = await self._prepare(request)
         first: dict[str, Any] = {
             "request_id": current_call.get().request_id,
             "model": self._served.name,
@@ -72,9 +72,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.GenerateBatchRequest, context: Context
     ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
         """See chat.proto."""
-        async with aclosing(
-            answer_batch(request.requests, lambda item: self._prepare(item, context), self._respond)
-        ) as outcomes:
+        async with aclosing(answer_batch(request.requests, self._prepare, self._respond)) as outcomes:
             async for outcome in outcomes:
                 yield outcome
 
@@ -102,7 +100,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         if name not in ("", self._served.name):
             raise ModelNotFound(name, [self._served.name])
 
-    async def _prepare(self, request: chat_pb2.GenerateRequest, context: Context) -> Generation:
+    async def _prepare(self, request: chat_pb2.GenerateRequest) -> Generation:
         """Checks in the contract's order: fields, model, prompt length."""
         if request.priority and not current_call.get().may_set_priority:
             raise PermissionDenied("this client may not set a priority")
@@ -116,15 +114,15 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
         if convert.to_format(request.response_format) and prompt.opens_reasoning:
             raise Unsupported("response_format", "the chat template has this model's answer begin with its reasoning")
-        remaining_s = context.time_remaining()
-        if remaining_s is not None and remaining_s <= 0:
+        deadline = current_call.get().deadline
+        if deadline is not None and deadline <= time.monotonic():
             raise DeadlineExceeded
         generation = Generation(
             prompt_ids=tuple(prompt.token_ids),
             params=params,
             answers=[self._answer(request, params, prompt, index) for index in range(served.num_choices(request))],
             priority=request.priority,
-            deadline=None if remaining_s is None else time.monotonic() + remaining_s,
+            deadline=deadline,
         )
         if request.resume.token_ids:
             await self._prompts.run(lambda: self._resume(generation, request.resume.token_ids))

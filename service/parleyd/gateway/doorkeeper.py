@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from parleyd.errors import Draining, NotReady, QueueFull
 
@@ -47,8 +48,6 @@ class Doorkeeper:
 
     async def wait_empty(self, timeout_s: float) -> bool:
         """Waits for open calls to end; False if some have not by then."""
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        return self._empty.is_set()

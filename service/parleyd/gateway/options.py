@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from parleyd.config import ServerSettings
 
+# Calls that have arrived and that the event loop has not seen yet: some 20 KiB each.
+_MAX_PENDING_CALLS = 10_000
+
 
 def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
     """Channel arguments, as grpc/impl/channel_arg_names.h lists them."""
@@ -19,4 +22,7 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
         ("grpc.http2.max_ping_strikes", 0),
+        # By default gRPC cancels some calls of a burst as soon as 1,000 pend, with no word of why; ours are refused.
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
     ]

@@ -177,7 +177,12 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _new_call(method: str, request: Any, context: Context, identity: str) -> Call:
     metadata = dict(context.invocation_metadata() or ())
-    return Call(method, request_id_of(request, metadata.get(REQUEST_ID_KEY, "")), identity=identity)
+    call = Call(method, request_id_of(request, metadata.get(REQUEST_ID_KEY, "")), identity=identity)
+    # At once: gRPC reckons it by the wall clock, which may jump.
+    remaining_s = context.time_remaining()
+    if remaining_s is not None:
+        call.deadline = call.arrived + remaining_s
+    return call
 
 
 def request_id_of(request: Any, incoming: str | bytes = "") -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
+
+from parleyd.telemetry.call import current_call
 
 # https://github.com/cncf/xds: `xds.data.orca.v3.OrcaLoadReport`, serialised.
 LOAD_REPORT_KEY = "endpoint-load-metrics-bin"
@@ -43,8 +46,9 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
                 code = "OK"
                 return result
             except asyncio.CancelledError:
-                remaining_s = context.time_remaining()
-                code = "DEADLINE_EXCEEDED" if remaining_s is not None and remaining_s <= 0 else "CANCELLED"
+                call = current_call.get(None)
+                is_late = call and call.deadline is not None and call.deadline <= time.monotonic()
+                code = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
                 raise
             except grpc.aio.AbortError:
                 code = context.code().name

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Call:
-    """One RPC, or one item of a batch. `arrived` is on the monotonic clock, in seconds.
+    """One RPC, or one item of a batch. `arrived` and `deadline` are on the monotonic clock, in seconds.
 
     `identity` names the caller, such as `key:billing`. What happened to it is None until it happens: `queue_s` and
     `first_token_s` in seconds from arrival, `refusal` the reason of the error that ended it.
@@ -18,6 +18,7 @@ class Call:
     method: str
     request_id: str
     arrived: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
     identity: str = ""
     may_set_priority: bool = False
     queue_s: float | None = None

@@ -180,7 +180,7 @@ class WorkersComeAndGo(RuleBasedStateMachine):
         old = [reader for reader in self.readers if not reader.task.done()]
         for _ in range(4 * len(old) + 8):
             self.arrive()
-            for key in [key for key in self.worker.open if self.worker.num_made[key] == 2]:
+            for key in [key for key in self.worker.open if self.worker.num_made[key] >= 2]:
                 self._dispatch(self.worker, [key], last=True)
             self._dispatch(self.worker, sorted(self.worker.open), last=False)
         assert all(reader.task.done() for reader in old)

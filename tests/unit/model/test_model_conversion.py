@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from pathlib import Path
 
 import gguf
@@ -114,6 +115,18 @@ def test_a_cache_that_cannot_be_written_is_named(gguf_file: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     message = startup_error(gguf_file, cache=str(tmp_path / "file" / "cache"))
     assert re.match(r"cannot write the cache folder .*: Not a directory; name another folder with --cache", message)
+
+
+def test_a_start_after_the_disk_was_full_finds_a_clean_cache(gguf_file: Path, cache: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # fails writes as a full disk does
+    try:
+        assert "File too large; make room there" in startup_error(gguf_file, cache=str(cache))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folders(cache) == []
+    assert load_model(ModelSettings(model=str(gguf_file), cache=str(cache))).info.vocab_size
+    assert len(folders(cache)) == 1
 
 
 def test_a_slow_tokenizer_is_converted_into_the_cache(llama_folder: Path, cache: Path) -> None:
