@@ -302,7 +302,8 @@ BAD_PATTERN = tool(parameters='{"properties": {"a": {"type": "string", "pattern"
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"tools": [BAD_PATTERN], "tool_choice": REQUIRED}, "tools"),
+        ({"tools": [CLOCK, BAD_PATTERN], "tool_choice": REQUIRED}, "tools[1].parameters"),
+        ({"tools": [CLOCK, BAD_PATTERN], "tool_choice": message_pb2.ToolChoice(name="f")}, "tools[1].parameters"),
         ({"tools": TOOLS, "tool_choice": REQUIRED, "response_format": JSON_OBJECT}, "response_format"),
         ({"tools": TOOLS, "tool_choice": REQUIRED, "resume": chat_pb2.Resume(token_ids=b"No")}, "resume.token_ids"),
         ({"tools": TOOLS, "tool_choice": message_pb2.ToolChoice(name="f")}, "tool_choice.name"),

@@ -54,7 +54,8 @@ class GrammarChecker:
             raise Unsupported(field, f"this model's tokenizer does not allow it: {verdict.unsupported}")
         if verdict.error:
             field = "tools" if is_of_tools else f"response_format.{question.kind}"
-            raise InvalidRequest([Violation(field, verdict.error)])
+            errors = verdict.errors or {field: verdict.error}
+            raise InvalidRequest([Violation(path, error) for path, error in errors.items()])
         if verdict.breaks_off:
             allowing = "tool_choice" if is_of_tools else "response_format"
             raise InvalidRequest([Violation("resume.token_ids", f"are not what {allowing} allows")])

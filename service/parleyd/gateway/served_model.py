@@ -77,13 +77,15 @@ class ServedModel:
     def grammar_question(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> CheckGrammar | None:
         """What to ask the checker about a request; None where any text will do."""
         form = convert.to_format(request.response_format)
+        paths = {}
         if tools.is_required(request.tool_choice):
             form = "tool_calls", self._required_calls(request)
+            paths = {tool.name: f"tools[{i}].parameters" for i, tool in enumerate(request.tools)}
         if form is None:
             return None
         endings = {*params.stop_token_ids, *self.info.eos_token_ids}
         resumed_ids = takewhile(lambda token_id: token_id not in endings, request.resume.token_ids)
-        return CheckGrammar(self.info, *form, tuple(resumed_ids))
+        return CheckGrammar(self.info, *form, tuple(resumed_ids), paths)
 
     def check_request(self, request: chat_pb2.GenerateRequest) -> SamplingParams:
         """The request's sampling parameters. Raises InvalidRequest with every violation, or Unsupported."""

@@ -6,6 +6,7 @@ process that is started again, and neither the streams of the worker nor the gat
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import threading
@@ -59,7 +60,18 @@ def check(message: CheckGrammar) -> GrammarChecked:
     except UnknownTokenizer as error:
         return GrammarChecked(unsupported=str(error))
     except GrammarError as error:
-        return GrammarChecked(error=str(error))
+        return GrammarChecked(error=str(error), errors=_errors_of_tools(tokenizer, message))
     if replay(matcher, message.output_ids) < len(message.output_ids):
         return GrammarChecked(breaks_off=True)
     return GrammarChecked(grammar=grammar)
+
+
+def _errors_of_tools(tokenizer: Any, message: CheckGrammar) -> dict[str, str]:
+    errors = {}
+    schemas = json.loads(message.source)["tools"] if message.paths else {}
+    for name, schema in schemas.items():
+        try:
+            compile_grammar(tokenizer, to_grammar("json_schema", json.dumps(schema)))
+        except GrammarError as error:
+            errors[message.paths[name]] = str(error)
+    return errors

@@ -53,19 +53,23 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
 
 
 class CheckGrammar(msgspec.Struct, tag=True, frozen=True):
-    """Gateway to checker: can the model follow this `response_format`? `output_ids` are those that the client has."""
+    """Gateway to checker: can the model follow this? `kind` and `source` are those of `grammar.formats`; `output_ids`
+    those that the client has; `paths` of kind "tool_calls" the field that holds each tool's schema, by its name."""
 
     info: ModelInfo
     kind: str
     source: str
     output_ids: tuple[int, ...] = ()
+    paths: dict[str, str] = {}
 
 
 class GrammarChecked(msgspec.Struct, tag=True, frozen=True):
-    """Checker to gateway: the grammar for the engine, or why there is none. `breaks_off`: it forbids the output ids."""
+    """Checker to gateway: the grammar for the engine, or why there is none. `breaks_off`: it forbids the output ids.
+    `errors`: of tools whose schemas are why, by their paths."""
 
     grammar: str = ""
     error: str = ""
+    errors: dict[str, str] = {}
     unsupported: str = ""
     breaks_off: bool = False
 
