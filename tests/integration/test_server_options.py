@@ -201,10 +201,47 @@ async def _num_cancelled_of_a_burst(options: dict[str, int]) -> int:
         return await answers
 
 
+async def test_a_connection_may_hold_so_many_streams() -> None:
+    assert await _streams_allowed_by(OPTIONS) == OPTIONS["grpc.max_concurrent_streams"]
+    assert await _streams_allowed_by(without("grpc.max_concurrent_streams")) > 100_000  # without the option
+
+
+async def _streams_allowed_by(options: dict[str, int]) -> int:
+    def settings(port: int) -> int:
+        connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+            connection.initiate_connection()
+            raw.sendall(connection.data_to_send())
+            while not any(
+                isinstance(e, h2.events.RemoteSettingsChanged) for e in connection.receive_data(raw.recv(4096))
+            ):
+                pass
+        return int(connection.remote_settings.max_concurrent_streams)
+
+    async with server_with(options) as port:
+        return await asyncio.to_thread(settings, port)
+
+
+async def test_a_connection_that_says_nothing_is_closed() -> None:
+    def is_closed_in(port: int, seconds: float) -> bool:
+        with socket.create_connection(("127.0.0.1", port), timeout=seconds) as raw:
+            try:
+                while raw.recv(4096):  # its settings, and then the end
+                    pass
+            except TimeoutError:
+                return False
+        return True
+
+    async with server_with(OPTIONS | {"grpc.server_handshake_timeout_ms": 300}) as port:
+        assert await asyncio.to_thread(is_closed_in, port, 5)
+    async with server_with(without("grpc.server_handshake_timeout_ms")) as port:
+        assert not await asyncio.to_thread(is_closed_in, port, 1)
+
+
 def test_every_option_has_a_test_here() -> None:
     tested = {
         *PINGS, *PENDING, "grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.max_receive_message_length",
-        "grpc.so_reuseport",
+        "grpc.so_reuseport", "grpc.max_concurrent_streams", "grpc.server_handshake_timeout_ms",
     }  # fmt: skip
     assert set(OPTIONS) == tested
 

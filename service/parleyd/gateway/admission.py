@@ -113,17 +113,17 @@ class Admission:
             raise DeadlineExceeded("the deadline would pass before this request's turn")
 
     def _make_room(self, ticket: Ticket) -> None:
-        """Raises QueueFull unless there is room to wait, or a client with more than its share of it."""
+        """Raises QueueFull unless there is room to wait, or a client has more than its share of places or tokens."""
         num_waiting = len(self._queue)
-        if num_waiting and self._queue.num_prompt_tokens + ticket.num_prompt_tokens > self._max_queue_tokens:
-            raise self._queue_full(num_waiting)
-        if num_waiting < self._max_queue:
+        has_room = num_waiting < self._max_queue
+        if has_room and self._queue.num_prompt_tokens + ticket.num_prompt_tokens <= self._max_queue_tokens:
             return
-        last = self._queue.last_of_greediest(ticket.client)
-        if last is None:
+        displaced = self._queue.to_displace(ticket, self._max_queue, self._max_queue_tokens)
+        if displaced is None:
             raise self._queue_full(num_waiting)
-        self._queue.remove(last)
-        _refuse(last, self._queue_full(num_waiting))
+        for waiter in displaced:
+            self._queue.remove(waiter)
+            _refuse(waiter, self._queue_full(num_waiting))
 
     def _leave(self, duration_s: float) -> None:
         self._mean_duration_s += _DURATION_WEIGHT * (duration_s - self._mean_duration_s)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
 from parleyd.errors import Draining, NotReady, QueueFull
 
 _RETRY_S = 1.0
+# One client may have this many times as many calls open as there are places left: alone it gets eight ninths of them,
+# beside others less, and who has none gets in as long as there is one.
+_MAX_SHARE = 8
 
 
 class Doorkeeper:
@@ -19,6 +23,7 @@ class Doorkeeper:
         self._is_ready = is_ready
         self._is_closed = False
         self._num_open = 0
+        self._by_client: Counter[str] = Counter()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -26,19 +31,24 @@ class Doorkeeper:
     def num_open(self) -> int:
         return self._num_open
 
-    def enter(self) -> None:
-        """Raises Draining, NotReady or QueueFull."""
+    def enter(self, client: str = "") -> None:
+        """Raises Draining, NotReady or QueueFull; that one also where `client` has more than its share open."""
         if self._is_closed:
             raise Draining
         if not self._is_ready():
             raise NotReady
-        if self._num_open >= self._max_open:
+        if self._by_client[client] >= _MAX_SHARE * (self._max_open - self._num_open):
             raise QueueFull(self._num_open, _RETRY_S)
         self._num_open += 1
+        self._by_client[client] += 1
         self._empty.clear()
 
-    def leave(self) -> None:
+    def leave(self, client: str = "") -> None:
+        """One of the client's calls has ended."""
         self._num_open -= 1
+        self._by_client[client] -= 1
+        if not self._by_client[client]:
+            del self._by_client[client]
         if self._num_open == 0:
             self._empty.set()
 

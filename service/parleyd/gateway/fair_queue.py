@@ -94,11 +94,28 @@ class FairQueue:
         self._forget_idle_clients()
         return True
 
-    def last_of_greediest(self, client: str) -> Waiter | None:
-        """The last of whoever has most in the queue, if that is more than `client` would have with another one."""
-        greediest = max(self._clients.values(), key=lambda one: len(one.waiters), default=_Client())
-        has = len(self._clients[client].waiters) if client in self._clients else 0
-        return greediest.waiters[-1] if len(greediest.waiters) > has + 1 else None
+    def to_displace(self, ticket: Ticket, max_waiters: int, max_prompt_tokens: int) -> list[Waiter] | None:
+        """Whose places `ticket` may have where the queue is too full for it; None where it has no right to enough.
+
+        Each is the last of the client that then has most in the queue, and more than the ticket's own would have.
+        """
+        found: list[Waiter] = []
+        num_kept = {name: len(client.waiters) for name, client in self._clients.items() if client.waiters}
+        tokens_kept = {name: _num_prompt_tokens(self._clients[name].waiters) for name in num_kept}
+        num_more, tokens_more = 1, ticket.num_prompt_tokens
+        while sum(num_kept.values()) and (
+            (by_tokens := sum(tokens_kept.values()) + tokens_more > max_prompt_tokens)
+            or sum(num_kept.values()) + num_more > max_waiters
+        ):
+            kept, more = (tokens_kept, tokens_more) if by_tokens else (num_kept, num_more)
+            greediest = max(kept, key=lambda name: kept[name])
+            if kept[greediest] <= kept.get(ticket.client, 0) + more:
+                return None
+            num_kept[greediest] -= 1
+            last = self._clients[greediest].waiters[num_kept[greediest]]
+            tokens_kept[greediest] -= last.ticket.num_prompt_tokens
+            found.append(last)
+        return found if max_waiters else None
 
     def num_ahead(self, client: str) -> int:
         """At least how many get their turn before another one of `client`'s, all of equal priority."""
@@ -125,3 +142,7 @@ class FairQueue:
                 for name, client in self._clients.items()
                 if client.waiters or client.finished > self._virtual_time
             }
+
+
+def _num_prompt_tokens(waiters: list[Waiter]) -> int:
+    return sum(waiter.ticket.num_prompt_tokens for waiter in waiters)

@@ -6,6 +6,10 @@ from parleyd.config import ServerSettings
 
 # Calls that have arrived and that the event loop has not seen yet: some 20 KiB each.
 _MAX_PENDING_CALLS = 10_000
+# Of one connection, or strangers could open calls without end; each takes 20 KiB before its message is here.
+_MAX_STREAMS = 4096
+# Until a connection has shown its certificate and said that it speaks HTTP/2; gRPC's own default is two minutes.
+_HANDSHAKE_TIMEOUT_MS = 20_000
 
 
 def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -25,4 +29,6 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         # By default gRPC cancels some calls of a burst as soon as 1,000 pend, with no word of why; ours are refused.
         ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
     ]

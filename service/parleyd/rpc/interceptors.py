@@ -39,7 +39,8 @@ class _Undecodable:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps one service's handlers. `enter` is called as each call begins and may refuse it; `leave` as it ends.
+    """Wraps one service's handlers. `enter` gets the caller's identity as each call begins and may refuse it; `leave`
+    as it ends.
 
     Other services only have their callers' credentials checked, and health not even that.
     """
@@ -48,8 +49,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self,
         service: str,
         guard: Guard,
-        enter: Callable[[], None],
-        leave: Callable[[], None],
+        enter: Callable[[str], None],
+        leave: Callable[[str], None],
         slow_reader_timeout_s: float = 60.0,
     ) -> None:
         self._prefix = f"/{service}/"
@@ -153,7 +154,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @contextmanager
     def _entered(self, caller: Caller, method: str, request: Any) -> Iterator[None]:
-        self._enter()
+        self._enter(caller.identity)
         try:
             # Of a batch, each request counts.
             self._guard.enter(caller, method, len(getattr(request, "requests", ())) or 1)
@@ -162,7 +163,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 self._guard.leave(caller)
         finally:
-            self._leave()
+            self._leave(caller.identity)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -270,3 +270,23 @@ async def test_waiting_prompts_are_bounded_together() -> None:
         await Holder(admission, num_prompt_tokens=1).task
     await running.release()
     await huge.release()
+
+
+async def test_tokens_of_the_greediest_go_to_a_newcomer_when_they_fill_the_queue() -> None:
+    admission = new_admission(max_running=1, max_queue=100, max_queue_tokens=100)
+    running, *greedy = (Holder(admission, client="greedy", num_prompt_tokens=24) for _ in range(5))
+    await settle()
+    one = Holder(admission, client="one", num_prompt_tokens=40)
+    for displaced in greedy[2:]:
+        with pytest.raises(QueueFull):
+            await displaced.task
+    await settle()
+    assert (admission.num_waiting, admission._queue.num_prompt_tokens) == (3, 88)
+    for refused in (
+        Holder(admission, client="one", num_prompt_tokens=20),
+        Holder(admission, client="two", num_prompt_tokens=90),
+    ):
+        with pytest.raises(QueueFull):
+            await refused.task
+    assert admission.num_waiting == 3  # who has no right to enough displaces nobody
+    assert await order_of(admission, running, [*greedy[:2], one]) == [0, 2, 1]
