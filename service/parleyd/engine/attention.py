@@ -27,6 +27,9 @@ _GATHER_BYTES = 6 * 2**20
 _MAX_PADDING = 2048
 # Gathered tokens from which on matrix products are faster than SDPA on a CPU, by up to three times.
 _MANY_TOKENS = 2048
+# A prompt's rows that a CPU attends to at once: at most so many, fewer where their scores would take more than this.
+_STRIP_ROWS, _MIN_STRIP_ROWS = 64, 8
+_STRIP_BYTES = 32 * 2**20
 
 
 class PagedKVCache:
@@ -197,7 +200,7 @@ class GatheredPrefill:
     """Rows `start` to `end` of the batch: consecutive tokens of one prompt.
 
     `head_blocks`: `[kv_heads * blocks]` of the whole prefix; None where the chunk begins the prompt, so that it attends
-    to itself alone. `mask`: `[rows, num_prefix]`, 0 or -inf; None then too.
+    to itself alone. `mask`: `[rows, num_prefix]`, 0 or -inf, on CUDA; None then too.
     """
 
     start: int
@@ -214,8 +217,11 @@ class GatheredPrefill:
             return cls(row, end)
         num_prefix = item.start + item.num_tokens
         head_blocks = _head_blocks(block_table([item], cache.block_size).astype(np.int64), cache.num_kv_heads)
-        mask = torch.full((item.num_tokens, num_prefix), -torch.inf, dtype=cache.keys.dtype, device=cache.device)
-        return cls(row, end, upload(head_blocks, cache.device), num_prefix, mask.triu_(item.start + 1))
+        mask = None
+        if cache.device.type == "cuda":
+            mask = torch.full((item.num_tokens, num_prefix), -torch.inf, dtype=cache.keys.dtype, device=cache.device)
+            mask.triu_(item.start + 1)
+        return cls(row, end, upload(head_blocks, cache.device), num_prefix, mask)
 
     def attend(
         self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -226,8 +232,10 @@ class GatheredPrefill:
         if self.head_blocks is not None:
             gathered = cache.gather(layer, self.head_blocks)
             key, value = (one.view(len(key), -1, cache.head_dim)[:, : self.num_prefix] for one in gathered)
-            if query.is_cuda:  # where with a mask and fewer KV heads SDPA would hold all scores in memory
-                key, value = (one.repeat_interleave(query.shape[1] // len(one), 0) for one in (key, value))
+        if not query.is_cuda:
+            return _attend_by_strips(query[rows], key.contiguous(), value.contiguous(), scale)
+        if self.mask is not None:  # with one and fewer KV heads SDPA would hold all scores in memory
+            key, value = (one.repeat_interleave(query.shape[1] // len(one), 0) for one in (key, value))
         attended = F.scaled_dot_product_attention(
             query[rows].transpose(0, 1)[None],
             key[None],
@@ -253,6 +261,31 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     torch.baddbmm(scores, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale, out=scores)
     scores.view(num_rows, num_kv_heads * group, -1).add_(mask[:, 0])
     return torch.bmm(scores.softmax(-1), value.flatten(0, 1))
+
+
+def _attend_by_strips(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of a sequence's last rows, a strip of them at a time: half the time of SDPA on a CPU.
+
+    `query`: `[rows, heads, head_dim]`, as is the result; `key`, `value`: `[kv_heads, tokens, head_dim]`.
+    """
+    (num_rows, _, head_dim), (num_kv_heads, num_tokens, _) = query.shape, key.shape
+    by_head = query.view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1)
+    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+    result = attended.view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1)
+    row_bytes = query.shape[1] * num_tokens * query.dtype.itemsize
+    size = min(num_rows, _STRIP_ROWS, max(_MIN_STRIP_ROWS, _STRIP_BYTES // row_bytes))
+    mask = torch.full((size, size), -torch.inf, dtype=query.dtype).triu_(1)[:, None]
+    for start in range(0, num_rows, size):
+        strip = by_head[:, start : start + size]
+        num_strip, group = strip.shape[1:3]
+        num_seen = num_tokens - num_rows + start + num_strip
+        scores = query.new_empty(num_kv_heads, num_strip * group, num_seen)
+        rows, keys = strip.reshape(num_kv_heads, -1, head_dim), key[:, :num_seen].mT
+        torch.baddbmm(scores, rows, keys, beta=0, alpha=scale, out=scores)
+        last = scores.view(num_kv_heads, num_strip, group, num_seen)[..., num_seen - num_strip :]
+        last.add_(mask[:num_strip, :, :num_strip])
+        result[:, start : start + size] = torch.bmm(scores.softmax(-1), value[:, :num_seen]).view(strip.shape)
+    return attended
 
 
 def _split(num_blocks: NDArray[np.int64], cache: PagedKVCache) -> Iterator[NDArray[np.int64]]:

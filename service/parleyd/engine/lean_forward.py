@@ -63,9 +63,9 @@ class LeanForward:
         x = F.embedding(input_ids, self._embedding)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         for index, layer in enumerate(self._layers):
-            x = x + layer.out(self._attend(index, layer, self._normalise(x, layer.input_norm), cos, sin, layout))
+            x += layer.out(self._attend(index, layer, self._normalise(x, layer.input_norm), cos, sin, layout))
             gate, up = layer.gate_up(self._normalise(x, layer.post_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
+            x += layer.down(F.silu(gate).mul_(up))
         return self._head(self._normalise(x.index_select(0, sample_rows), self._norm))
 
     def _attend(self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, layout: StepLayout) -> Tensor:
@@ -83,7 +83,7 @@ class LeanForward:
         return attended.reshape(-1, num_heads * head_dim)
 
     def _rotate(self, query_key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return torch.addcmul(query_key * cos, query_key.roll(self._head_dim // 2, -1), sin)
+        return (query_key * cos).addcmul_(query_key.roll(self._head_dim // 2, -1), sin)
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self._hidden_size,), weight, self._eps)
