@@ -104,7 +104,7 @@ class _Line:
         self._waiters.remove(waiter)
         return True
 
-    def last_of_greediest(self, client: str) -> None:
+    def to_displace(self, ticket: Ticket, max_waiters: int, max_prompt_tokens: int) -> None:
         return None
 
     def num_ahead(self, client: str) -> int:
