@@ -107,6 +107,27 @@ def test_a_deadline_ends_the_call_and_frees_the_engine(single: GatewayThread, ti
     assert_answers(single)
 
 
+def test_what_expires_in_the_queue_never_reaches_the_engine(single: GatewayThread) -> None:
+    running = single.stub.GenerateStream(FOREVER)
+    next(running)
+    with pytest.raises(grpc.RpcError) as raised:
+        single.stub.Generate(ask("never begun"), timeout=0.3)
+    assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    eventually(lambda: single.gateway.admission.num_waiting == 0)
+    assert single.gateway.worker.next_key() == 1  # of all requests, only the running one was ever given a key
+    running.cancel()
+
+
+def test_at_its_deadline_amid_an_answer_the_engine_is_free_within_a_step(single: GatewayThread) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        list(single.stub.GenerateStream(FOREVER, timeout=0.5))
+    assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    eventually(lambda: single.gateway.load().engine.num_running == 0, timeout_s=1.0)
+    num_generated = single.gateway.load().engine.num_generated_tokens
+    time.sleep(0.3)
+    assert single.gateway.load().engine.num_generated_tokens == num_generated > 0
+
+
 def test_a_full_queue_refuses_at_once_and_says_when_to_retry(single: GatewayThread) -> None:
     running = single.stub.GenerateStream(FOREVER)
     next(running)

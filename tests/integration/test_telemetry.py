@@ -8,9 +8,12 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -26,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from parley.v1 import chat_pb2
 from parleyd.errors import StartupError
 from parleyd.rpc.load_report import OrcaLoadReport
+from parleyd.telemetry import admin
 from parleyd.telemetry.tracing import Tracing
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
@@ -96,6 +100,27 @@ def test_probes_follow_the_service(start_gateway: StartGateway) -> None:
     assert (get(gateway, "/healthz")[0], get(gateway, "/readyz")[0], get(gateway, "/else")[0]) == (200, 503, 404)
     gateway.wait_health(1)
     assert get(gateway, "/readyz")[0] == 200
+
+
+def test_silent_connections_to_the_admin_port_take_a_bounded_number_of_threads(
+    observed: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin._Handler, "timeout", 1.0)
+    host, port = str(observed.admin).split(":")
+    before = threading.active_count()
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+        observed.stub.Generate(ask("hello"), timeout=10)
+        assert threading.active_count() <= before + admin._MAX_CONNECTIONS + 4
+        deadline = time.monotonic() + 20
+        while True:  # the silent ones are cut off, and then there is room again
+            try:
+                assert get(observed, "/healthz")[0] == 200
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
 
 
 def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:

@@ -13,6 +13,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from parleyd.errors import StartupError
 
 _REQUEST_TIMEOUT_S = 10.0
+_MAX_CONNECTIONS = 64  # each has a thread
 
 
 class AdminServer:
@@ -23,7 +24,7 @@ class AdminServer:
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
         self._is_serving = is_serving
         try:
-            self._server = make_server(host, port, self._answer, ThreadingWSGIServer, _Handler)
+            self._server = make_server(host, port, self._answer, _Server, _Handler)
         except OSError as error:
             raise StartupError(f"the admin port cannot listen on {host}:{port}: {error.strerror}") from error
         self.port: int = self._server.server_port
@@ -46,6 +47,26 @@ class AdminServer:
                 status = "404 Not Found"
         start_response(status, [("Content-Type", "text/plain")])
         return [status.encode() + b"\n"]
+
+
+class _Server(ThreadingWSGIServer):
+    """Closes what comes while too many connections are open, so that threads are bounded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._free = threading.Semaphore(_MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
 
 class _Handler(WSGIRequestHandler):
