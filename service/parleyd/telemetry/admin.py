@@ -52,6 +52,8 @@ class AdminServer:
 class _Server(ThreadingWSGIServer):
     """Closes what comes while too many connections are open, so that threads are bounded."""
 
+    request_queue_size = 128  # where the default of 5 is full, the kernel has clients try again after seconds
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
