@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # As the worker process does, and before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import transformers
 from tqdm import tqdm

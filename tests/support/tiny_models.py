@@ -67,7 +67,7 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_context_tokens=context,
         eos_token_ids=eos,
-        mixed_prefill_tokens=(lambda _: max_mixed_prefill_tokens) if max_mixed_prefill_tokens else None,
+        mixed_prefill_tokens=(lambda *_: max_mixed_prefill_tokens) if max_mixed_prefill_tokens else None,
     )
     forward: Forward = LeanForward(model, cache) if lean else StockForward(model, cache)
     if capture is not None:

@@ -6,14 +6,17 @@ from __future__ import annotations
 _MAX_SLOWDOWN = 1.8
 # Always granted, lest prompts wait for every stream to end.
 _MIN_TOKENS = 8
-# Granted while few steps have been slow: a short prompt then takes one slow step, which streams notice less than many.
-_BURST_TOKENS = 64
-_MAX_SLOW_SHARE = 0.03  # so that slow steps stay below one in twenty
-_WEIGHT, _SLOW_WEIGHT = 0.2, 0.02  # of the newest step in an estimate
+# Granted while the answers under way are few beside those that it would let begin, or can bear it.
+_BURST_TOKENS = 512
+_MAX_DECODES_PER_PROMPT = 6
+# What they can bear: of the gaps between tokens, fewer than one in twenty may be slow. The others earn credit for it.
+_SLOW_SHARE = 0.03
+_MAX_CREDIT = 32.0
+_WEIGHT = 0.2  # of the newest step in an estimate
 
 
 class PrefillBudget:
-    """Called by the scheduler with the number of decodes of a step; told by the engine what each step has cost.
+    """Called by the scheduler with a step's decodes and the prompts that it could finish; told what steps have cost.
 
     Keeps the 95th percentile of the time between two tokens within twice the median while prompts keep coming.
     Estimates the seconds of a step of decodes alone, by their number's power of two, and what a prompt token adds.
@@ -22,15 +25,16 @@ class PrefillBudget:
     def __init__(self) -> None:
         self._decode_seconds: dict[int, float] = {}
         self._token_seconds: float | None = None
-        self._slow_share = 0.0
+        self._credit = _MAX_CREDIT  # gaps between tokens that may yet be slow
 
-    def __call__(self, num_decodes: int) -> int:
+    def __call__(self, num_decodes: int, num_finished: float) -> int:
         """At least 1."""
+        if num_decodes <= max(self._credit, _MAX_DECODES_PER_PROMPT * num_finished):
+            return _BURST_TOKENS
         decode = self._decode_estimate(num_decodes)
         if decode is None or self._token_seconds is None:
-            return _BURST_TOKENS
-        steady = int((_MAX_SLOWDOWN - 1) * decode / max(self._token_seconds, 1e-9))
-        return max(steady, _BURST_TOKENS if self._slow_share <= _MAX_SLOW_SHARE else _MIN_TOKENS)
+            return _MIN_TOKENS
+        return max(int((_MAX_SLOWDOWN - 1) * decode / max(self._token_seconds, 1e-9)), _MIN_TOKENS)
 
     def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
         """A step of so many tokens has taken `seconds`."""
@@ -40,8 +44,10 @@ class PrefillBudget:
         elif (decode := self._decode_estimate(num_decodes)) is not None:
             each = max(seconds - decode, 0.0) / num_prefill_tokens
             self._token_seconds = _moved(self._token_seconds, each)
-        if num_decodes and (decode := self._decode_estimate(num_decodes)) is not None:
-            self._slow_share = _moved(self._slow_share, float(seconds > 2 * decode), _SLOW_WEIGHT)
+        decode = self._decode_estimate(num_decodes)
+        is_slow = decode is not None and seconds > 2 * decode
+        earned = num_decodes * (-1.0 if is_slow else _SLOW_SHARE)
+        self._credit = min(max(self._credit + earned, 0.0), _MAX_CREDIT)
 
     def _decode_estimate(self, num_decodes: int) -> float | None:
         """That of the nearest number of decodes seen; nothing for a step without any."""
@@ -52,5 +58,5 @@ class PrefillBudget:
         return None if nearest is None else self._decode_seconds[nearest]
 
 
-def _moved(estimate: float | None, value: float, weight: float = _WEIGHT) -> float:
-    return value if estimate is None else estimate + weight * (value - estimate)
+def _moved(estimate: float | None, value: float) -> float:
+    return value if estimate is None else estimate + _WEIGHT * (value - estimate)

@@ -36,9 +36,10 @@ class Scheduler:
         max_batch_tokens: int,
         max_context_tokens: int,
         eos_token_ids: Ids[int] = (),
-        mixed_prefill_tokens: Callable[[int], int] | None = None,
+        mixed_prefill_tokens: Callable[[int, float], int] | None = None,
     ) -> None:
-        """`mixed_prefill_tokens`: prompt tokens in a step beside so many decodes, where less than the whole budget.
+        """`mixed_prefill_tokens`: prompt tokens in a step, where less than the whole budget: by the number of decodes
+        beside them, and of prompts that the whole budget would finish.
 
         Raises StartupError where one sequence of the full context, or one token for each that runs, would not fit.
         """
@@ -232,7 +233,9 @@ class Scheduler:
         budget = self._max_batch_tokens - batch.num_tokens
         if batch.num_decodes and self._mixed_prefill_tokens is not None:
             # None at all would leave prompts waiting for every stream to end.
-            budget = min(budget, max(1, self._mixed_prefill_tokens(batch.num_decodes)))
+            budget = min(
+                budget, max(1, self._mixed_prefill_tokens(batch.num_decodes, self._num_finished(prefills, budget)))
+            )
         is_admitting = True
         while budget > 0:
             head = self._waiting.first() if is_admitting else None
@@ -248,6 +251,14 @@ class Scheduler:
             num_tokens = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
             batch.add(sequence, num_tokens)
             budget -= num_tokens
+
+    def _num_finished(self, prefills: deque[Sequence], budget: int) -> float:
+        """How many prompts so many tokens would finish, if all were as long as the first in line."""
+        first = prefills[0] if prefills else self._waiting.first()
+        if first is None:
+            return 0.0
+        num_prompts = len(prefills) + min(len(self._waiting), self._max_running - len(self._running))
+        return min(num_prompts, budget / (first.num_tokens - first.num_computed_tokens))
 
     def _admit(self, head: Sequence) -> bool:
         """Moves the first of the queue among the running if there is room for it."""

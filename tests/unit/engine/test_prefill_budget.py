@@ -18,7 +18,7 @@ MACHINES = [(0.010, 0.0005, 0.001), (0.004, 0.001, 0.0005), (0.030, 0.001, 0.002
 
 
 def serve(
-    budget: Callable[[int], int], observe: Callable[[int, int, float], None], machine: tuple[float, float, float]
+    budget: Callable[[int, float], int], observe: Callable[[int, int, float], None], machine: tuple[float, float, float]
 ) -> tuple[list[float], list[float]]:
     """Six streams run all the time while 40 prompts come by. Returns gaps between tokens, and times to first tokens."""
     fixed, per_decode, per_token = machine
@@ -70,22 +70,46 @@ def test_streams_keep_their_pace_while_prompts_come(machine: tuple[float, float,
 
 
 def test_with_a_fixed_budget_they_would_not() -> None:
-    gaps, _ = serve(lambda _: 64, lambda *_: None, MACHINES[1])
+    gaps, _ = serve(lambda *_: 64, lambda *_: None, MACHINES[1])
     assert statistics.quantiles(gaps, n=20)[-1] > 2 * statistics.median(gaps)
+
+
+def exhausted() -> PrefillBudget:
+    """One whose streams have had all that they can bear: a prompt token costs 1 ms, a decode step 100."""
+    budget = PrefillBudget()
+    budget.observe(0, 100, 0.1)
+    budget.observe(8, 0, 0.1)
+    for _ in range(100):
+        budget.observe(8, 200, 0.3)
+    return budget
 
 
 def test_tokens_are_granted_whatever_a_step_costs() -> None:
     budget = PrefillBudget()
-    assert budget(3) > 0
-    budget.observe(4, 0, 0.001)
-    budget.observe(4, 100, 5.0)
-    assert budget(4) > 0
+    assert budget(3, 1) > 0
+    for _ in range(100):
+        budget.observe(4, 0, 0.001)
+        budget.observe(4, 100, 5.0)
+        assert budget(4, 1) > 0
     budget.observe(4, 10, 0.0001)  # a clock that jumps
-    assert budget(1) > 0
+    assert budget(1, 1) > 0
 
 
 def test_what_was_seen_beside_few_streams_serves_for_many() -> None:
-    budget = PrefillBudget()
-    budget.observe(0, 100, 0.1)
+    budget = exhausted()
+    assert budget(8, 1) == budget(64, 1) == 80
+
+
+def test_many_short_prompts_go_first() -> None:
+    budget = exhausted()
+    assert budget(40, 7.5) == budget(8, 2) == 512
+    assert budget(8, 0.5) < 512
+
+
+def test_slow_steps_are_earned() -> None:
+    budget = exhausted()
+    for _ in range(33):
+        budget.observe(8, 0, 0.1)
+    assert budget(8, 1) < 512
     budget.observe(8, 0, 0.1)
-    assert budget(8) == budget(64) == 80
+    assert budget(8, 1) == 512

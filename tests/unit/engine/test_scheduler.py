@@ -41,7 +41,7 @@ def scheduler(
         max_batch_tokens=tokens,
         max_context_tokens=context,
         eos_token_ids=(EOS,),
-        mixed_prefill_tokens=None if mixed is None else lambda _: mixed,
+        mixed_prefill_tokens=None if mixed is None else lambda *_: mixed,
     )
 
 

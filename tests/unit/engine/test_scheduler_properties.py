@@ -132,7 +132,7 @@ class Service:
         block_size: int,
         max_running: int,
         max_batch_tokens: int,
-        mixed_prefill_tokens: Callable[[int], int] | None,
+        mixed_prefill_tokens: Callable[[int, float], int] | None,
         depth: int,
     ) -> None:
         self.ledger = KVLedger(-(-CONTEXT // block_size) + num_spare_blocks, block_size)
@@ -274,7 +274,8 @@ class Traffic(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4]),
         max_running=st.integers(1, 6),
         max_batch_tokens=st.integers(6, 24),
-        mixed_prefill_tokens=st.none() | st.functions(like=lambda num_decodes: 0, returns=st.integers(0, 8)),
+        mixed_prefill_tokens=st.none()
+        | st.functions(like=lambda num_decodes, num_prompts: 0, returns=st.integers(0, 8)),
         depth=st.integers(1, 3),
     )
     def start(self, **limits: Any) -> None:
