@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from parleyd.engine.attention import PagedKVCache
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.cuda_graphs import Capture, GraphedForward
+from parleyd.engine.engine import Engine
 from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
@@ -79,7 +80,8 @@ def request(key: int, prompt: tuple[int, ...], **params: Any) -> EngineRequest:
     return EngineRequest(key=key, prompt_ids=prompt, params=SamplingParams(**{"max_new_tokens": 12, **params}))
 
 
-def run(engine: BatchingEngine, *requests: EngineRequest) -> dict[int, list[int]]:
+def run(engine: Engine, *requests: EngineRequest) -> dict[int, list[int]]:
+    """Each request's ids; fails if one ends with an error, or leaves blocks behind."""
     for one in requests:
         engine.submit(one)
     ids: dict[int, list[int]] = defaultdict(list)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from parleyd.engine.generate import GenerateEngine
 from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams
+from tests.support.tiny_models import run
 
 VOCAB_SIZE, CONTEXT, EOS = 97, 128, 3
 PROMPT = (5, 17, 42, 8, 13)
@@ -41,21 +41,6 @@ def request(
 ) -> EngineRequest:
     sampling = SamplingParams(**{"max_new_tokens": 20, **params})  # type: ignore[arg-type]
     return EngineRequest(key=key, prompt_ids=prompt, output_ids=output, params=sampling)
-
-
-def run(engine: GenerateEngine, *requests: EngineRequest) -> dict[int, list[int]]:
-    """Each request's ids; fails if one ends with an error."""
-    for one in requests:
-        engine.submit(one)
-    ids: dict[int, list[int]] = defaultdict(list)
-    open_keys = {one.key for one in requests}
-    while open_keys:
-        for output in engine.step():
-            assert output.error is None, output.error
-            ids[output.key] += output.token_ids
-            if output.is_last:
-                open_keys.remove(output.key)
-    return ids
 
 
 def oracle(model: LlamaForCausalLM, prompt: tuple[int, ...], **config: object) -> list[int]:
