@@ -26,8 +26,9 @@ pytestmark = pytest.mark.timeout(300)
 TEXTS = ("declaration_of_independence.txt", "pride_and_prejudice.txt")
 DATA = Path(__file__).parents[2] / "data"
 BLOCK_SIZE, MAX_TOKENS = 32, 512
-# Of the best logit: where the two best are nearer to each other, bfloat16's rounding may turn them round.
-NEAR_TIE = 0.02
+# In logits. Rounding to bfloat16 moves the five best of the stock layers by up to 0.68 against each other on these
+# texts, as float32 shows: where two are nearer than that, either may come first.
+NEAR_TIE = 0.75
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_in_bfloat16_answers_are_those_of_stock_layers_until_the_first_near_tie(
             logits = stock(torch.tensor([prompt + answers[key]])).logits[0, len(prompt) - 1 : -1].float()
         for step, chosen in zip(logits, answers[key], strict=True):
             best = float(step.max())
-            assert best - float(step[chosen]) <= NEAR_TIE * abs(best), (key, num_checked)
+            assert best - float(step[chosen]) <= NEAR_TIE, (key, num_checked)
             num_checked += chosen == int(step.argmax())
     print(f"{num_checked} of {48 * len(prompts)} tokens are the stock layers' own best")
     assert num_checked > 0.9 * 48 * len(prompts)
