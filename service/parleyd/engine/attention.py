@@ -55,6 +55,12 @@ class PagedKVCache:
         self.values = _zeros(blocks, dtype, self.device)
         self._gathered = [torch.empty(0, dtype=dtype, device=self.device) for _ in range(2)]
 
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """From the first block of each pair to the second, in all layers; all are read before any is written."""
+        sources, targets = upload(np.array(copies, np.int64).T, self.device)
+        for blocks in (*self.keys, *self.values):
+            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
     def gather(self, layer: int, head_blocks: Tensor) -> list[Tensor]:
         """Keys and values of blocks, by `block id * kv_heads + head`: `[head blocks, block_size, head_dim]` each.
 

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 from itertools import chain
+from typing import NamedTuple
 
 from parleyd.engine.request import Sequence
 
@@ -18,12 +19,23 @@ class IntegrityError(RuntimeError):
     """The books do not add up: a bug of ours, after which no answer can be trusted."""
 
 
+class CachedPrefix(NamedTuple):
+    """The first `num_tokens` of a sequence: in full blocks that it can hold too, and in one that it must copy."""
+
+    block_ids: array[int]
+    num_tokens: int
+    copied_block_id: int | None = None
+
+
 class KVLedger:
     """Blocks of `block_size` tokens each: held by sequences, cached (nobody's, but with a known prefix), or free.
 
     A full block whose tokens are computed is registered under a hash of its tokens and all before them. Any sequence
     that begins with the same tokens and salt may then hold it too. What is registered is never written again: sequences
-    only write behind their full blocks, and lookups leave at least the last token to compute into a block of its own.
+    only write behind it, and lookups leave at least the last token to compute into a block of its own.
+
+    The block in which a prompt ends is registered under a hash of the prompt, full or not. A sequence with the same
+    prompt and salt is given a copy: the one who holds it may be writing its answer there.
     """
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
@@ -31,7 +43,7 @@ class KVLedger:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self._ref_counts = [0] * num_blocks
-        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._hashes: list[tuple[bytes, ...]] = [()] * num_blocks
         self._registered: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -50,11 +62,11 @@ class KVLedger:
         """Blocks that so many tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def cached_prefix(self, sequence: Sequence) -> array[int]:
+    def cached_prefix(self, sequence: Sequence) -> CachedPrefix:
         """The registered blocks that a sequence begins with, less what would leave none of its tokens to compute."""
         block_ids = array("i")
         if not self.prefix_caching:
-            return block_ids
+            return CachedPrefix(block_ids, 0)
         num_blocks = (len(sequence.token_ids) - 1) // self.block_size
         self._hash_blocks(sequence, num_blocks)
         for index in range(num_blocks):
@@ -62,25 +74,39 @@ class KVLedger:
             if block_id is None:
                 break
             block_ids.append(block_id)
-        return block_ids
+        num_tokens, num_prompt_tokens = len(block_ids) * self.block_size, sequence.num_prompt_tokens
+        num_with_copy = min(num_prompt_tokens, len(sequence.token_ids) - 1)
+        if len(block_ids) == (num_prompt_tokens - 1) // self.block_size and num_with_copy > num_tokens:
+            copied = self._registered.get(self._digest(sequence, num_prompt_tokens))
+            if copied is not None:
+                return CachedPrefix(block_ids, num_with_copy, copied)
+        return CachedPrefix(block_ids, num_tokens)
 
-    def can_allocate(self, sequence: Sequence, prefix: array[int], num_reserved: int = 0) -> bool:
+    def can_allocate(self, sequence: Sequence, prefix: CachedPrefix, num_reserved: int = 0) -> bool:
         """Whether there are blocks for all of a sequence's tokens behind `prefix`, with `num_reserved` to spare."""
-        num_revived = sum(self._ref_counts[block_id] == 0 for block_id in prefix)
-        num_new = self.num_blocks_for(len(sequence.token_ids)) - len(prefix)
+        num_revived = sum(self._ref_counts[block_id] == 0 for block_id in prefix.block_ids)
+        num_new = self.num_blocks_for(len(sequence.token_ids)) - len(prefix.block_ids)
         return num_new + num_revived + num_reserved <= self.num_available
 
-    def allocate(self, sequence: Sequence, prefix: array[int]) -> None:
-        """Gives a sequence `prefix` (from `cached_prefix`) and new blocks for the rest of its tokens."""
-        for block_id in prefix:
+    def allocate(self, sequence: Sequence, prefix: CachedPrefix) -> tuple[int, int] | None:
+        """Gives a sequence `prefix` (from `cached_prefix`) and new blocks for the rest of its tokens.
+
+        Returns the block to copy, if there is one, and the sequence's own to copy it to. The former is not kept for it:
+        it may be what the next batch writes, or even the same block.
+        """
+        for block_id in prefix.block_ids:
             if self._ref_counts[block_id] == 0:
                 del self._cached[block_id]
             self._ref_counts[block_id] += 1
-        block_ids = prefix[:]
-        for _ in range(self.num_blocks_for(len(sequence.token_ids)) - len(prefix)):
+        copied = prefix.copied_block_id
+        if copied is not None and copied in self._cached:
+            self._cached.move_to_end(copied)
+        block_ids = prefix.block_ids[:]
+        for _ in range(self.num_blocks_for(len(sequence.token_ids)) - len(block_ids)):
             block_ids.append(self._take_block())
         sequence.block_ids = block_ids
-        sequence.num_computed_tokens = len(prefix) * self.block_size
+        sequence.num_computed_tokens = prefix.num_tokens
+        return None if copied is None else (copied, block_ids[len(prefix.block_ids)])
 
     def can_append(self, sequence: Sequence) -> bool:
         """Whether the next token to compute has a slot or can be given one."""
@@ -92,16 +118,20 @@ class KVLedger:
             sequence.block_ids.append(self._take_block())
 
     def register(self, sequence: Sequence, start: int, end: int) -> None:
-        """Lets others find the blocks that filled up when the positions from `start` to before `end` were computed."""
+        """Lets others find what filled up when the positions from `start` to before `end` were computed: blocks, and
+        the prompt."""
         first, last = start // self.block_size, end // self.block_size
-        if first == last or not self.prefix_caching:
+        num_prompt_tokens = sequence.num_prompt_tokens
+        ends_prompt = start < num_prompt_tokens <= end
+        if not self.prefix_caching or (first == last and not ends_prompt):
             return
         self._hash_blocks(sequence, last)
         for index in range(first, last):
-            digest, block_id = sequence.block_hashes[index], sequence.block_ids[index]
-            if digest not in self._registered:  # else a neighbour computed the same at the same time
-                self._registered[digest] = block_id
-                self._hashes[block_id] = digest
+            self._register(sequence.block_hashes[index], sequence.block_ids[index])
+        # Of a single token nothing would be saved: it is the one that is computed again.
+        if ends_prompt and num_prompt_tokens % self.block_size > 1:
+            block_id = sequence.block_ids[num_prompt_tokens // self.block_size]
+            self._register(self._digest(sequence, num_prompt_tokens), block_id)
 
     def free(self, sequence: Sequence) -> None:
         """Takes back all blocks of a sequence; the registered ones stay findable until their room is needed."""
@@ -109,10 +139,10 @@ class KVLedger:
         for block_id in reversed(sequence.block_ids):
             self._ref_counts[block_id] -= 1
             if self._ref_counts[block_id] == 0:
-                if self._hashes[block_id] is None:
-                    self._free.append(block_id)
-                else:
+                if self._hashes[block_id]:
                     self._cached[block_id] = None
+                else:
+                    self._free.append(block_id)
         # A new array: a batch in flight may still read the old one.
         sequence.block_ids = array("i")
         sequence.num_computed_tokens = 0
@@ -135,9 +165,9 @@ class KVLedger:
             raise IntegrityError(
                 f"{len(free)} free + {len(cached)} cached + {len(references)} held blocks are not {self.num_blocks}"
             )
-        if [self._hashes[b] for b in self._registered.values()] != list(self._registered) or len(
-            self._registered
-        ) != self.num_blocks - self._hashes.count(None):
+        if sum(map(len, self._hashes)) != len(self._registered) or not all(
+            digest in self._hashes[block_id] for digest, block_id in self._registered.items()
+        ):
             raise IntegrityError("the prefix cache and its blocks disagree about a hash")
         if not all(map(self._hashes.__getitem__, cached)):
             raise IntegrityError("a cached block can be found by no lookup")
@@ -149,20 +179,29 @@ class KVLedger:
             block_id = self._free.pop()
         else:
             block_id, _ = self._cached.popitem(last=False)
-            digest = self._hashes[block_id]
-            assert digest is not None
-            del self._registered[digest]
-            self._hashes[block_id] = None
+            for digest in self._hashes[block_id]:
+                del self._registered[digest]
+            self._hashes[block_id] = ()
         self._ref_counts[block_id] = 1
         return block_id
 
+    def _register(self, digest: bytes, block_id: int) -> None:
+        if digest not in self._registered:  # else a neighbour computed the same at the same time
+            self._registered[digest] = block_id
+            self._hashes[block_id] += (digest,)
+
     def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
-        """Hashes a sequence's leading blocks, each together with all before it.
+        """Hashes a sequence's leading blocks, each together with all before it."""
+        hashes = sequence.block_hashes
+        for index in range(len(hashes), num_blocks):
+            hashes.append(self._digest(sequence, (index + 1) * self.block_size))
+
+    def _digest(self, sequence: Sequence, end: int) -> bytes:
+        """Of a sequence's tokens up to before `end`, where the full blocks before the last one are hashed.
 
         By a cryptographic hash: a collision would answer one conversation from another's memory.
         """
-        hashes = sequence.block_hashes
-        for index in range(len(hashes), num_blocks):
-            parent = hashes[-1] if hashes else blake2b(sequence.cache_salt.encode(), digest_size=32).digest()
-            ids = sequence.token_ids[index * self.block_size : (index + 1) * self.block_size]
-            hashes.append(blake2b(parent + ids.tobytes(), digest_size=32).digest())
+        index = (end - 1) // self.block_size
+        salt = sequence.cache_salt.encode()
+        parent = sequence.block_hashes[index - 1] if index else blake2b(salt, digest_size=32).digest()
+        return blake2b(parent + sequence.token_ids[index * self.block_size : end].tobytes(), digest_size=32).digest()

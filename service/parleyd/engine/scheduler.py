@@ -240,7 +240,7 @@ class Scheduler:
         while budget > 0:
             head = self._waiting.first() if is_admitting else None
             if head is not None and not (prefills and prefills[0].rank < head.rank):
-                is_admitting = self._admit(head)
+                is_admitting = self._admit(head, batch)
                 if not is_admitting:
                     continue
                 sequence = head
@@ -260,7 +260,7 @@ class Scheduler:
         num_prompts = len(prefills) + min(len(self._waiting), self._max_running - len(self._running))
         return min(num_prompts, budget / (first.num_tokens - first.num_computed_tokens))
 
-    def _admit(self, head: Sequence) -> bool:
+    def _admit(self, head: Sequence, batch: Batch) -> bool:
         """Moves the first of the queue among the running if there is room for it."""
         num_reserved = len(self._running)  # a block for each to grow by, lest the newcomer be preempted at once
         if (
@@ -273,7 +273,8 @@ class Scheduler:
         if not self._ledger.can_allocate(head, prefix, num_reserved):
             return False
         self._waiting.pop()
-        self._ledger.allocate(head, prefix)
+        if (copy := self._ledger.allocate(head, prefix)) is not None:
+            batch.copies.append(copy)
         head.state = SequenceState.RUNNING
         insort(self._running, head, key=attrgetter("rank"))
         if head.cached_prompt_tokens is None:

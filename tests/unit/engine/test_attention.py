@@ -51,6 +51,16 @@ def run(batch: Batch, kernels: Kernels = NO_KERNELS, dtype: torch.dtype = torch.
     return attend(cache, 1, StepLayout.of(batch, cache), query, key[:, :KV_HEADS], value[:, :KV_HEADS], 0.3)
 
 
+def test_blocks_are_copied_in_all_layers_and_read_before_they_are_written() -> None:
+    cache = PagedKVCache((2, 4, BLOCK_SIZE, KV_HEADS, HEAD_DIM), torch.float32, "cpu")
+    cache.keys.normal_()
+    cache.values.normal_()
+    keys, values = cache.keys.clone(), cache.values.clone()
+    cache.copy_blocks([(0, 3), (2, 0), (1, 1)])
+    for before, after in ((keys, cache.keys), (values, cache.values)):
+        assert torch.equal(after, before[:, [2, 1, 2, 0, 4]])
+
+
 MIXED = make_batch([1, 7, 8, 9, 100, 30, 31], [(0, 5), (13, 4), (0, 1), (40, 24)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from parleyd.engine.engine import Engine
 from parleyd.engine.generate import GenerateEngine
 from parleyd.generation import EngineRequest, SamplingParams, TokenLogprob
 from tests.support.tiny_models import BLOCK_SIZE, CONTEXT, EOS, make_engine, make_model
+from tests.support.tiny_models import run as run_requests
 
 KEYS = itertools.count()
 PROMPT = (5, 17, 42, 8, 13, 42)
@@ -97,21 +99,27 @@ def test_a_choice_has_draws_of_its_own_and_the_first_those_of_a_single_answer(en
     assert run(engine, **sampled)[0] == answers[0]
 
 
-def test_choices_that_come_after_the_firsts_first_token_compute_no_full_block_of_the_prompt() -> None:
-    engine = make_engine(make_model("Llama"))
-    prompt = tuple(range(10, 10 + 5 * BLOCK_SIZE + 3))
-
-    def submit(choice: int) -> None:
-        params = SamplingParams(max_new_tokens=8, do_sample=True, seed=1, choice=choice, ignore_eos=True)
-        engine.submit(EngineRequest(key=choice, prompt_ids=prompt, params=params))
-
-    submit(0)
+@pytest.mark.parametrize("num_prompt", [5, 5 * BLOCK_SIZE, 5 * BLOCK_SIZE + 3])
+@pytest.mark.parametrize("how", [{}, {"overlap": True}, {"num_blocks": 42, "context": 160}], ids=str)
+def test_choices_share_the_firsts_prompt_and_are_what_each_would_be_alone(how: dict[str, Any], num_prompt: int) -> None:
+    model = make_model("Llama")
+    prompt = tuple(range(10, 10 + num_prompt))
+    params = SamplingParams(max_new_tokens=20, do_sample=True, temperature=1.5, seed=1, ignore_eos=True)
+    choices = [
+        EngineRequest(key=choice, prompt_ids=prompt, params=replace(params, choice=choice)) for choice in range(16)
+    ]
+    alone = [run_requests(make_engine(model), one)[one.key] for one in choices]
+    engine = make_engine(model, **how)
+    engine.submit(choices[0])
     outputs = engine.step()
-    for choice in range(1, 16):
-        submit(choice)
+    for one in choices[1:]:
+        engine.submit(one)
     while sum(output.is_last for output in outputs) < 16:
         outputs += engine.step()
+    for choice in range(16):
+        assert [token for output in outputs if output.key == choice for token in output.token_ids] == alone[choice]
     stats = engine.stats()
-    assert stats.num_prompt_tokens - stats.num_cached_prompt_tokens == len(prompt) + 15 * 3
-    assert {output.cached_prompt_tokens for output in outputs if output.key} == {5 * BLOCK_SIZE}
+    assert stats.num_prompt_tokens - stats.num_cached_prompt_tokens == num_prompt + 15
+    assert {output.cached_prompt_tokens for output in outputs if output.key} == {num_prompt - 1}
     assert stats.num_used_blocks == 0
+    assert bool(stats.num_preemptions) == ("num_blocks" in how)

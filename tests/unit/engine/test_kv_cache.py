@@ -37,7 +37,7 @@ def admit(ledger: KVLedger, one: Sequence, num_reserved: int = 0) -> int:
 
 
 def num_found(ledger: KVLedger, *token_ids: int, salt: str = "") -> int:
-    return len(ledger.cached_prefix(sequence(*token_ids, salt=salt)))
+    return len(ledger.cached_prefix(sequence(*token_ids, salt=salt)).block_ids)
 
 
 def test_blocks_are_taken_for_whole_prompts_and_come_back() -> None:
@@ -130,6 +130,91 @@ def test_what_two_sequences_compute_at_once_is_registered_once() -> None:
     ledger.check_integrity([])
 
 
+def copied(ledger: KVLedger, one: Sequence) -> tuple[int, int] | None:
+    """Allocates; returns from where to where a block is copied."""
+    return ledger.allocate(one, ledger.cached_prefix(one))
+
+
+@pytest.mark.parametrize("num_prompt", [2, 3, 4, 6, 8, 11, 12])
+def test_of_a_prompt_that_is_there_all_but_its_last_token_is_found(num_prompt: int) -> None:
+    ledger = KVLedger(10, BLOCK_SIZE)
+    first, second = sequence(*tokens(0, num_prompt)), sequence(*tokens(0, num_prompt))
+    admit(ledger, first)
+    pair = copied(ledger, second)
+    assert second.num_computed_tokens == num_prompt - 1
+    assert pair == (first.block_ids[-1], second.block_ids[-1]) and pair[0] != pair[1]
+    assert first.block_ids[:-1] == second.block_ids[:-1]
+    ledger.check_integrity([first.block_ids, second.block_ids])
+
+
+def test_a_prompt_is_found_while_its_last_block_goes_on_with_an_answer_and_after() -> None:
+    ledger = KVLedger(10, BLOCK_SIZE)
+    first = sequence(*tokens(0, 6))
+    admit(ledger, first)
+    first.token_ids.extend([90, 91, 92])
+    ledger.register(first, 6, 9)
+    assert admit(ledger, sequence(*tokens(0, 6))) == 5
+    ledger.free(first)
+    assert admit(ledger, sequence(*tokens(0, 6))) == 5
+    assert num_found(ledger, *tokens(0, 6), 90, 91, 5) == 2, "the full block is found as well"
+
+
+def test_an_answer_handed_over_computes_nothing_of_its_prompt_again() -> None:
+    ledger = KVLedger(10, BLOCK_SIZE)
+    admit(ledger, sequence(*tokens(0, 6)))
+    handed_over = sequence(*tokens(0, 6))
+    handed_over.token_ids.extend([90, 91, 92])
+    assert copied(ledger, handed_over) is not None
+    assert handed_over.num_computed_tokens == 6
+
+
+def test_a_prompt_is_not_found_by_another_that_begins_or_ends_like_it() -> None:
+    ledger = KVLedger(10, BLOCK_SIZE)
+    admit(ledger, sequence(*tokens(0, 7), salt="a"))
+    others = [tokens(0, 6), tokens(0, 8), (*tokens(0, 6), 99), (99, *tokens(1, 7))]
+    for other in (sequence(*other, salt="a") for other in others):
+        assert ledger.cached_prefix(other).copied_block_id is None
+    assert ledger.cached_prefix(sequence(*tokens(0, 7))).num_tokens == 0
+    assert ledger.cached_prefix(sequence(*tokens(0, 7), salt="a")).num_tokens == 6
+
+
+def test_the_end_of_a_prompt_is_not_found_where_its_beginning_is_gone() -> None:
+    ledger = KVLedger(6, BLOCK_SIZE)
+    first, second = sequence(*tokens(0, 6)), sequence(*tokens(0, 6))
+    for one in (first, second):
+        copied(ledger, one)
+    ledger.register(first, 0, 4)
+    ledger.register(second, 0, 6)  # its end, behind a block that is registered as the first one's
+    ledger.free(first)
+    filler = sequence(*tokens(50, 66))
+    admit(ledger, filler)
+    assert ledger.cached_prefix(sequence(*tokens(0, 6))).num_tokens == 0
+    ledger.check_integrity([second.block_ids, filler.block_ids])
+
+
+def test_a_block_may_be_copied_onto_itself_where_there_is_no_other() -> None:
+    ledger = KVLedger(1, BLOCK_SIZE)
+    first, second = sequence(*tokens(0, 3)), sequence(*tokens(0, 3))
+    admit(ledger, first)
+    ledger.free(first)
+    assert copied(ledger, second) == (0, 0)
+    assert second.num_computed_tokens == 2
+    ledger.check_integrity([second.block_ids])
+
+
+def test_copying_from_a_block_makes_it_recent() -> None:
+    ledger = KVLedger(3, BLOCK_SIZE)
+    for prompt in (tokens(0, 3), tokens(50, 53)):
+        one = sequence(*prompt)
+        admit(ledger, one)
+        ledger.free(one)
+    again = sequence(*tokens(0, 3))
+    copied(ledger, again)
+    copied(ledger, sequence(9))
+    assert ledger.cached_prefix(sequence(*tokens(0, 3))).num_tokens == 2
+    assert ledger.cached_prefix(sequence(*tokens(50, 53))).num_tokens == 0
+
+
 def test_free_blocks_are_used_before_cached_ones_are_evicted() -> None:
     ledger = KVLedger(6, BLOCK_SIZE)
     one = sequence(*tokens(0, 9))
@@ -215,11 +300,11 @@ def _lose_a_free_block(ledger: KVLedger, held: Sequence) -> None:
 
 
 def _forget_a_hash(ledger: KVLedger, held: Sequence) -> None:
-    ledger._hashes[held.block_ids[0]] = None
+    ledger._hashes[held.block_ids[0]] = ()
 
 
 def _leave_a_hash_behind(ledger: KVLedger, held: Sequence) -> None:
-    ledger._hashes[ledger._free[0]] = b"stale"
+    ledger._hashes[ledger._free[0]] = (b"stale",)
 
 
 def _register_a_free_block(ledger: KVLedger, held: Sequence) -> None:

@@ -399,6 +399,33 @@ def test_cached_prompt_tokens_are_known_from_admission_on() -> None:
     assert (stats.num_prompt_tokens, stats.num_cached_prompt_tokens) == (61, 20)
 
 
+@pytest.mark.parametrize("num_prompt", [2, 4, 11])
+def test_a_prompt_is_computed_once_for_all_that_share_it(num_prompt: int) -> None:
+    engine = scheduler(tokens=40)
+    prompt = tuple(range(num_prompt))
+    start(engine, request(1, prompt=prompt))
+    step(engine)
+    start(engine, request(2, prompt=prompt), request(3, prompt=prompt))
+    batch = engine.schedule()
+    assert entries(batch) == [(1, num_prompt, 1), (2, num_prompt - 1, 1), (3, num_prompt - 1, 1)]
+    assert batch
+    last_blocks = [item.block_ids[(num_prompt - 1) // BLOCK_SIZE] for item in batch.scheduled]
+    assert batch.copies == [(last_blocks[0], last_blocks[1]), (last_blocks[0], last_blocks[2])]
+    assert [item.sequence.cached_prompt_tokens for item in batch.scheduled] == [0, num_prompt - 1, num_prompt - 1]
+    engine.check_integrity()
+
+
+def test_a_prompt_in_flight_is_not_shared_before_it_is_computed() -> None:
+    engine = scheduler(tokens=40)
+    prompt = tuple(range(6))
+    start(engine, request(1, prompt=prompt))
+    first = engine.schedule()
+    start(engine, request(2, prompt=prompt))
+    second = engine.schedule()
+    assert first and second
+    assert (entries(second)[-1], second.copies) == ((2, 0, 6), [])
+
+
 def test_the_next_turn_of_a_conversation_finds_the_answer_too() -> None:
     engine = scheduler(tokens=40)
     start(engine, request(1, prompt=tuple(range(6)), max_new_tokens=7))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from parleyd.engine.kv_cache import KVLedger
-from parleyd.engine.request import Batch, Sequence, SequenceState
+from parleyd.engine.request import Batch, Scheduled, Sequence, SequenceState
 from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams
 
@@ -94,6 +94,7 @@ class Device:
         return step
 
     def run(self, step: Step) -> list[int]:
+        self._copy(step.batch.copies)
         sampled = []
         for item, (ids, written, read) in zip(step.batch.scheduled, step.inputs, strict=True):
             sequence = item.sequence
@@ -111,6 +112,14 @@ class Device:
                 self._last_sampled[sequence] = next_token(state)
                 sampled.append(next_token(state))
         return sampled
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        pairs = [
+            (a * self._block_size + i, b * self._block_size + i) for a, b in copies for i in range(self._block_size)
+        ]
+        # Where nobody has written yet there is nothing that anybody may read.
+        read = [(target, self._memory.get(source, -1)) for source, target in pairs]
+        self._memory.update(read)
 
     def _slot(self, block_ids: array[int], position: int) -> int:
         return block_ids[position // self._block_size] * self._block_size + position % self._block_size
@@ -235,10 +244,23 @@ class Service:
                 item.start // self.ledger.block_size,
                 (item.start + item.num_tokens - 1) // self.ledger.block_size,
             )
-            for block_id in item.block_ids[first : last + 1]:
+            for index in range(first, last + 1):
+                block_id = item.block_ids[index]
                 assert self.ledger._ref_counts[block_id] == 1, "a shared block is written"
-                assert self.ledger._hashes[block_id] is None, "a registered block is written"
+                assert not self.ledger._hashes[block_id] or self._is_behind_prompt(item, index), "it is registered"
+        targets = [target for _, target in batch.copies] if batch else []
+        first_blocks = {item.block_ids[item.start // self.ledger.block_size] for item in scheduled}
+        assert len(set(targets)) == len(targets) and first_blocks.issuperset(targets), (
+            "a copy that nobody has asked for"
+        )
         return batch
+
+    def _is_behind_prompt(self, item: Scheduled, index: int) -> bool:
+        """Whether the block is that in which the prompt ends, registered for that alone, and written behind it."""
+        end = item.sequence.num_prompt_tokens
+        (digest,) = self.ledger._hashes[item.block_ids[index]]
+        is_of_prompt = index == end // self.ledger.block_size and digest == self.ledger._digest(item.sequence, end)
+        return is_of_prompt and item.start >= end
 
 
 def make_request(
@@ -281,6 +303,7 @@ class Traffic(RuleBasedStateMachine):
     def start(self, **limits: Any) -> None:
         self.service = Service(**limits)
         self.next_key = 0
+        self.asked: list[Request] = []
 
     @rule(
         count=st.integers(1, 4),
@@ -296,8 +319,23 @@ class Traffic(RuleBasedStateMachine):
     )
     def submit(self, count: int, prefix: int, length: int, tail: list[int], **how: Any) -> None:
         for _ in range(count):
-            self.service.submit(make_request(self.next_key, prefix, length, tail, **how))
-            self.next_key += 1
+            self.ask(make_request(self.next_key, prefix, length, tail, **how))
+
+    @precondition(lambda self: self.asked)
+    @rule(
+        pick=st.integers(0, 3), count=st.integers(1, 4), max_new_tokens=st.integers(1, 25), num_steps=st.integers(0, 2)
+    )
+    def ask_again(self, pick: int, count: int, max_new_tokens: int, num_steps: int) -> None:
+        """The same prompt for other answers, after a while or at once: as the choices of one request."""
+        self.step(num_steps)
+        one = self.asked[-1 - pick % len(self.asked)]
+        for _ in range(count):
+            self.ask(replace(one, key=self.next_key, params=replace(one.params, max_new_tokens=max_new_tokens)))
+
+    def ask(self, request: Request) -> None:
+        self.asked.append(request)
+        self.service.submit(request)
+        self.next_key += 1
 
     @precondition(lambda self: self.service.open)
     @rule(pick=st.integers(0, 100))
