@@ -25,9 +25,12 @@ from torch import Tensor
 
 from benchmarks.environment import describe
 from parleyd.config import ModelSettings
+from parleyd.cpu_kernels import layers as compiled_layers
+from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, StockForward
+from parleyd.engine.paged_attention import Kernels
 from parleyd.engine.request import Batch, Sequence
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.model.linear.by_rows import ByRows
@@ -44,6 +47,8 @@ GAINS = (
     ("chosen", "packed"),
     ("chosen", "rotary_by_parts"),
     ("layer_norm", "chosen"),
+    ("compiled", "chosen"),
+    ("compiled_packed", "packed"),
 )
 
 
@@ -116,6 +121,8 @@ def build_cache(loaded: LoadedModel) -> PagedKVCache:
 def build_variants(loaded: list[LoadedModel], cache: PagedKVCache) -> dict[str, Forward]:
     """By name. What shares weights differs in code alone."""
     chosen = LeanForward(loaded[2].model, cache, blocks=loaded[2].blocks)
+    compiled = copy.copy(chosen)
+    compiled._ops, compiled._cache = compiled_layers, with_kernels(cache)
     return {
         "stock": StockForward(loaded[0].model, cache),
         "lean": LeanForward(loaded[1].model, cache, packed=False),
@@ -124,7 +131,16 @@ def build_variants(loaded: list[LoadedModel], cache: PagedKVCache) -> dict[str, 
         "chosen": chosen,
         "rotary_by_parts": as_class(RotaryByParts, chosen),
         "layer_norm": as_class(LayerNorm, chosen),
+        "compiled": compiled,
+        "compiled_packed": with_rows(compiled, 0),
     }
+
+
+def with_kernels(cache: PagedKVCache) -> PagedKVCache:
+    """The same memory, read by the compiled kernel."""
+    other = copy.copy(cache)
+    other.kernels = Kernels(decode=paged_decode)
+    return other
 
 
 def with_rows(forward: LeanForward, max_narrow_rows: int) -> Forward:
@@ -156,12 +172,13 @@ def as_class(kind: type[LeanForward], forward: LeanForward) -> Forward:
 
 def measure(forwards: dict[str, Forward], cache: PagedKVCache, batch: int, num_turns: int) -> dict[str, list[Seconds]]:
     """What a step of each variant took, turn by turn."""
-    step = decode_step(batch, cache)
+    plain, compiled = decode_step(batch, cache), decode_step(batch, with_kernels(cache))
+    steps = {name: compiled if name.startswith("compiled") else plain for name in forwards}
     times: dict[str, list[Seconds]] = {name: [] for name in forwards}
     with torch.inference_mode():
         for turn in range(num_turns + 2):
             for name, forward in forwards.items():
-                seconds = cost(lambda forward=forward: forward(*step))
+                seconds = cost(lambda forward=forward, name=name: forward(*steps[name]))
                 if turn >= 2:  # the first warm up
                     times[name].append(seconds)
     return times

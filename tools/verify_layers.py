@@ -67,9 +67,10 @@ ROOMS = (
         ),
         imports=SETTINGS,
     ),
+    Room(("parleyd.cpu_kernels",), imports=("torch", "numpy", "numba", "llvmlite")),
     Room(
         ("parleyd.engine", "parleyd.model"),
-        imports=(*TORCH_SIDE, "parleyd.grammar.compiler", *SETTINGS),
+        imports=(*TORCH_SIDE, "numba", "parleyd.cpu_kernels", "parleyd.grammar.compiler", *SETTINGS),
         never=("asyncio",),
     ),
     Room(

@@ -12,17 +12,20 @@ from parleyd.config import ModelSettings
 from parleyd.engine import lean_forward
 from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.batching import BatchingEngine
+from parleyd.engine.compiled_kernels import CompiledKernels, compiled_kernels
 from parleyd.engine.cuda_graphs import CudaCapture, GraphedForward
 from parleyd.engine.generate import GenerateEngine
 from parleyd.engine.grammar import GrammarCompiler
 from parleyd.engine.kernels import AttentionShape, choose_kernels, probe_batch
 from parleyd.engine.kv_cache import KVLedger
+from parleyd.engine.layer_ops import TORCH_OPS
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
 from parleyd.engine.prefill_budget import PrefillBudget
 from parleyd.engine.scheduler import Scheduler
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
+from parleyd.model.cache import cache_root
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.memory import free_bytes
 
@@ -95,7 +98,8 @@ def _build_batching(
     is_cuda = model.device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(model.device)  # where streams, events and kernels belong
-    cache = _build_cache(settings, model, info.max_context_tokens, max_running)
+    compiled = _compiled(settings, model)
+    cache = _build_cache(settings, model, info.max_context_tokens, max_running, compiled)
     # On a CPU a prompt token costs about as much as a stream's own, on a GPU next to nothing.
     budget = PrefillBudget() if model.device.type == "cpu" else None
     scheduler = Scheduler(
@@ -108,7 +112,13 @@ def _build_batching(
     )
     forward: Forward | None
     if settings.lean_layers and lean_forward.can_run(model):
-        forward = LeanForward(model, cache, packed=settings.packed_linear, blocks=_wanted_blocks(settings, blocks))
+        forward = LeanForward(
+            model,
+            cache,
+            packed=settings.packed_linear,
+            blocks=_wanted_blocks(settings, blocks),
+            ops=compiled.layers if compiled else TORCH_OPS,
+        )
     else:
         forward = checked_stock_forward(model, cache)
     if forward is None:
@@ -130,6 +140,12 @@ def _build_batching(
         overlap=is_cuda and settings.overlap,
         grammars=GrammarCompiler(info),
     )
+
+
+def _compiled(settings: ModelSettings, model: PreTrainedModel) -> CompiledKernels | None:
+    if not (settings.cpu_kernels and model.device.type == "cpu" and model.dtype == torch.bfloat16):
+        return None
+    return compiled_kernels(cache_root(settings.cache))
 
 
 def _graphed(forward: Forward, cache: PagedKVCache, max_running: int, max_context_tokens: int) -> Forward:
@@ -180,7 +196,11 @@ def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockF
 
 
 def _build_cache(
-    settings: ModelSettings, model: PreTrainedModel, max_context_tokens: int, max_running: int
+    settings: ModelSettings,
+    model: PreTrainedModel,
+    max_context_tokens: int,
+    max_running: int,
+    compiled: CompiledKernels | None,
 ) -> PagedKVCache:
     config: Any = model.config.get_text_config()
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -195,6 +215,7 @@ def _build_cache(
             device=model.device,
             max_context_tokens=max_context_tokens,
         ),
+        compiled.decode if compiled else None,
     )
     block_bytes = 2 * config.num_hidden_layers * block_size * num_kv_heads * head_dim * model.dtype.itemsize
     blocks_of_context = -(-max_context_tokens // block_size)

@@ -4,7 +4,8 @@
 |---|---|---|
 | CUDA, torch >= 2.12 | triton_decode.py, else varlen.py | varlen.py |
 | CUDA, torch 2.11 | triton_decode.py | gathered (attention.py) |
-| any other device | gathered | gathered |
+| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | gathered |
+| any other | gathered | gathered |
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ class AttentionShape:
     max_context_tokens: int
 
 
-def choose_kernels(wanted: str, shape: AttentionShape) -> tuple[Kernels, int]:
-    """The kernels and the block size for them. `wanted`: auto, or one kind alone: gather, triton, varlen."""
+def choose_kernels(wanted: str, shape: AttentionShape, compiled: DecodeKernel | None = None) -> tuple[Kernels, int]:
+    """The kernels and the block size for them. `wanted`: auto, or one kind alone: gather, triton, varlen.
+
+    `compiled`: for a CPU.
+    """
     if wanted == "gather" or (wanted == "auto" and shape.device.type != "cuda"):
-        return NO_KERNELS, BLOCK_SIZE
+        usable = compiled is not None and wanted == "auto" and _passes(compiled, shape)
+        return Kernels(decode=compiled if usable else None), BLOCK_SIZE
     varlen, block_size = NO_KERNELS, BLOCK_SIZE
     if wanted != "triton":
         varlen, block_size = _varlen(shape)
@@ -101,6 +106,15 @@ def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: 
         batch.add(sequence, num_tokens)
     batch.num_decodes = num_decodes
     return batch
+
+
+def _passes(compiled: DecodeKernel, shape: AttentionShape) -> bool:
+    try:
+        check_kernels(Kernels(decode=compiled), BLOCK_SIZE, shape)
+    except Exception as error:
+        _logger.warning("no compiled kernel for decoding: %s", _first_line(error))
+        return False
+    return True
 
 
 def _triton(shape: AttentionShape, block_size: int) -> DecodeKernel | None:

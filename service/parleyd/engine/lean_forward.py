@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parleyd.engine.attention import PagedKVCache, StepLayout, attend
+from parleyd.engine.layer_ops import TORCH_OPS, LayerOps
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
@@ -38,17 +39,23 @@ class LeanForward:
     """See `Forward`. For models whose `config.model_type` is one of FAMILIES and whose activation is SiLU."""
 
     def __init__(
-        self, model: PreTrainedModel, cache: PagedKVCache, *, packed: bool = True, blocks: GgufBlocks | None = None
+        self,
+        model: PreTrainedModel,
+        cache: PagedKVCache,
+        *,
+        packed: bool = True,
+        blocks: GgufBlocks | None = None,
+        ops: LayerOps = TORCH_OPS,
     ) -> None:
         """`packed`, `blocks`: see LinearMaker. The model's own layers are of no use after."""
         decoder: Any = model.model
         config: Any = model.config
         self._cache = cache
+        self._ops = ops
         self._num_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._head_dim = decoder.layers[0].self_attn.head_dim
         self._eps = config.rms_norm_eps
-        self._hidden_size = config.hidden_size
         self._embedding = decoder.embed_tokens.weight
         self._cos, self._sin = _rotary_tables(decoder.rotary_emb, config.max_position_embeddings, self._embedding)
         self._norm = decoder.norm.weight
@@ -60,13 +67,18 @@ class LeanForward:
 
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward."""
+        ops, eps = self._ops, self._eps
         x = F.embedding(input_ids, self._embedding)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        delta = None
         for index, layer in enumerate(self._layers):
-            x += layer.out(self._attend(index, layer, self._normalise(x, layer.input_norm), cos, sin, layout))
-            gate, up = layer.gate_up(self._normalise(x, layer.post_norm)).chunk(2, -1)
-            x += layer.down(F.silu(gate).mul_(up))
-        return self._head(self._normalise(x.index_select(0, sample_rows), self._norm))
+            normalised = ops.add_and_normalise(x, delta, layer.input_norm, eps)
+            delta = layer.out(self._attend(index, layer, normalised, cos, sin, layout))
+            normalised = ops.add_and_normalise(x, delta, layer.post_norm, eps)
+            delta = layer.down(ops.gate(layer.gate_up(normalised)))
+        assert delta is not None
+        sampled, delta = x.index_select(0, sample_rows), delta.index_select(0, sample_rows)
+        return self._head(ops.add_and_normalise(sampled, delta, self._norm, eps))
 
     def _attend(self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, layout: StepLayout) -> Tensor:
         num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
@@ -77,16 +89,10 @@ class LeanForward:
             query = F.rms_norm(query_key[:, :num_heads], norms, query_norm, self._eps)
             key = F.rms_norm(query_key[:, num_heads:], norms, key_norm, self._eps)
             query_key = torch.cat([query, key], 1)
-        query_key = self._rotate(query_key, cos, sin)
+        query_key = self._ops.rotate(query_key, cos, sin)
         query, key = query_key[:, :num_heads], query_key[:, num_heads:]
         attended = attend(self._cache, index, layout, query, key, value, head_dim**-0.5)
         return attended.reshape(-1, num_heads * head_dim)
-
-    def _rotate(self, query_key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return (query_key * cos).addcmul_(query_key.roll(self._head_dim // 2, -1), sin)
-
-    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (self._hidden_size,), weight, self._eps)
 
 
 def can_run(model: PreTrainedModel) -> bool:

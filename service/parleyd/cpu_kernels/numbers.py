@@ -1,0 +1,132 @@
+"""What numba's Python lacks: bfloat16, arrays by address, arrays on the stack, and prefetching.
+
+A bfloat16 is the upper half of a float32, so arrays of them are arrays of uint16 here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+# Sums may be taken in any order, so that they can be taken side by side; nothing here is infinite or NaN on purpose.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+_LINE_BYTES = 64
+_INT8, _INT32 = ir.IntType(8), ir.IntType(32)
+
+
+def _bitcast(to: Any, of: Any, llvm_type: ir.Type) -> Any:
+    @intrinsic
+    def cast(context, value):
+        return to(of), lambda context, builder, signature, args: builder.bitcast(args[0], llvm_type)
+
+    return cast
+
+
+_float_of_bits = _bitcast(types.float32, types.uint32, ir.FloatType())
+_bits_of_float = _bitcast(types.uint32, types.float32, _INT32)
+
+
+def _pointer_to(dtype: Any) -> Any:
+    pointer = types.CPointer(dtype)
+
+    @intrinsic
+    def cast(context, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), generate
+
+    return cast
+
+
+_pointer_to_uint16 = _pointer_to(types.uint16)
+_pointer_to_int32 = _pointer_to(types.int32)
+
+
+@njit(forceinline=True)
+def widened(bits):
+    """The float32 of a bfloat16."""
+    return _float_of_bits(types.uint32(bits) << types.uint32(16))
+
+
+@njit(forceinline=True)
+def rounded(value):
+    """The nearest bfloat16 of a float32; between two, the even one."""
+    bits = _bits_of_float(value)
+    return types.uint16(
+        (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
+    )
+
+
+@njit(forceinline=True, fastmath=FAST)
+def power_of_two(exponent):
+    """2 to a float32, what is below -126 or above 127 as if it were that; off by less than 2e-7 of it.
+
+    A polynomial for 2**x on [0, 1), and the whole part as the exponent of a float32: unlike exp, this can be done for
+    many numbers side by side.
+    """
+    exponent = min(max(exponent, np.float32(-126)), np.float32(127))
+    whole = np.floor(exponent)
+    part = exponent - whole
+    power = np.float32(1.8775767e-3)
+    power = power * part + np.float32(8.9893397e-3)
+    power = power * part + np.float32(5.5826318e-2)
+    power = power * part + np.float32(2.4015361e-1)
+    power = power * part + np.float32(6.9315308e-1)
+    power = power * part + np.float32(9.9999994e-1)
+    return power * _float_of_bits(types.uint32(types.int32(whole) + types.int32(127)) << types.uint32(23))
+
+
+@njit(forceinline=True)
+def float_argument(bits):
+    """A float32 that came as `bits_of`."""
+    return _float_of_bits(types.uint32(bits))
+
+
+@njit(forceinline=True)
+def bfloat16_array(address, shape):
+    """What lies at an address, as bits."""
+    return carray(_pointer_to_uint16(address), shape)
+
+
+@njit(forceinline=True)
+def int32_array(address, shape):
+    """What lies at an address."""
+    return carray(_pointer_to_int32(address), shape)
+
+
+@intrinsic(prefer_literal=True)
+def stack_floats(context, size):
+    """So many float32, a constant number, that lie nowhere else: the compiler may keep them in registers."""
+
+    def generate(context, builder, signature, args):
+        with builder.goto_entry_block():
+            floats = builder.alloca(ir.ArrayType(ir.FloatType(), size.literal_value))
+            floats.align = _LINE_BYTES
+        return builder.bitcast(floats, ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(size), generate
+
+
+@intrinsic
+def _prefetch_line(context, address):
+    def generate(context, builder, signature, args):
+        pointer = _INT8.as_pointer()
+        kinds = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kinds)
+        # To read, into the second-level cache, data.
+        builder.call(prefetch, [builder.inttoptr(args[0], pointer), *map(_INT32, (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(forceinline=True)
+def prefetch(address, num_bytes):
+    """Has memory that will be read soon brought nearer, while we go on."""
+    for offset in range(0, num_bytes, _LINE_BYTES):
+        _prefetch_line(address + offset)

@@ -1,0 +1,61 @@
+"""Runs compiled kernels on torch's own OpenMP threads.
+
+A pool of our own would have its threads spin, waiting, on the cores on which torch's compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from numba import cfunc, config, types
+
+from parleyd.cpu_kernels.numbers import FAST
+
+# Known to the linker as soon as `_openmp` has run.
+thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
+num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+class Kernel:
+    """A function of one array of int64 that each thread calls, to do its share: sizes, and addresses of tensors."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        """Compiles it, or finds it compiled in the cache. Raises OSError where torch brings no OpenMP of GNU's."""
+        self._parallel = _openmp().GOMP_parallel
+        compile_ = cfunc("void(CPointer(int64))", cache=bool(config.CACHE_DIR), fastmath=FAST, error_model="numpy")
+        self._compiled = compile_(function)
+
+    def __call__(self, max_threads: int, *arguments: int) -> None:
+        """Returns when all threads have. `max_threads`: there is nothing to do for more."""
+        array = (ctypes.c_int64 * len(arguments))(*arguments)
+        self._parallel(self._compiled.address, array, min(torch.get_num_threads(), max_threads), 0)
+
+
+def bits_of(value: float) -> int:
+    """A float32 as an argument of a kernel: see `float_argument`."""
+    return int(np.float32(value).view(np.uint32))
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps what is compiled from now on, for later processes."""
+    config.CACHE_DIR = str(folder)
+
+
+@cache
+def _openmp() -> ctypes.CDLL:
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    if not found:
+        raise OSError("torch brings no libgomp")
+    openmp = ctypes.CDLL(str(found[0]))
+    openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    openmp.GOMP_parallel.restype = None
+    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        address = ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value
+        llvm.add_symbol(name, address)
+    return openmp

@@ -1,0 +1,62 @@
+"""Attention of decoding sequences, compiled: against the gathered one in float32, and what it reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from parleyd.cpu_kernels.decode import paged_decode
+
+BLOCK_SIZE, NUM_BLOCKS = 32, 40
+LENGTHS = (1, 31, 32, 33, 64, 300)
+
+
+def make_cache(num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values; the block table of sequences of LENGTHS, in no order and padded with 0; the lengths."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, NUM_BLOCKS, num_kv_heads, BLOCK_SIZE, head_dim).bfloat16()
+    free = torch.randperm(NUM_BLOCKS).tolist()
+    table = torch.zeros(len(LENGTHS), 10, dtype=torch.int32)
+    for row, length in enumerate(LENGTHS):
+        for index in range(-(-length // BLOCK_SIZE)):
+            table[row, index] = free.pop()
+    return keys, values, table, torch.tensor(LENGTHS, dtype=torch.int32)
+
+
+def attended(query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, length: int, scale: float) -> Tensor:
+    """What one row, `[heads, head_dim]`, attends to, by the definition."""
+    key, value = (of[blocks.long()].transpose(0, 1).flatten(1, 2)[:, :length].float() for of in (keys, values))
+    grouped = query.float().view(len(key), -1, query.shape[-1])
+    return ((grouped @ key.mT * scale).softmax(-1) @ value).view(query.shape)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(3, 3, 64), (1, 7, 128), (4, 1, 16)])
+def test_each_row_attends_to_its_own_tokens(num_kv_heads: int, group: int, head_dim: int) -> None:
+    keys, values, table, lengths = make_cache(num_kv_heads, head_dim)
+    num_heads = num_kv_heads * group
+    # As it comes from the fused layer: queries beside keys and values of the same row.
+    query = torch.randn(len(LENGTHS), num_heads + 2 * num_kv_heads, head_dim).bfloat16()[:, :num_heads]
+    result = paged_decode(query, keys, values, table, lengths, head_dim**-0.5)
+    for row, length in enumerate(LENGTHS):
+        expected = attended(query[row], keys, values, table[row], length, head_dim**-0.5)
+        torch.testing.assert_close(result[row].float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_a_row_has_the_same_bits_alone_and_among_neighbours() -> None:
+    keys, values, table, lengths = make_cache(3, 64)
+    query = torch.randn(len(LENGTHS), 9, 64).bfloat16()
+    together = paged_decode(query, keys, values, table, lengths, 0.125)
+    for row in range(len(LENGTHS)):
+        one = slice(row, row + 1)
+        alone = paged_decode(query[one], keys, values, table[one], lengths[one], 0.125)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_scores_far_apart_are_no_trouble() -> None:
+    keys, values, table, lengths = make_cache(3, 64)
+    query = 100 * torch.randn(len(LENGTHS), 9, 64).bfloat16()
+    result = paged_decode(query, keys, values, table, lengths, 1.0)
+    for row, length in enumerate(LENGTHS):
+        expected = attended(query[row], keys, values, table[row], length, 1.0)
+        torch.testing.assert_close(result[row].float(), expected, rtol=0.01, atol=0.01)

@@ -1,0 +1,63 @@
+"""What the layers do between their products, compiled: against torch's own operators on the same numbers in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from parleyd.cpu_kernels import layers
+from parleyd.engine.layer_ops import TORCH_OPS
+
+# Rounding to bfloat16 once.
+ROUNDING = 2.0**-8
+ROWS = (1, 5, 64)
+
+
+def assert_rounds_to(actual: Tensor, exact: Tensor) -> None:
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), exact, rtol=ROUNDING, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_a_norm_of_a_sum(num_rows: int) -> None:
+    x, delta, weight = torch.randn(num_rows, 576), torch.randn(num_rows, 576), torch.rand(576).bfloat16()
+    summed = x.bfloat16()
+    result = layers.add_and_normalise(summed, delta.bfloat16(), weight, 1e-5)
+    assert torch.equal(summed, x.bfloat16() + delta.bfloat16())
+    assert_rounds_to(result, TORCH_OPS.add_and_normalise(summed.float(), None, weight.float(), 1e-5))
+
+
+def test_a_norm_alone_leaves_its_input_as_it_is() -> None:
+    x, weight = torch.randn(3, 40).bfloat16(), torch.rand(40).bfloat16()
+    before = x.clone()
+    assert_rounds_to(
+        layers.add_and_normalise(x, None, weight, 1e-5),
+        TORCH_OPS.add_and_normalise(before.float(), None, weight.float(), 1e-5),
+    )
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_a_gate(num_rows: int) -> None:
+    gate_up = (10 * torch.randn(num_rows, 2 * 1536)).bfloat16()
+    gate_up[0, :4] = torch.tensor([-300.0, 300.0, 0.0, -88.5])
+    assert_rounds_to(layers.gate(gate_up), TORCH_OPS.gate(gate_up.float()))
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_a_rotation_in_place_of_some_heads(num_rows: int, head_dim: int) -> None:
+    qkv = torch.randn(num_rows, 15, head_dim).bfloat16()
+    cos, sin = torch.randn(2, num_rows, 1, head_dim).bfloat16()
+    before = qkv.float()
+    result = layers.rotate(qkv[:, :12], cos, sin)
+    assert result.data_ptr() == qkv.data_ptr()
+    exact = TORCH_OPS.rotate(before[:, :12], cos.float(), sin.float())
+    torch.testing.assert_close(result.float(), exact, rtol=ROUNDING, atol=1e-4)
+    assert torch.equal(qkv[:, 12:].float(), before[:, 12:])

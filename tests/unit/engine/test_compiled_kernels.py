@@ -1,0 +1,43 @@
+"""The compiled kernels in their place: when an engine takes them, that they are kept, and that it answers with them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parleyd.cpu_kernels.decode import paged_decode
+from parleyd.engine.compiled_kernels import compiled_kernels
+from parleyd.engine.kernels import AttentionShape, choose_kernels
+from parleyd.engine.paged_attention import NO_KERNELS
+
+
+def shape(**values: Any) -> AttentionShape:
+    return AttentionShape(
+        **{"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "dtype": torch.bfloat16,
+           "device": torch.device("cpu"), "max_context_tokens": 500, **values}
+    )  # fmt: skip
+
+
+def test_a_compiled_kernel_that_passes_its_trial_is_chosen_unless_another_is_asked_for() -> None:
+    assert choose_kernels("auto", shape(), paged_decode)[0].decode is paged_decode
+    assert choose_kernels("gather", shape(), paged_decode)[0] == NO_KERNELS
+
+
+def test_one_that_attends_to_something_else_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(query: torch.Tensor, *_: Any) -> torch.Tensor:
+        return query + 1
+
+    assert choose_kernels("auto", shape(), wrong)[0] == NO_KERNELS
+    assert "no compiled kernel for decoding" in caplog.text
+
+
+def test_without_numba_there_are_none_and_the_log_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert compiled_kernels(tmp_path) is None
+    assert "no compiled kernels" in caplog.text and "numba" in caplog.text
