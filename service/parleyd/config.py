@@ -166,6 +166,9 @@ class SecuritySettings:
     )
     jwt_issuer: str | None = _option(None, "The issuer that tokens must name.", metavar="ISSUER")
     jwt_audience: str | None = _option(None, "The audience that tokens must name.", metavar="AUDIENCE")
+    client_rules: str | None = _option(
+        None, "TOML file with rules for clients that a certificate, a token or their address names.", metavar="FILE"
+    )
     max_open_calls: int | None = _option(
         None, "Most calls that one client may have open. Default: no limit but the server's.", minimum=1
     )
@@ -174,7 +177,7 @@ class SecuritySettings:
     )
     allow_priorities: bool = _option(
         False,
-        "Let every client set a priority. Without credentials asked for, all may; with them, API keys that say so.",
+        "Let every client set a priority. Without credentials asked for, all may; with them, those whose rules say so.",
     )
     reflection: bool | None = _option(
         None, "Describe the service to those who ask. Default: only where no credentials are asked for."

@@ -15,21 +15,18 @@ import msgspec
 
 from parleyd.errors import StartupError
 from parleyd.security.caller import Caller, Rules, identity
+from parleyd.security.rules import RuleFields
 from parleyd.security.watched import read_file
 
 _PREFIX = "parley_"  # so that scanners find keys that were published by mistake
 _FLAG = "--api-keys"
 
 
-class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Entry(RuleFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One `[[key]]` of the file."""
 
     name: str
     sha256: str
-    rpcs: list[str] | None = None
-    priorities: bool = False
-    max_open_calls: int | None = None
-    requests_per_minute: int | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,7 +41,7 @@ class ApiKeys:
 
     @classmethod
     def read(cls, path: str, rpcs: Collection[str], defaults: Rules) -> ApiKeys:
-        """`rpcs` are the names an entry may allow; `defaults` has the limits of entries that set none.
+        """`rpcs` are the names an entry may allow; `defaults` are for what an entry leaves out.
 
         Raises StartupError that names the file and what is wrong with it, never its content.
         """
@@ -85,21 +82,7 @@ def _caller(path: str, entry: _Entry, rpcs: Collection[str], defaults: Rules) ->
     who = identity("key", entry.name)
     if who is None:
         raise StartupError(f"{_FLAG} {path}: a name must be 1 to 256 printable characters")
-    if unknown := sorted(set(entry.rpcs or ()) - set(rpcs)):
-        raise StartupError(f"{_FLAG} {path}: key {entry.name!r}: rpcs: no {unknown[0]!r}, only {', '.join(rpcs)}")
-    limits = {"max_open_calls": entry.max_open_calls, "requests_per_minute": entry.requests_per_minute}
-    for field, value in limits.items():
-        if value is not None and value < 1:
-            raise StartupError(f"{_FLAG} {path}: key {entry.name!r}: {field} must be 1 or more")
-    return Caller(
-        who,
-        Rules(
-            rpcs=None if entry.rpcs is None else frozenset(entry.rpcs),
-            priorities=entry.priorities,
-            max_open_calls=entry.max_open_calls or defaults.max_open_calls,
-            requests_per_minute=entry.requests_per_minute or defaults.requests_per_minute,
-        ),
-    )
+    return Caller(who, entry.rules(f"{_FLAG} {path}: key {entry.name!r}", rpcs, defaults))
 
 
 def _digest(path: str, entry: _Entry) -> bytes:

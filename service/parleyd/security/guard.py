@@ -18,6 +18,7 @@ from parleyd.security.watched import Watched
 
 if TYPE_CHECKING:  # they cost time to import, and only some services use them
     from parleyd.security.api_keys import ApiKeys
+    from parleyd.security.client_rules import ClientRules
     from parleyd.security.tls import Certificates
     from parleyd.security.tokens import Tokens
 
@@ -28,7 +29,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Guard:
-    """One service's security. `rpcs` are the names of its methods, which keys may be confined to.
+    """One service's security. `rpcs` are the names of its methods, which clients may be confined to.
 
     Raises StartupError where the settings contradict each other or a file is broken.
     """
@@ -37,15 +38,16 @@ class Guard:
         _check(settings)
         self._demands_certificates = settings.tls_client_ca is not None
         self._demands_bearer = settings.api_keys is not None or settings.jwks is not None
-        self._rules = Rules(
+        self._defaults = Rules(
             priorities=settings.allow_priorities or not self.is_on,
             max_open_calls=settings.max_open_calls,
             requests_per_minute=settings.requests_per_minute,
         )
         self._limits = Limits()
         self._certificates = _certificates(settings)
-        self._keys = _keys(settings, rpcs, self._rules)
-        self._tokens = _tokens(settings, self._rules)
+        self._keys = _keys(settings, rpcs, self._defaults)
+        self._tokens = _tokens(settings)
+        self._rules = _client_rules(settings, rpcs, self._defaults)
 
     @property
     def is_on(self) -> bool:
@@ -58,7 +60,8 @@ class Guard:
 
     async def keep_fresh(self) -> None:
         """Reads files again when they change, for ever."""
-        watched = [each for each in (self._certificates, self._keys, self._tokens) if each is not None]
+        files = (self._certificates, self._keys, self._tokens, self._rules)
+        watched = [each for each in files if each is not None]
         while watched:
             await asyncio.sleep(_REFRESH_S)
             await asyncio.to_thread(lambda: [each.refresh() for each in watched])
@@ -69,7 +72,7 @@ class Guard:
             return None
         credential = _bearer(metadata or ())
         if self._tokens is not None and (credential.count(".") == 2 or self._keys is None):
-            return self._tokens.value.verify(credential)
+            return self._with_rules(self._tokens.value.verify(credential))
         caller = self._keys.value.find(credential) if self._keys is not None else None
         if caller is None:
             raise Unauthenticated("unknown key")
@@ -78,7 +81,10 @@ class Guard:
     def identify(self, context: Context) -> Caller:
         """The caller of a call that carries no credential: by its certificate, else by its address."""
         found = certificate_identity(context.auth_context()) if self._demands_certificates else None
-        return Caller(found or address_identity(context), self._rules)
+        return self._with_rules(found or address_identity(context))
+
+    def _with_rules(self, identity: str) -> Caller:
+        return Caller(identity, self._defaults if self._rules is None else self._rules.value.find(identity))
 
     def enter(self, caller: Caller, rpc: str, num_requests: int) -> None:
         """A call begins; `leave` must follow. Raises PermissionDenied or ClientLimit."""
@@ -135,13 +141,21 @@ def _keys(settings: SecuritySettings, rpcs: Sequence[str], defaults: Rules) -> W
     return Watched([path], lambda: ApiKeys.read(path, rpcs, defaults))
 
 
-def _tokens(settings: SecuritySettings, rules: Rules) -> Watched[Tokens] | None:
+def _tokens(settings: SecuritySettings) -> Watched[Tokens] | None:
     path, issuer, audience = settings.jwks, settings.jwt_issuer, settings.jwt_audience
     if not (path and issuer and audience):
         return None
     from parleyd.security.tokens import Tokens
 
-    return Watched([path], lambda: Tokens.read(path, issuer, audience, rules))
+    return Watched([path], lambda: Tokens.read(path, issuer, audience))
+
+
+def _client_rules(settings: SecuritySettings, rpcs: Sequence[str], defaults: Rules) -> Watched[ClientRules] | None:
+    if not (path := settings.client_rules):
+        return None
+    from parleyd.security.client_rules import ClientRules
+
+    return Watched([path], lambda: ClientRules.read(path, rpcs, defaults))
 
 
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:

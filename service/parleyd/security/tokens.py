@@ -11,7 +11,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from parleyd.errors import StartupError, Unauthenticated
-from parleyd.security.caller import Caller, Rules, identity
+from parleyd.security.caller import identity
 from parleyd.security.watched import read_file
 
 _logger = logging.getLogger("parleyd.security")
@@ -28,14 +28,13 @@ _FLAG = "--jwks"
 class Tokens:
     """The keys of one reading of the file, by key id."""
 
-    def __init__(self, keys: dict[str | None, jwt.PyJWK], issuer: str, audience: str, rules: Rules) -> None:
+    def __init__(self, keys: dict[str | None, jwt.PyJWK], issuer: str, audience: str) -> None:
         self._keys = keys
         self._issuer = issuer
         self._audience = audience
-        self._rules = rules
 
     @classmethod
-    def read(cls, path: str, issuer: str, audience: str, rules: Rules) -> Tokens:
+    def read(cls, path: str, issuer: str, audience: str) -> Tokens:
         """Raises StartupError that names the file. Keys of other kinds are left out, and the log tells."""
         try:
             entries = json.loads(read_file(_FLAG, path))["keys"]
@@ -51,10 +50,10 @@ class Tokens:
             keys[None] = usable[0]  # tokens need not name the only key
         elif None in keys:
             raise StartupError(f"{_FLAG} {path}: of several keys, each needs a key id")
-        return cls(keys, issuer, audience, rules)
+        return cls(keys, issuer, audience)
 
-    def verify(self, token: str) -> Caller:
-        """Who the token speaks for. Raises Unauthenticated."""
+    def verify(self, token: str) -> str:
+        """The identity that the token speaks for. Raises Unauthenticated."""
         try:
             key = self._keys[jwt.get_unverified_header(token).get("kid")]
             claims = jwt.decode(
@@ -71,7 +70,7 @@ class Tokens:
         who = identity("jwt", claims["sub"])
         if who is None:
             raise Unauthenticated("token: its subject is not 1 to 256 printable characters")
-        return Caller(who, self._rules)
+        return who
 
 
 def _usable(path: str, entry: dict[str, Any]) -> jwt.PyJWK | None:
