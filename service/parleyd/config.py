@@ -111,7 +111,7 @@ class ServerSettings:
         "auto",
         "How the model writes tool calls. auto: as its chat template does; none: no tools. hermes also serves models "
         "whose template knows no tools, by describing them in the system message.",
-        choices=("auto", "hermes", "llama3", "mistral", "none"),
+        choices=("auto", "hermes", "llama3", "mistral", "mistral11", "none"),
     )
     reasoning_format: str = _option(
         "auto",

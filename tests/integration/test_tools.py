@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen": {"template": tool_templates.QWEN},
     "llama": {"template": tool_templates.LLAMA},
     "mistral": {"template": tool_templates.MISTRAL, "specials": ["[TOOL_CALLS]"]},
+    "mistral11": {"template": tool_templates.MISTRAL11, "specials": ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"]},
     "chatml": {"template": CHATML_TEMPLATE, "settings": {"tool_format": "hermes"}},
     "thinking": {"template": tool_templates.QWEN_REASONING},
     "opened": {"template": tool_templates.OPENED_REASONING},
@@ -35,7 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "template": tool_templates.QWEN.removesuffix("{%- endif %}\n") + "{{- '<think>\n' }}{%- endif %}"
     },
 }
-TOOL_CALLS_ID = tiny_tokenizer.VOCAB_SIZE  # Mistral's opening is a token of its own, and special
+# Mistral's markers are tokens of their own, and special.
+SPECIAL_IDS = {b"[TOOL_CALLS]": tiny_tokenizer.VOCAB_SIZE, b"[ARGS]": tiny_tokenizer.VOCAB_SIZE + 1}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,8 @@ def spell(family: str, name: str, arguments: str) -> str:
     """A call as a model of the family writes it."""
     if family == "llama":
         return f'{{"name": "{name}", "parameters": {arguments}}}'
+    if family == "mistral11":
+        return f"[TOOL_CALLS]{name}[ARGS]{arguments}"
     if family == "mistral":
         return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {arguments}}}]'
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
@@ -72,10 +76,12 @@ def spell(family: str, name: str, arguments: str) -> str:
 
 def saying(family: str, text: str) -> str:
     """A message to which the model answers with this text."""
-    if family != "mistral":
+    if not family.startswith("mistral"):
         return f"«{text}»"
     ids = b" ".join(b"%d" % byte for byte in text.encode()).decode()
-    return f"«!ids {ids}»".replace(" ".join(map(str, b"[TOOL_CALLS]")), str(TOOL_CALLS_ID))
+    for marker, token_id in SPECIAL_IDS.items():
+        ids = ids.replace(" ".join(map(str, marker)), str(token_id))
+    return f"«!ids {ids}»"
 
 
 def whole(responses: list[chat_pb2.GenerateStreamResponse]) -> message_pb2.Message:
@@ -94,7 +100,7 @@ def whole(responses: list[chat_pb2.GenerateStreamResponse]) -> message_pb2.Messa
     return message
 
 
-@pytest.mark.parametrize("family", ["qwen", "llama", "mistral", "chatml"])
+@pytest.mark.parametrize("family", ["qwen", "llama", "mistral", "mistral11", "chatml"])
 def test_a_call_arrives_as_one_whole_or_streamed(families: dict[str, GatewayThread], family: str) -> None:
     stub = families[family].stub
     request = ask(saying(family, spell(family, "get_weather", BERN)), tools=TOOLS, seed=7)
@@ -119,7 +125,7 @@ def test_several_calls_and_text_before_them(families: dict[str, GatewayThread]) 
     assert len({call.id for call in message.tool_calls}) == 2
 
 
-@pytest.mark.parametrize("family", ["qwen", "mistral"])
+@pytest.mark.parametrize("family", ["qwen", "mistral", "mistral11"])
 def test_text_without_calls_is_content(families: dict[str, GatewayThread], family: str) -> None:
     text = "Plain <tool_ text [TOOL and more. \n"
     choice = families[family].stub.Generate(ask(saying(family, text), tools=TOOLS), timeout=20).choices[0]
@@ -173,7 +179,7 @@ def conversation(call_id: str) -> list[message_pb2.Message]:
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["qwen", "llama", "mistral", "mistral11"])
 def test_the_next_turn_is_what_transformers_makes_of_it(
     families: dict[str, GatewayThread], tmp_path_factory: pytest.TempPathFactory, family: str
 ) -> None:
@@ -226,7 +232,7 @@ def test_a_template_may_refuse_what_it_cannot_write(families: dict[str, GatewayT
     assert "length 9" in raised.value.details()
 
 
-@pytest.mark.parametrize("family", ["qwen", "mistral"])
+@pytest.mark.parametrize("family", ["qwen", "mistral", "mistral11"])
 def test_a_call_may_be_resumed_anywhere(families: dict[str, GatewayThread], family: str) -> None:
     stub = families[family].stub
     request = ask(saying(family, "So: " + spell(family, "get_time", '{"zone": "C"}')), tools=TOOLS, seed=5)
@@ -319,7 +325,7 @@ def test_calls_can_only_be_demanded_where_they_can_be_made(
 
 
 @pytest.mark.parametrize("choice", [REQUIRED, message_pb2.ToolChoice(name="get_weather")])
-@pytest.mark.parametrize("family", ["qwen", "mistral", "llama"])
+@pytest.mark.parametrize("family", ["qwen", "mistral", "mistral11", "llama"])
 def test_a_call_that_must_be_made_is_read_as_any_other(
     families: dict[str, GatewayThread], family: str, choice: message_pb2.ToolChoice
 ) -> None:

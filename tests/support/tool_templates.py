@@ -141,6 +141,31 @@ MISTRAL = """{%- if messages[0].role == 'system' %}
 {%- endfor %}
 """
 
+MISTRAL11 = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- if tools is not none and tools is defined and loop.first %}
+            {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {{- '[INST]' + message.content + '[/INST]' }}
+    {%- elif message.role == 'assistant' %}
+        {{- message.content }}
+        {%- for tool_call in message.tool_calls %}
+            {%- set arguments = tool_call.function.arguments %}
+            {%- if arguments is not string %}
+                {%- set arguments = arguments | tojson | safe %}
+            {%- endif %}
+            {{- '[TOOL_CALLS]' + tool_call.function.name + '[ARGS]' + arguments }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message.role == 'tool' %}
+        {{- '[TOOL_RESULTS]' + message.content + '[/TOOL_RESULTS]' }}
+    {%- else %}
+        {{- raise_exception('Only user, assistant and tool roles are supported!') }}
+    {%- endif %}
+{%- endfor %}
+"""
+
 # In the manner of Qwen 3: reasoning of the last turn is told, and an empty one turns it off.
 QWEN_REASONING = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}

@@ -106,11 +106,13 @@ class ServedModel:
     def _required_calls(self, request: chat_pb2.GenerateRequest) -> str:
         tool_format = self.answer_format.tool_format
         assert tool_format is not None
-        opening_ids = self.tokenizer.special_ids_of([tool_format.opening])
+        special_ids = {
+            marker: token_id for marker in tool_format.markers for token_id in self.tokenizer.special_ids_of([marker])
+        }
         reasoning = self.answer_format.reasoning_before(
             self.template, convert.to_template_kwargs(request), convert.continued(request)
         )
-        return tools.required_calls(request, tool_format, next(iter(opening_ids), None), reasoning)
+        return tools.required_calls(request, tool_format, special_ids, reasoning)
 
     def _refuse_unsupported(self, request: tools.AnyRequest, further: Iterable[Unsupported] = ()) -> None:
         in_conversation = validation.unsupported_in_conversation(request, reads_names=self.template.reads_names)

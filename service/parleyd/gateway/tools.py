@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from parley.v1 import chat_pb2, message_pb2
@@ -120,19 +120,23 @@ def to_calls(pieces: Sequence[ToolCallPiece]) -> list[message_pb2.ToolCall]:
 
 
 def required_calls(
-    request: chat_pb2.GenerateRequest, tool_format: ToolFormat, opening_id: int | None, reasoning: str | None
+    request: chat_pb2.GenerateRequest, tool_format: ToolFormat, special_ids: Mapping[str, int], reasoning: str | None
 ) -> str:
     """What a request's answer must hold, as `grammar.formats` takes it: one call of the tool that is named, or at least
-    one of any. `opening_id` and `reasoning` as there."""
+    one of any. `special_ids` and `reasoning` as there."""
     name = request.tool_choice.name
+    before, between, after = tool_format.spelling
     return json.dumps(
         {
-            **tool_format.spelling._asdict(),
-            **({"between": None} if name else {}),
-            "opening": "" if tool_format.is_bare else tool_format.opening,
-            "opening_id": None if tool_format.is_bare else opening_id,
-            "arguments_key": tool_format.arguments_key,
-            "tools": {tool.name: _arguments_schema(tool) for tool in request.tools if name in ("", tool.name)},
+            "before": before if tool_format.is_bare else tool_format.opening + before,
+            "between": None if name else between,
+            "after": after,
+            "tools": {
+                tool.name: (*tool_format.spell_call(tool.name), _arguments_schema(tool))
+                for tool in request.tools
+                if name in ("", tool.name)
+            },
+            "special_ids": dict(special_ids),
             "reasoning": reasoning,
         }
     )

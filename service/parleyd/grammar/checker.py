@@ -68,8 +68,8 @@ def check(message: CheckGrammar) -> GrammarChecked:
 
 def _errors_of_tools(tokenizer: Any, message: CheckGrammar) -> dict[str, str]:
     errors = {}
-    schemas = json.loads(message.source)["tools"] if message.paths else {}
-    for name, schema in schemas.items():
+    tools = json.loads(message.source)["tools"] if message.paths else {}
+    for name, (_, _, schema) in tools.items():
         try:
             compile_grammar(tokenizer, to_grammar("json_schema", json.dumps(schema)))
         except GrammarError as error:

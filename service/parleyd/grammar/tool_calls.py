@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 _THOUGHT = r"""
@@ -13,40 +15,35 @@ gap: /\n{0,2}/"""
 
 def to_lark(
     *,
-    opening: str,
-    opening_id: int | None,
     before: str,
     between: str | None,
     after: str,
-    arguments_key: str,
-    tools: Mapping[str, Any],
+    tools: Mapping[str, tuple[str, str, Any]],
+    special_ids: Mapping[str, int],
     reasoning: str | None,
     json_options: Mapping[str, Any],
 ) -> str:
-    """`tools` maps the names of tools that may be called to the schemas of their arguments. `opening_id`: its id, where
-    that is a special token; `before`, `between` and `after` is what models write around the objects of calls, `between`
-    None where there is one only. `reasoning`: "open" where the prompt opens it, "may" where the model may; else None.
+    """`tools`: of each that may be called, what is written before its arguments and after them, and their schema.
+    `before`, `between` and `after`: what is written around calls, `between` None where there is one only. In all these
+    texts `special_ids` stand for special tokens. `reasoning`: "open" where the prompt opens it, "may" where the model
+    may; else None.
     """
+
+    terms = partial(_terms, special_ids)
     start = {None: "calls", "open": "thought gap calls", "may": '("<think>" thought gap)? calls'}[reasoning]
-    more = "" if between is None else f" ({_quoted(between)} call)*"
-    opening_terms = [f"<[{opening_id}]>"] if opening_id is not None else [_quoted(opening)] if opening else []
-    terms = [
-        *opening_terms,
-        *map(_quoted, filter(None, (before,))),
-        f"call{more}",
-        *map(_quoted, filter(None, (after,))),
+    more = [] if between is None else ["(", *terms(between), "call )*"]
+    rules = [
+        f"start: {start}",
+        f"calls: {' '.join([*terms(before), 'call', *more, *terms(after)])}",
+        f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}",
     ]
-    rules = [f"start: {start}", f"calls: {' '.join(terms)}", f"call: {_alternatives(len(tools))}"]
-    for i, (name, schema) in enumerate(tools.items()):
-        head = f'{{"name": {json.dumps(name)}, "{arguments_key}": '
-        rules.append(f'call_{i}: {_quoted(head)} arguments_{i} "}}"')
+    for i, (head, tail, schema) in enumerate(tools.values()):
+        rules.append(f"call_{i}: {' '.join([*terms(head), f'arguments_{i}', *terms(tail)])}")
         rules.append(f"arguments_{i}: %json {json.dumps({**schema, 'x-guidance': json_options})}")
     return "\n".join(rules) + (_THOUGHT if reasoning else "")
 
 
-def _alternatives(number: int) -> str:
-    return " | ".join(f"call_{i}" for i in range(number))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+def _terms(special_ids: Mapping[str, int], text: str) -> Iterator[str]:
+    for part in re.split(f"({'|'.join(map(re.escape, special_ids))})", text) if special_ids else [text]:
+        if part:
+            yield f"<[{special_ids[part]}]>" if part in special_ids else json.dumps(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from parleyd.text.tool_format.detection import FORMATS
 from parleyd.text.tool_format.hermes import HERMES
 from parleyd.text.tool_format.llama3 import LLAMA3
 from parleyd.text.tool_format.mistral import MISTRAL
+from parleyd.text.tool_format.mistral11 import MISTRAL11
 from parleyd.text.tool_format.parser import ToolCallParser
 from parleyd.text.tool_format.tool_format import ToolFormat
 from tests.support.tiny_tokenizer import IM_END_ID, VOCAB_SIZE, write_tiny_tokenizer
@@ -30,24 +32,25 @@ SCHEMA = {
 }
 WEATHER = message_pb2.Tool(name="get_weather", parameters=json.dumps(SCHEMA))
 CLOCK = message_pb2.Tool(name="get_time")
-OPENING_ID = VOCAB_SIZE
+SPECIAL_IDS = {"[TOOL_CALLS]": VOCAB_SIZE, "[ARGS]": VOCAB_SIZE + 1}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = write_tiny_tokenizer(tmp_path_factory.mktemp("tiny"), further_specials=["[TOOL_CALLS]"])
-    return load_tokenizer(str(folder), VOCAB_SIZE + 1, [IM_END_ID])
+    folder: Path = write_tiny_tokenizer(tmp_path_factory.mktemp("tiny"), further_specials=list(SPECIAL_IDS))
+    return load_tokenizer(str(folder), VOCAB_SIZE + len(SPECIAL_IDS), [IM_END_ID])
 
 
 def matcher_of(tokenizer: Any, tool_format: ToolFormat, reasoning: str | None = None, name: str = "") -> LLMatcher:
     request = chat_pb2.GenerateRequest(tools=[WEATHER, CLOCK], tool_choice=message_pb2.ToolChoice(name=name))
-    opening_id = OPENING_ID if tool_format is MISTRAL else None
-    source = tools.required_calls(request, tool_format, opening_id, reasoning)
+    special_ids = {marker: SPECIAL_IDS[marker] for marker in tool_format.markers if marker in SPECIAL_IDS}
+    source = tools.required_calls(request, tool_format, special_ids, reasoning)
     return compile_grammar(tokenizer, to_grammar("tool_calls", source))
 
 
 def accepts(matcher: LLMatcher, text: str) -> bool:
-    ids = [i for part in text.split("[TOOL_CALLS]") for i in (OPENING_ID, *part.encode())][1:]
+    parts = re.split(r"(\[TOOL_CALLS\]|\[ARGS\])", text)
+    ids = [i for part in parts for i in ([SPECIAL_IDS[part]] if part in SPECIAL_IDS else part.encode())]
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
@@ -71,6 +74,7 @@ BERN, NOW = ("get_weather", '{"city": "Bern"}'), ("get_time", "{}")
             '{"name": "get_weather", "arguments": {"city": "Bern"}}]',
             [NOW, BERN],
         ),
+        (MISTRAL11, '[TOOL_CALLS]get_time[ARGS]{}[TOOL_CALLS]get_weather[ARGS]{"city": "Bern"}', [NOW, BERN]),
     ],
 )
 def test_what_the_grammar_demands_the_parser_reads(
@@ -107,9 +111,10 @@ def test_a_named_tool_is_called_once(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("tool_format", FORMATS.values(), ids=FORMATS.keys())
 def test_a_model_may_think_first(tokenizer: Any, tool_format: ToolFormat) -> None:
-    between = tool_format.spelling
+    before, _, after = tool_format.spelling
     opening = "" if tool_format.is_bare else tool_format.opening
-    call = f'{opening}{between.before}{{"name": "get_time", "{tool_format.arguments_key}": {{}}}}{between.after}'
+    call = "{}".join(tool_format.spell_call("get_time"))
+    call = f"{opening}{before}{call}{after}"
     thought = "Hm, <b>\n</thi… it is late.\n</think>\n\n"
     assert accepts(matcher_of(tokenizer, tool_format, "open"), thought + call)
     assert not accepts(matcher_of(tokenizer, tool_format, "open"), call)

@@ -37,6 +37,8 @@ def find(
         (tool_templates.QWEN, "hermes"),
         (tool_templates.LLAMA, "llama3"),
         (tool_templates.MISTRAL, "mistral"),
+        (tool_templates.MISTRAL11, "mistral11"),
+        (tool_templates.MISTRAL11.replace("'[ARGS]'", "'[CALL_ID]' + tool_call.id + '[ARGS]'"), "mistral11"),
     ],
 )
 def test_the_tool_format_is_the_one_the_template_writes(tmp_path: Path, template: str, name: str) -> None:

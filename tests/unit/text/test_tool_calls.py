@@ -13,6 +13,7 @@ from parleyd.text.tool_format.call_id import call_id
 from parleyd.text.tool_format.hermes import HERMES
 from parleyd.text.tool_format.llama3 import LLAMA3
 from parleyd.text.tool_format.mistral import MISTRAL
+from parleyd.text.tool_format.mistral11 import MISTRAL11
 from parleyd.text.tool_format.parser import ToolCallParser
 from parleyd.text.tool_format.tool_format import ToolFormat
 
@@ -76,6 +77,20 @@ WRITTEN = [
         "",
         [("get_weather", BERN), ("get_time", "{}")],
     ),
+    # Mistral Small 3.2, Devstral, Ministral 3
+    (MISTRAL11, f"[TOOL_CALLS]get_weather[ARGS]{PARIS}", "", [("get_weather", PARIS)]),
+    (
+        MISTRAL11,
+        f"I will look both up.[TOOL_CALLS]get_weather[ARGS]{BERN}[TOOL_CALLS]get_time[ARGS] {{}}",
+        "I will look both up.",
+        [("get_weather", BERN), ("get_time", "{}")],
+    ),
+    (
+        MISTRAL11,
+        f"[TOOL_CALLS]get_weather[CALL_ID]VvvODy9mT[ARGS]{BERN}\nDone.",
+        "Done.",
+        [("get_weather", BERN)],
+    ),
 ]
 
 PLAIN = [
@@ -92,6 +107,11 @@ PLAIN = [
     (MISTRAL, "[TOOL_CALLS] none"),
     (MISTRAL, '[1, 2] [TOOL_CALLS] [{"name": "launch", "arguments": {}}]'),
     (MISTRAL, " \n"),
+    (MISTRAL11, "[TOOL_CALLS]launch[ARGS]{}"),
+    (MISTRAL11, "[TOOL_CALLS]get_time {}"),
+    (MISTRAL11, '[TOOL_CALLS]get_time[ARGS]"now"'),
+    (MISTRAL11, '[TOOL_CALLS] [{"name": "get_time", "arguments": {}}]'),
+    (MISTRAL11, "[ARGS]{} get_time[ARGS]{}"),
 ]
 
 
@@ -130,6 +150,15 @@ def test_text_that_is_no_call_stays_as_it_is(tool_format: ToolFormat, text: str)
             1,
         ),
         (LLAMA3, '{"name": "run", "parameters": {}} That is it.', "That is it.", [("run", "{}")], 1),
+        (MISTRAL11, "[TOOL_CALLS]run[ARGS]{}}, ok", "}, ok", [("run", "{}")], 1),
+        (MISTRAL11, '[TOOL_CALLS]get_time[ARGS]{"zone": "C', "", [("get_time", '{"zone": "C')], 0),
+        (
+            MISTRAL11,
+            "[TOOL_CALLS]run[ARGS]{}[TOOL_CALLS]launch[ARGS]{}",
+            "[TOOL_CALLS]launch[ARGS]{}",
+            [("run", "{}")],
+            1,
+        ),
     ],
 )
 def test_of_a_broken_call_nothing_is_lost(
@@ -171,7 +200,7 @@ def test_plain_text_waits_for_nothing_but_possible_markers() -> None:
     ]
 
 
-@pytest.mark.parametrize("tool_format", [HERMES, LLAMA3, MISTRAL])
+@pytest.mark.parametrize("tool_format", [HERMES, LLAMA3, MISTRAL, MISTRAL11])
 @pytest.mark.parametrize("before", ["", "Hm.", "<tool_call>", '<tool_call>{"name": "run", "arguments": {}'])
 def test_white_space_without_end_is_not_held_back_without_end(tool_format: ToolFormat, before: str) -> None:
     parser = ToolCallParser(tool_format, NAMES, str)
@@ -185,12 +214,12 @@ def test_white_space_without_end_is_not_held_back_without_end(tool_format: ToolF
 PARTS = (
     "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "\n", " ", "[", "]", "}", ";", ", ", "{", "<tool",
     "text", '{"name": "get_time", "arguments": ', '{"name": "run", "parameters": ', '{"name": "x"', '{"a": [1, "}"]}',
-    "{}", "{]",
+    "{}", "{]", "run", "[ARGS]", "[CALL_ID]",
 )  # fmt: skip
 
 
 @given(
-    tool_format=st.sampled_from((HERMES, LLAMA3, MISTRAL)),
+    tool_format=st.sampled_from((HERMES, LLAMA3, MISTRAL, MISTRAL11)),
     parts=st.lists(st.sampled_from(PARTS), max_size=10),
     data=st.data(),
 )

@@ -11,10 +11,11 @@ from parleyd.text.parsed_text import ParsedText
 from parleyd.text.tool_format.hermes import HERMES
 from parleyd.text.tool_format.llama3 import LLAMA3
 from parleyd.text.tool_format.mistral import MISTRAL
+from parleyd.text.tool_format.mistral11 import MISTRAL11
 from parleyd.text.tool_format.parser import ToolCallParser
 from parleyd.text.tool_format.tool_format import ToolFormat
 
-FORMATS = {tool_format.name: tool_format for tool_format in (HERMES, LLAMA3, MISTRAL)}
+FORMATS = {tool_format.name: tool_format for tool_format in (HERMES, LLAMA3, MISTRAL, MISTRAL11)}
 
 _NAME, _CALL_ID, _ARGUMENTS = "parley_probe", "parley000", {"x": "y"}
 _TOOL: dict[str, Any] = {

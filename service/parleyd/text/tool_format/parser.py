@@ -130,7 +130,7 @@ class ToolCallParser:
         self._held = self._held[end:]
         if self._scanner.is_done:
             self.num_complete += 1
-            self._at = _At.OBJECT_END
+            self._at = _At.OBJECT_END if self._format.arguments_marker is None else _At.BETWEEN
         elif self._scanner.is_broken:
             self._follows_call, self._at = False, _At.TEXT
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ SPACE = r"\s{0,64}"
 
 
 class Spelling(NamedTuple):
-    """`before` the first object (the opening first, unless objects are bare), `between` two (None: there is one only),
+    """`before` the first call (the opening first, unless calls are bare), `between` two (None: there is one only),
     `after` the last."""
 
     before: str
@@ -28,6 +29,9 @@ class ToolFormat:
 
     `is_bare`: an answer may also begin with an object, without the opening. `spelling` is what models write around the
     objects, for answers that must hold calls.
+
+    With an `arguments_marker` calls are no objects, but a name, this marker and the arguments; `call_id_marker` and an
+    id may stand before it.
     """
 
     name: str
@@ -37,21 +41,33 @@ class ToolFormat:
     first: str = SPACE
     next: str | None = None
     is_bare: bool = False
+    arguments_marker: str | None = None
+    call_id_marker: str | None = None
     spelling: Spelling
 
     @property
     def markers(self) -> tuple[str, ...]:
         """Texts that may be single tokens."""
-        return (self.opening,) if self.closing is None else (self.opening, self.closing)
+        markers = (self.opening, self.closing, self.arguments_marker, self.call_id_marker)
+        return tuple(filter(None, markers))
 
     def head(self, names: Collection[str]) -> str:
-        """A regular expression for an object up to its arguments' brace; the group `name` is one of `names`."""
-        kind = rf'(?:"type"{SPACE}:{SPACE}"function"{SPACE},{SPACE})?'
+        """A regular expression for a call up to its arguments' brace; the group `name` is one of `names`."""
         name = "|".join(regex.escape(name) for name in names)
+        if self.arguments_marker is not None:
+            call_id = rf"(?:{regex.escape(self.call_id_marker)}[^\s\[]{{1,64}})?" if self.call_id_marker else ""
+            return rf"(?P<name>{name}){call_id}{regex.escape(self.arguments_marker)}{SPACE}(?=\{{)"
+        kind = rf'(?:"type"{SPACE}:{SPACE}"function"{SPACE},{SPACE})?'
         key = "|".join(dict.fromkeys((self.arguments_key, "arguments")))
         return (
             rf'\{{{SPACE}{kind}"name"{SPACE}:{SPACE}"(?P<name>{name})"{SPACE},{SPACE}"(?:{key})"{SPACE}:{SPACE}(?=\{{)'
         )
+
+    def spell_call(self, name: str) -> tuple[str, str]:
+        """What models write before and after a call's arguments."""
+        if self.arguments_marker is not None:
+            return name + self.arguments_marker, ""
+        return f'{{"name": {json.dumps(name)}, "{self.arguments_key}": ', "}"
 
 
 @dataclass(slots=True)
