@@ -36,6 +36,7 @@ from tests.support.gateway import GatewayThread
 from tests.support.requests import ask
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/parley.json"
+FOREVER = ask("!forever", max_new_tokens=4000)
 TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
 
 
@@ -88,6 +89,26 @@ def test_metrics_tell_what_was_served_and_refused(observed: GatewayThread) -> No
     assert seen["parley_serving", ()] == 1
 
 
+def test_each_item_of_a_batch_counts(observed: GatewayThread) -> None:
+    requests = [ask("a"), ask("b"), ask("c", temperature=99)]
+    list(observed.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=requests), timeout=10))
+    held = observed.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=[ask("d"), FOREVER]), timeout=10)
+    next(held)
+    held.cancel()
+    observed.wait_idle()
+    with pytest.raises(grpc.RpcError):
+        list(observed.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=[FOREVER]), timeout=0.3))
+    observed.wait_idle()
+    seen = samples(observed)
+    assert seen["parley_batch_items_total", ("OK",)] == 3
+    assert seen["parley_batch_items_total", ("INVALID_ARGUMENT",)] == 1
+    assert seen["parley_batch_items_total", ("CANCELLED",)] == 1
+    assert seen["parley_batch_items_total", ("DEADLINE_EXCEEDED",)] == 1
+    assert seen["parley_rejected_requests_total", ("INVALID_REQUEST",)] == 1
+    assert seen["parley_requests_total", ("OK", "GenerateBatch")] == 1
+    assert seen["gen_ai_server_time_to_first_token_seconds_count", ()] == 5
+
+
 def test_metrics_tell_of_the_worker(observed: GatewayThread) -> None:
     observed.stub.Generate(ask("!die-at 5 0123456789"), timeout=20)
     seen = samples(observed)
@@ -134,7 +155,7 @@ def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:
 def test_every_query_of_the_dashboard_names_metrics_that_there_are(observed: GatewayThread) -> None:
     observed.stub.Generate(ask("hello"), timeout=10)
     names = {name for name, _ in samples(observed)}
-    families = names | {"parley_rejected_requests_total", "parley_requests_total"}
+    families = names | {f"parley_{what}_total" for what in ("requests", "rejected_requests", "batch_items")}
     queries = re.findall(r'"expr": "((?:[^"\\]|\\.)*)"', DASHBOARD.read_text())
     assert len(queries) >= 10
     for query in queries:

@@ -11,7 +11,7 @@ from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, Violation
 from parleyd.rpc import status
 from parleyd.rpc.interceptors import named_error, request_id_of
-from parleyd.telemetry.call import current_call
+from parleyd.telemetry.call import Call, current_call
 
 MAX_REQUESTS = 1024
 
@@ -22,11 +22,13 @@ async def answer_batch(
     requests: Sequence[chat_pb2.GenerateRequest],
     prepare: Callable[[chat_pb2.GenerateRequest], Awaitable[_Prepared]],
     answer: Callable[[_Prepared], Awaitable[chat_pb2.GenerateResponse]],
+    item_ended: Callable[[Call, str], None],
 ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
     """Each item's outcome as it finishes. Items queue beside all other requests, those of higher priority first.
 
     `prepare` checks a request and makes its prompt; `answer` waits for a slot and generates. What they raise fails the
-    item alone. Closing the generator cancels what is open. Raises InvalidRequest if the number of items is wrong.
+    item alone. `item_ended` is told of each item and its status code. Closing the generator cancels what is open.
+    Raises InvalidRequest if the number of items is wrong.
     """
     if not 1 <= len(requests) <= MAX_REQUESTS:
         raise InvalidRequest([Violation("requests", f"must hold 1 to {MAX_REQUESTS:,}, not {len(requests):,}")])
@@ -46,9 +48,14 @@ async def answer_batch(
             finally:
                 preparing.release()
             outcome = chat_pb2.GenerateBatchResponse(index=index, response=await answer(prepared))
+            item_ended(call, "OK")
+        except asyncio.CancelledError:
+            item_ended(call, call.cancelled_code)
+            raise
         except Exception as error:
-            refusal = status.to_status(named_error(call, error), call.request_id)
-            outcome = chat_pb2.GenerateBatchResponse(index=index, error=refusal)
+            named = named_error(call, error)
+            outcome = chat_pb2.GenerateBatchResponse(index=index, error=status.to_status(named, call.request_id))
+            item_ended(call, status.code_of(named).name)
         outcomes.put_nowait(outcome)
 
     async def serve_all() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ from parleyd.gateway.prompt import Prompt, PromptBuilder
 from parleyd.gateway.runner import Generation, Runner
 from parleyd.gateway.served_model import ServedModel
 from parleyd.generation import SamplingParams
-from parleyd.telemetry.call import current_call
+from parleyd.telemetry.call import Call, current_call
 from parleyd.text.answer_parser import AnswerParser
 from parleyd.text.sequence_text import SequenceText
 from parleyd.text.tool_format.call_id import call_id
@@ -39,11 +39,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Serves one model. `model` is None until the first worker is ready; the interceptor lets no call in before."""
 
-    def __init__(self, prompts: PromptBuilder, grammars: GrammarChecker, runner: Runner) -> None:
+    def __init__(
+        self, prompts: PromptBuilder, grammars: GrammarChecker, runner: Runner, item_ended: Callable[[Call, str], None]
+    ) -> None:
         self.model: ServedModel | None = None
         self._prompts = prompts
         self._grammars = grammars
         self._runner = runner
+        self._item_ended = item_ended
 
     async def Generate(self, request: chat_pb2.GenerateRequest, context: Context) -> chat_pb2.GenerateResponse:
         """See chat.proto."""
@@ -72,7 +75,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.GenerateBatchRequest, context: Context
     ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
         """See chat.proto."""
-        async with aclosing(answer_batch(request.requests, self._prepare, self._respond)) as outcomes:
+        async with aclosing(answer_batch(request.requests, self._prepare, self._respond, self._item_ended)) as outcomes:
             async for outcome in outcomes:
                 yield outcome
 

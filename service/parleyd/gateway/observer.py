@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from parleyd.errors import StartupError
 from parleyd.rpc.load_report import OrcaLoadReport
-from parleyd.telemetry.call import current_call
+from parleyd.telemetry.call import Call, current_call
 from parleyd.telemetry.metrics import Load, Metrics
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ class Observer:
                 self.metrics.refusals.labels(call.refusal).inc()
             if self._tracing:
                 self._tracing.record(call, metadata, code)
+
+    def item_ended(self, call: Call, code: str) -> None:
+        """An item of a batch has; the batch itself follows as a call."""
+        self.metrics.batch_items.labels(code).inc()
+        if call.refusal:
+            self.metrics.refusals.labels(call.refusal).inc()
 
     def load_report(self) -> bytes:
         """A serialised ORCA report for the answer that is ready now; balancers weigh replicas by it."""

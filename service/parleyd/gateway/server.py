@@ -87,7 +87,8 @@ class Gateway:
             # Beside those that run or wait: calls that are being checked, and answers that nobody reads.
             max_open=server.max_queue + (model.max_running or 0) + _MAX_OTHER_CALLS,
         )
-        self._chat = ChatService(self._prompts, self._grammars, Runner(self.admission, self.supervisor, self.worker))
+        runner = Runner(self.admission, self.supervisor, self.worker)
+        self._chat = ChatService(self._prompts, self._grammars, runner, self.observer.item_ended)
         self.guard = Guard(settings.security, _RPCS)
         check_address(server.host, settings.security)
         self._server = self._build_server()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -47,8 +46,7 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
                 return result
             except asyncio.CancelledError:
                 call = current_call.get(None)
-                is_late = call and call.deadline is not None and call.deadline <= time.monotonic()
-                code = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
+                code = call.cancelled_code if call else "CANCELLED"
                 raise
             except grpc.aio.AbortError:
                 code = context.code().name

@@ -29,5 +29,11 @@ class Call:
         """Seconds since arrival."""
         return time.monotonic() - self.arrived
 
+    @property
+    def cancelled_code(self) -> str:
+        """The status code of this call if it is cancelled now."""
+        is_late = self.deadline is not None and self.deadline <= time.monotonic()
+        return "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
+
 
 current_call: ContextVar[Call] = ContextVar("current_call")

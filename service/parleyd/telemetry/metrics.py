@@ -54,7 +54,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.calls = Counter("parley_requests", "Calls that ended.", ("method", "code"), registry=registry)
-        self.refusals = Counter("parley_rejected_requests", "Calls refused or failed.", ("reason",), registry=registry)
+        self.refusals = Counter(
+            "parley_rejected_requests", "Calls and items of batches refused or failed.", ("reason",), registry=registry
+        )
+        self.batch_items = Counter("parley_batch_items", "Items of batches that ended.", ("code",), registry=registry)
         self.resumed = Counter("parley_resumed_streams", "Answers continued for a client's resume.", registry=registry)
         self.call_seconds = _seconds("gen_ai_server_request_duration", "Calls, from arrival.", registry, ("method",))
         self.queue_seconds = _seconds("parley_queue_time", "From arrival to the engine.", registry)
