@@ -16,7 +16,7 @@ export type Start = (request: GenerateRequest) => AsyncIterable<GenerateStreamRe
  *
  * Where the stream breaks with UNAVAILABLE after its first message, the rest is asked for with the ids already here; the
  * loop sees one unbroken answer. `tokenIds` and `seed` tell how far it is, and `resumeRequest` how to go on from there
- * by hand.
+ * by hand. Streams of several answers (`numReturnSequences`) are not resumed.
  */
 export class Stream implements AsyncIterable<GenerateStreamResponse> {
   /** Every id of the answer so far, of its first choice. */
@@ -28,7 +28,9 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
   readonly #start: Start;
   readonly #sleep: (ms: number) => Promise<void>;
   readonly #maxResumes: number;
+  readonly #seen = new Set<number>();
   readonly #unfinished: Set<number>;
+  #isWhole = false; // the stream's very last message is here
   #head: { requestId?: string; model?: string } = {};
 
   /** @internal `maxResumes`: how often in a row, without a message in between. */
@@ -36,9 +38,9 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
     this.#request = request;
     this.#start = start;
     this.#sleep = sleep;
-    const choices = request.generationConfig?.numReturnSequences ?? 1;
-    this.#maxResumes = choices === 1 ? maxResumes : 0;
-    this.#unfinished = new Set(Array(choices).keys());
+    this.#maxResumes = maxResumes;
+    // Where the request leaves the number to the model's defaults, the choices that show up have to do.
+    this.#unfinished = new Set(Array(request.generationConfig?.numReturnSequences ?? 1).keys());
     this.tokenIds = [...(request.resume?.tokenIds ?? [])];
   }
 
@@ -65,7 +67,7 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
         }
         break;
       } catch (error) {
-        if (this.#unfinished.size === 0) return; // all of it is here
+        if (this.#isWhole) return;
         if (failures >= this.#maxResumes || !this.#canResume(error, failures)) throw error;
         const backoffMs = Math.min(FIRST_DELAY_MS * 2 ** failures, MAX_DELAY_MS);
         failures += 1;
@@ -87,12 +89,16 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
       }
     }
     if (delta.index === 0) this.tokenIds.push(...delta.tokenIds);
+    if (!this.#seen.has(delta.index)) this.#unfinished.add(delta.index);
+    this.#seen.add(delta.index);
     if (delta.finishReason !== FinishReason.UNSPECIFIED) this.#unfinished.delete(delta.index);
+    this.#isWhole = this.#unfinished.size === 0 && delta.usage !== undefined;
     return delta;
   }
 
   #canResume(error: unknown, failures: number): error is ParleyError {
-    if (!(error instanceof ParleyError) || this.seed === undefined) return false;
+    const isOneOfSeveral = (this.#request.generationConfig?.numReturnSequences ?? 1) > 1 || this.#seen.size > 1;
+    if (!(error instanceof ParleyError) || this.seed === undefined || isOneOfSeveral) return false;
     // A proxy resets streams whose server is gone, and gRPC has no better code for that.
     const isReset = error.code === status.INTERNAL && error.reason === undefined && /RST_STREAM/.test(error.message);
     return isReset || error.code === status.UNAVAILABLE || (failures > 0 && error.reason === "QUEUE_FULL");

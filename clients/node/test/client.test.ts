@@ -124,6 +124,43 @@ test("a stream is not resumed when that would not help", async () => {
   assert.equal(calls.length, 2);
 });
 
+/** Two choices that the request has not asked for; `messages` of them come, then the call ends with `error`. */
+async function twoByDefault(messages: number, error?: status) {
+  const all = [
+    delta({ requestId: "r", seed: 1n, tokenIds: [1] }),
+    delta({ tokenIds: [2], finishReason: FinishReason.STOP }),
+    delta({ index: 1, tokenIds: [3] }),
+    delta({ index: 1, tokenIds: [4], finishReason: FinishReason.STOP, usage: { completionTokens: 4 } }),
+  ];
+  const calls: StreamCall["request"][] = [];
+  const target = await serve({
+    generateStream: (call) => {
+      calls.push(call.request);
+      for (const message of all.slice(0, messages)) call.write(message);
+      if (error) call.emit("error", failure(error, "WORKER_LOST", 10));
+      else call.end();
+    },
+  });
+  return { calls, stream: connect(target).stream(QUESTION) };
+}
+
+test("a model's defaults may ask for several answers", async () => {
+  const { stream } = await twoByDefault(4);
+  assert.deepEqual((await Array.fromAsync(stream)).map(({ index }) => index), [0, 0, 1, 1]);
+  assert.deepEqual(stream.tokenIds, [1, 2]);
+  await assert.rejects(Array.fromAsync((await twoByDefault(3)).stream), /without a finish reason/);
+});
+
+test("of several answers that a model's defaults ask for none is resumed, nor missed", async () => {
+  const { calls, stream } = await twoByDefault(3, status.UNAVAILABLE);
+  await assert.rejects(Array.fromAsync(stream), { code: status.UNAVAILABLE });
+  assert.equal(calls.length, 1);
+  const whole = await twoByDefault(4, status.UNAVAILABLE);
+  assert.equal((await Array.fromAsync(whole.stream)).length, 4);
+  const early = await twoByDefault(2, status.INTERNAL); // one has ended, the other has not begun
+  await assert.rejects(Array.fromAsync(early.stream), { code: status.INTERNAL });
+});
+
 test("a stream can be resumed by hand", async () => {
   const { target } = await breaking(6);
   const client = connect(target, { maxResumes: 0 });
