@@ -28,6 +28,7 @@ from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers as compiled_layers
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.engine.attention import PagedKVCache, StepLayout
+from parleyd.engine.layer_ops import TorchOps
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, StockForward
 from parleyd.engine.paged_attention import Kernels
@@ -45,7 +46,6 @@ GAINS = (
     ("packed", "lean"),
     ("four_bit", "packed"),
     ("chosen", "packed"),
-    ("chosen", "rotary_by_parts"),
     ("layer_norm", "chosen"),
     ("compiled", "chosen"),
     ("compiled_packed", "packed"),
@@ -59,19 +59,13 @@ class Seconds(NamedTuple):
     processor: float
 
 
-class RotaryByParts(LeanForward):
-    """Rotates as transformers does: halves cut, one negated, joined."""
-
-    def _rotate(self, query_key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = query_key.chunk(2, -1)
-        return query_key * cos + torch.cat([-second, first], -1) * sin.abs()
-
-
-class LayerNorm(LeanForward):
+class LayerNorm(TorchOps):
     """RMS norm of x as the layer norm of [x, -x], whose mean is 0: one fused kernel on a CPU."""
 
-    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
-        doubled = F.layer_norm(torch.cat([x, -x], -1), (2 * len(weight),), torch.cat([weight, weight]), None, self._eps)
+    def add_and_normalise(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+        if delta is not None:
+            x += delta
+        doubled = F.layer_norm(torch.cat([x, -x], -1), (2 * len(weight),), torch.cat([weight, weight]), None, epsilon)
         return doubled[..., : len(weight)]
 
 
@@ -121,16 +115,16 @@ def build_cache(loaded: LoadedModel) -> PagedKVCache:
 def build_variants(loaded: list[LoadedModel], cache: PagedKVCache) -> dict[str, Forward]:
     """By name. What shares weights differs in code alone."""
     chosen = LeanForward(loaded[2].model, cache, blocks=loaded[2].blocks)
-    compiled = copy.copy(chosen)
+    compiled, layer_norm = copy.copy(chosen), copy.copy(chosen)
     compiled._ops, compiled._cache = compiled_layers, with_kernels(cache)
+    layer_norm._ops = LayerNorm()
     return {
         "stock": StockForward(loaded[0].model, cache),
         "lean": LeanForward(loaded[1].model, cache, packed=False),
         "packed": with_rows(chosen, 0),
         "four_bit": with_rows(chosen, BATCHES[-1]),
         "chosen": chosen,
-        "rotary_by_parts": as_class(RotaryByParts, chosen),
-        "layer_norm": as_class(LayerNorm, chosen),
+        "layer_norm": layer_norm,
         "compiled": compiled,
         "compiled_packed": with_rows(compiled, 0),
     }
@@ -161,12 +155,6 @@ def with_rows(forward: LeanForward, max_narrow_rows: int) -> Forward:
         for name in ("qkv", "out", "gate_up", "down"):
             object.__setattr__(changed, name, choose(getattr(layer, name)))
         other._layers.append(changed)
-    return other
-
-
-def as_class(kind: type[LeanForward], forward: LeanForward) -> Forward:
-    other = copy.copy(forward)
-    other.__class__ = kind
     return other
 
 

@@ -10,7 +10,15 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from parleyd.cpu_kernels.numbers import bfloat16_array, float_argument, power_of_two, rounded, stack_floats, widened
+from parleyd.cpu_kernels.numbers import (
+    bfloat16_array,
+    float_argument,
+    int64_array,
+    power_of_two,
+    rounded,
+    stack_floats,
+    widened,
+)
 from parleyd.cpu_kernels.threads import Kernel, bits_of, num_threads, thread_index
 
 _LOG2_E = np.float32(math.log2(math.e))
@@ -37,17 +45,16 @@ def gate(gate_up: Tensor) -> Tensor:
     return gated
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head by its row's position, in place. `heads`: `[rows, heads, head_dim]`; between rows may be more.
-
-    `cos`, `sin`: `[rows, 1, head_dim]`, sines with the sign that their product gets.
-    """
-    num_rows, num_heads, head_dim = heads.shape
-    assert heads.stride()[1:] == (head_dim, 1) and heads.stride(0) % head_dim == 0
+def rotate_and_write(
+    qkv: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """See LayerOps; in place."""
+    num_rows, num_heads, head_dim = qkv.shape
     _rotate_kernel(head_dim)(
-        _num_threads(heads), heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), num_rows, heads.stride(0), num_heads
-    )
-    return heads
+        _num_threads(qkv), *(tensor.data_ptr() for tensor in (qkv, cos, sin, slots, keys, values)),
+        num_rows, num_heads, num_kv_heads, keys.numel() // head_dim,
+    )  # fmt: skip
+    return qkv
 
 
 def _num_threads(tensor: Tensor) -> int:
@@ -93,17 +100,26 @@ def _rotate_kernel(head_dim: int) -> Kernel:
     half = head_dim // 2
 
     def apply(arguments):
-        heads_at, cos_at, sin_at, num_rows, stride, num_heads = carray(arguments, (6,))
-        heads = bfloat16_array(heads_at, (num_rows, stride // head_dim, head_dim))
+        (qkv_at, cos_at, sin_at, slots_at, keys_at, values_at,
+         num_rows, num_heads, num_kv_heads, num_slots) = carray(arguments, (10,))  # fmt: skip
+        qkv = bfloat16_array(qkv_at, (num_rows, num_heads, head_dim))
         cos, sin = bfloat16_array(cos_at, (num_rows, head_dim)), bfloat16_array(sin_at, (num_rows, head_dim))
+        slots = int64_array(slots_at, (num_rows, num_kv_heads))
+        keys, values = bfloat16_array(keys_at, (num_slots, head_dim)), bfloat16_array(values_at, (num_slots, head_dim))
         rotated = stack_floats(head_dim)
+        num_rotated = num_heads - num_kv_heads
         for row in range(thread_index(), num_rows, num_threads()):
-            for head in range(num_heads):
+            for head in range(num_rotated):
                 for i in range(half):
-                    left, right = widened(heads[row, head, i]), widened(heads[row, head, half + i])
+                    left, right = widened(qkv[row, head, i]), widened(qkv[row, head, half + i])
                     rotated[i] = left * widened(cos[row, i]) + right * widened(sin[row, i])
                     rotated[half + i] = right * widened(cos[row, half + i]) + left * widened(sin[row, half + i])
                 for i in range(head_dim):
-                    heads[row, head, i] = rounded(rotated[i])
+                    qkv[row, head, i] = rounded(rotated[i])
+            for kv_head in range(num_kv_heads):
+                slot = slots[row, kv_head]
+                for i in range(head_dim):
+                    keys[slot, i] = qkv[row, num_rotated - num_kv_heads + kv_head, i]
+                    values[slot, i] = qkv[row, num_rotated + kv_head, i]
 
     return Kernel(apply)

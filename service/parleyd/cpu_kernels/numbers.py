@@ -45,6 +45,7 @@ def _pointer_to(dtype: Any) -> Any:
 
 _pointer_to_uint16 = _pointer_to(types.uint16)
 _pointer_to_int32 = _pointer_to(types.int32)
+_pointer_to_int64 = _pointer_to(types.int64)
 
 
 @njit(forceinline=True)
@@ -97,6 +98,12 @@ def bfloat16_array(address, shape):
 def int32_array(address, shape):
     """What lies at an address."""
     return carray(_pointer_to_int32(address), shape)
+
+
+@njit(forceinline=True)
+def int64_array(address, shape):
+    """What lies at an address."""
+    return carray(_pointer_to_int64(address), shape)
 
 
 @intrinsic(prefer_literal=True)

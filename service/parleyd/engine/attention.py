@@ -128,9 +128,21 @@ def attend(
 
     `query`: `[rows, heads, head_dim]`, as is the result.
     """
-    head_dim = cache.head_dim
-    cache.keys[layer].view(-1, head_dim).index_copy_(0, layout.slots, key.reshape(-1, head_dim))
-    cache.values[layer].view(-1, head_dim).index_copy_(0, layout.slots, value.reshape(-1, head_dim))
+    write(cache.keys[layer], cache.values[layer], layout.slots, key, value)
+    return attend_to_written(cache, layer, layout, query, key, value, scale)
+
+
+def write(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """Puts `key` and `value`, `[rows, kv_heads, head_dim]`, into one layer's of the cache. `slots`: see StepLayout."""
+    head_dim = key.shape[-1]
+    for of_layer, new in ((keys, key), (values, value)):
+        of_layer.view(-1, head_dim).index_copy_(0, slots, new.reshape(-1, head_dim))
+
+
+def attend_to_written(
+    cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """See `attend`; the keys and values are in the cache already."""
     parts = [part.attend(cache, layer, query, key, value, scale) for part in layout.parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from parleyd.engine.attention import write
 
 
 class LayerOps(Protocol):
@@ -17,10 +20,13 @@ class LayerOps(Protocol):
     def gate(self, gate_up: Tensor) -> Tensor:
         """SiLU of the left half times the right half. `gate_up`: `[rows, 2 * width]`."""
 
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotates each head by its row's position, perhaps in place. `heads`: `[rows, heads, head_dim]`.
+    def rotate_and_write(
+        self, qkv: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Rotates queries and keys by their row's position, perhaps in place, and writes keys and values to `slots`.
 
-        `cos`, `sin`: `[rows, 1, head_dim]`, sines with the sign that their product gets.
+        `qkv`: `[rows, heads + 2 * kv_heads, head_dim]`, as is the result. `cos`, `sin`: `[rows, 1, head_dim]`, sines
+        with the sign that their product gets. `slots`: see StepLayout; `keys`, `values`: one layer's of the cache.
         """
 
 
@@ -38,9 +44,15 @@ class TorchOps:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate_and_write(
+        self, qkv: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         """See LayerOps."""
-        return (heads * cos).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sin)
+        query_key = qkv[:, :-num_kv_heads]
+        rotated = (query_key * cos).addcmul_(query_key.roll(qkv.shape[-1] // 2, -1), sin)
+        qkv = torch.cat([rotated, qkv[:, -num_kv_heads:]], 1)
+        write(keys, values, slots, qkv[:, -2 * num_kv_heads : -num_kv_heads], qkv[:, -num_kv_heads:])
+        return qkv
 
 
 TORCH_OPS = TorchOps()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parleyd.engine.attention import PagedKVCache, StepLayout, attend
+from parleyd.engine.attention import PagedKVCache, StepLayout, attend_to_written
 from parleyd.engine.layer_ops import TORCH_OPS, LayerOps
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.linear.maker import LinearMaker
@@ -83,15 +83,16 @@ class LeanForward:
     def _attend(self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, layout: StepLayout) -> Tensor:
         num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
         qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, head_dim)
-        query_key, value = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
         if layer.qk_norms is not None:
-            norms, (query_norm, key_norm) = (head_dim,), layer.qk_norms
-            query = F.rms_norm(query_key[:, :num_heads], norms, query_norm, self._eps)
-            key = F.rms_norm(query_key[:, num_heads:], norms, key_norm, self._eps)
-            query_key = torch.cat([query, key], 1)
-        query_key = self._ops.rotate(query_key, cos, sin)
-        query, key = query_key[:, :num_heads], query_key[:, num_heads:]
-        attended = attend(self._cache, index, layout, query, key, value, head_dim**-0.5)
+            query, key, value = qkv.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
+            query_norm, key_norm = layer.qk_norms
+            query = F.rms_norm(query, (head_dim,), query_norm, self._eps)
+            key = F.rms_norm(key, (head_dim,), key_norm, self._eps)
+            qkv = torch.cat([query, key, value], 1)
+        keys, values = self._cache.keys[index], self._cache.values[index]
+        qkv = self._ops.rotate_and_write(qkv, num_kv_heads, cos, sin, layout.slots, keys, values)
+        query, key, value = qkv.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
+        attended = attend_to_written(self._cache, index, layout, query, key, value, head_dim**-0.5)
         return attended.reshape(-1, num_heads * head_dim)
 
 

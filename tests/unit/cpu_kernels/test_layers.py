@@ -52,12 +52,14 @@ def test_a_gate(num_rows: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 64])
 @pytest.mark.parametrize("num_rows", ROWS)
-def test_a_rotation_in_place_of_some_heads(num_rows: int, head_dim: int) -> None:
+def test_a_rotation_and_a_writing(num_rows: int, head_dim: int) -> None:
+    num_kv_heads, num_blocks, block_size = 3, 9, 8
     qkv = torch.randn(num_rows, 15, head_dim).bfloat16()
     cos, sin = torch.randn(2, num_rows, 1, head_dim).bfloat16()
-    before = qkv.float()
-    result = layers.rotate(qkv[:, :12], cos, sin)
-    assert result.data_ptr() == qkv.data_ptr()
-    exact = TORCH_OPS.rotate(before[:, :12], cos.float(), sin.float())
-    torch.testing.assert_close(result.float(), exact, rtol=ROUNDING, atol=1e-4)
-    assert torch.equal(qkv[:, 12:].float(), before[:, 12:])
+    slots = torch.randperm(num_blocks * block_size * num_kv_heads)[: num_rows * num_kv_heads]
+    caches = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).bfloat16()
+    exact_caches = caches.float()
+    exact = TORCH_OPS.rotate_and_write(qkv.float(), num_kv_heads, cos.float(), sin.float(), slots, *exact_caches)
+    result = layers.rotate_and_write(qkv, num_kv_heads, cos, sin, slots, *caches)
+    for actual, expected in ((result, exact), (caches, exact_caches)):
+        torch.testing.assert_close(actual.float(), expected, rtol=ROUNDING, atol=1e-4)
