@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,15 @@ from tests.support.requests import ask, reason_of
 from tests.support.served import ServedProcess, serve_until_exit
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_stdout_tells_where_to_connect_and_nothing_else() -> None:
+    with ServedProcess("--admin-port", "0") as served:
+        assert served.process.stdout is not None
+        assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", served.first_line)
+        assert re.fullmatch(r"admin on 127\.0\.0\.1:\d+\n", served.process.stdout.readline())
+        assert served.terminate() == 0
+        assert served.process.stdout.read() == ""
 
 
 def test_sigterm_lets_streams_finish_and_exits_0() -> None:

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 from tokenizers import Tokenizer
 
-from parley.v1 import chat_pb2, message_pb2
+from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask, error_info_of, reason_of, violated_fields
@@ -54,6 +54,33 @@ def test_a_field_out_of_range_is_named(gateway: GatewayThread, field: str, value
     assert violated_fields(error)[0] == f"generation_config.{field}"
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinities_are_named_wherever_a_number_may_have_a_fraction(
+    gateway: GatewayThread, value: float
+) -> None:
+    fields = generation_pb2.GenerationConfig.DESCRIPTOR.fields
+    names = [field.name for field in fields if field.type == field.TYPE_FLOAT]
+    assert len(names) == 6
+    error = refusal(gateway, ask("x", logit_bias={7: value}, **dict.fromkeys(names, value)))
+    assert set(violated_fields(error)) == {f"generation_config.{name}" for name in (*names, "logit_bias[7]")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"logit_bias": {7: 100.5}}, "generation_config.logit_bias[7]"),
+        ({"logit_bias": {259: 1.0}}, "generation_config.logit_bias[259]"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "generation_config.logit_bias"),
+        ({"stop_strings": ["x" * 257]}, "generation_config.stop_strings[0]"),
+        ({"resume": chat_pb2.Resume(token_ids=[1, 259])}, "resume.token_ids[1]"),
+        ({"request_id": "x" * 129}, "request_id"),
+    ],
+)
+def test_an_item_that_may_not_be_there_is_named(gateway: GatewayThread, fields: dict[str, Any], path: str) -> None:
+    error = refusal(gateway, ask("x", **fields))
+    assert (error.code(), violated_fields(error)) == (INVALID, [path])
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -61,7 +88,9 @@ def test_a_field_out_of_range_is_named(gateway: GatewayThread, field: str, value
         ("min_p", 1), ("max_new_tokens", 1), ("max_new_tokens", 4096), ("min_new_tokens", 0),
         ("repetition_penalty", 10),
         ("seed", 2**64 - 1), ("presence_penalty", 0), ("logprobs", False), ("num_return_sequences", 1),
-        ("stop_strings", ["x" * 256] * 16), ("stop_token_ids", [258] * 64),
+        ("stop_strings", ["x" * 256] * 16), ("stop_token_ids", [258] * 64), ("min_new_tokens", 512),
+        ("presence_penalty", -2), ("frequency_penalty", 2), ("logit_bias", {0: -100.0, 258: 100.0}),
+        ("top_logprobs", 20), ("request_id", "x" * 128),
     ],
 )  # fmt: skip
 def test_the_ends_of_the_ranges_are_accepted(gateway: GatewayThread, field: str, value: Any) -> None:
@@ -100,10 +129,13 @@ def test_only_a_non_empty_assistant_message_can_be_continued(gateway: GatewayThr
 
 
 def test_bytes_that_are_no_message_are_an_invalid_request(gateway: GatewayThread) -> None:
-    for method in ("Generate", "CountTokens", "GetModel"):
-        call = gateway.channel.unary_unary(f"/parley.v1.ChatService/{method}")
+    for method in chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods:
+        path = f"/parley.v1.ChatService/{method.name}"
         with pytest.raises(grpc.RpcError) as raised:
-            call(b"\xff\xff\xff", timeout=20)
+            if method.server_streaming:
+                list(gateway.channel.unary_stream(path)(b"\xff\xff\xff", timeout=20))
+            else:
+                gateway.channel.unary_unary(path)(b"\xff\xff\xff", timeout=20)
         assert (raised.value.code(), reason_of(raised.value)) == (INVALID, "INVALID_REQUEST")
 
 
@@ -136,8 +168,9 @@ def test_another_model_is_not_found(gateway: GatewayThread) -> None:
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
     assert error_info_of(error).metadata["served"] == "scripted"
     assert gateway.stub.Generate(ask("x", model="scripted"), timeout=20).choices
-    with pytest.raises(grpc.RpcError):
+    with pytest.raises(grpc.RpcError) as raised:
         gateway.stub.GetModel(chat_pb2.GetModelRequest(model="gpt-5"), timeout=20)
+    assert reason_of(raised.value) == "MODEL_NOT_FOUND"
 
 
 def test_fields_are_checked_before_the_model_and_the_model_before_the_length(gateway: GatewayThread) -> None:

@@ -149,9 +149,24 @@ def test_max_queue_0_refuses_whatever_cannot_start_at_once(start_gateway: StartG
     with pytest.raises(grpc.RpcError) as raised:
         gateway.stub.Generate(ask("x"), timeout=10)
     assert reason_of(raised.value) == "QUEUE_FULL"
+    with pytest.raises(grpc.RpcError) as raised:
+        gateway.stub.Generate(ask("x" * 5000), timeout=10)
+    assert reason_of(raised.value) == "PROMPT_TOO_LONG", "to be told first: no retry would help"
     running.cancel()
     gateway.wait_idle()
     assert_answers(gateway)
+
+
+def test_no_more_run_than_the_engine_can(start_gateway: StartGateway, caplog: pytest.LogCaptureFixture) -> None:
+    gateway = start_gateway(max_running=8, worker=("--max-running", "1"))
+    assert "--max-running is capped" in caplog.text
+    running = gateway.stub.GenerateStream(ask("!wait"))
+    eventually(lambda: gateway.gateway.admission.num_running == 1)
+    waiting = gateway.stub.Generate.future(ask("x"), timeout=10)
+    eventually(lambda: gateway.gateway.admission.num_waiting == 1)
+    running.cancel()
+    assert waiting.result().choices
+    gateway.wait_idle()
 
 
 def test_higher_priority_leaves_the_queue_sooner(single: GatewayThread) -> None:

@@ -188,4 +188,7 @@ def test_get_model_tells_limits_and_defaults(gateway: GatewayThread) -> None:
     defaults = model.default_generation_config
     assert (defaults.max_new_tokens, defaults.temperature, defaults.top_p) == (512, 0.5, 1.0)
     assert defaults.HasField("top_k")
-    assert "stream" in model.capabilities
+    assert {
+        "chat", "stream", "batch", "count_tokens", "continue_final_message", "stop_strings", "seed", "penalties",
+        "logit_bias", "logprobs", "num_return_sequences", "resume",
+    } <= set(model.capabilities)  # fmt: skip
