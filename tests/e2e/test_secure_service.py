@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 import subprocess
 import sys
@@ -10,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from parley.v1 import chat_pb2
 from parley_client import Client, Unauthenticated, tls_credentials, user
 from tests.support.certificates import Authority
-from tests.support.raw_call import get_model
+from tests.support.raw_http2 import RawConnection, open_socket
 from tests.support.served import ServedProcess, serve_until_exit
 
-UNAUTHENTICATED = b"16"
+UNAUTHENTICATED = "16"
 MARKER = "Repeat after me: xyzzy-marker"
 
 
@@ -51,15 +51,16 @@ def test_the_service_with_tls_and_keys_and_what_it_logs(tmp_path: Path) -> None:
         assert secret not in log
 
 
-def call_raw(target: str, authority: Authority, authorization: bytes) -> bytes | None:
-    host, port = target.split(":")
+def call_raw(target: str, authority: Authority, authorization: bytes) -> str | None:
     context = ssl.create_default_context(cadata=authority.cert.decode())
     context.set_alpn_protocols(["h2"])
     with (
-        socket.create_connection((host, int(port)), timeout=10) as plain,
+        open_socket(target) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as secured,
     ):
-        return get_model(secured, authorization)
+        connection = RawConnection(secured)
+        connection.call("GetModel", chat_pb2.GetModelRequest(), {"authorization": authorization})
+        return connection.status()
 
 
 @pytest.mark.parametrize(

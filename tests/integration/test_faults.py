@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from grpc_health.v1 import health_pb2
 from parley.v1 import chat_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
-from tests.support.raw_stream import begin_raw_stream
+from tests.support.raw_http2 import RawConnection, begin_raw_stream
 from tests.support.requests import ask, reason_of, retry_delay_of
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -195,7 +194,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_gets_every_id(start_gat
     assert ids == (list(b"all work and no play ") * 200)[:4000]
 
 
-def unread_stream(target: str) -> socket.socket:
+def unread_stream(target: str) -> RawConnection:
     """A stream whose client grants no HTTP/2 window, so that nothing of the answer can be written."""
     return begin_raw_stream(target, "never read", window=0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +18,11 @@ from parleyd.security.api_keys import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support import tokens
 from tests.support.gateway import GatewayThread
-from tests.support.raw_call import get_model
+from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask, reason_of, retry_delay_of
 
 KEY, LIMITED = new_key(), new_key()
-UNAUTHENTICATED, RESOURCE_EXHAUSTED = b"16", b"8"
+UNAUTHENTICATED, RESOURCE_EXHAUSTED = "16", "8"
 RPCS = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods
 
 Start = Callable[..., GatewayThread]
@@ -252,7 +251,7 @@ def test_odd_bytes_in_metadata_let_nobody_in_and_hurt_nobody(start: Start, autho
     gateway = start()
     status = call_raw(gateway.target, authorization)
     assert status == UNAUTHENTICATED
-    assert call_raw(gateway.target, f"Bearer {KEY}".encode()) == b"0"
+    assert call_raw(gateway.target, f"Bearer {KEY}".encode()) == "0"
     gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(KEY))
 
 
@@ -262,10 +261,10 @@ def test_metadata_beyond_what_grpc_takes_is_refused(start: Start) -> None:
     gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(KEY))
 
 
-def call_raw(target: str, authorization: bytes) -> bytes | None:
-    host, port = target.split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
-        return get_model(sock, authorization)
+def call_raw(target: str, authorization: bytes) -> str | None:
+    with RawConnection(target) as connection:
+        connection.call("GetModel", chat_pb2.GetModelRequest(), {"authorization": authorization})
+        return connection.status()
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])

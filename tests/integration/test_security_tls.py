@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from parleyd.telemetry.logging import _RequestFilter
 from tests.integration.conftest import StartGateway
 from tests.support.certificates import Authority, Certificate
 from tests.support.gateway import GatewayThread
+from tests.support.raw_http2 import open_socket
 from tests.support.requests import ask
 
 AUTHORITY = Authority()
@@ -93,8 +93,7 @@ def test_tls_before_1_2_is_refused_by_the_server(start: Callable[..., GatewayThr
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
-    host, port = gateway.target.split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as plain:
+    with open_socket(gateway.target) as plain:
         if version is ssl.TLSVersion.TLSv1_2:
             context.wrap_socket(plain).close()
             return
@@ -153,9 +152,8 @@ def test_a_broken_new_certificate_is_logged_and_the_old_one_stays(
 def served_name_with(gateway: GatewayThread, shown: Certificate, folder: Path) -> str:
     context = ssl.create_default_context(cadata=AUTHORITY.cert.decode())
     context.load_cert_chain(*shown.write(folder, "shown"))
-    host, port = gateway.target.split(":")
     with (
-        socket.create_connection((host, int(port)), timeout=10) as plain,
+        open_socket(gateway.target) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as secured,
     ):
         subject = (secured.getpeercert() or {})["subject"]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-import h2.config
-import h2.connection
 import h2.events
 import pytest
 
 from parleyd.config import ServerSettings
 from parleyd.gateway.options import server_options
+from tests.support.raw_http2 import RawConnection, open_socket
 
 OPTIONS = dict(server_options(ServerSettings()))
 PINGS = (
@@ -44,6 +42,10 @@ async def server_with(options: dict[str, int]) -> AsyncIterator[int]:
     await server.stop(None)
 
 
+def target(port: int) -> str:
+    return f"127.0.0.1:{port}"
+
+
 def some(*names: str) -> dict[str, int]:
     return {name: OPTIONS[name] for name in names}
 
@@ -52,65 +54,22 @@ def without(*names: str) -> dict[str, int]:
     return {name: value for name, value in OPTIONS.items() if name not in names}
 
 
-class RawClient:
-    """An HTTP/2 connection that does what it is told and collects what comes."""
-
-    def __init__(self, port: int, *, answers_pings: bool = True) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=10)
-        self._connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-        self._connection.initiate_connection()
-        self._answers_pings = answers_pings
-        self.events: list[h2.events.Event] = []
-        self.is_closed = False
-        self._flush()
-
-    def ping(self) -> None:
-        self._connection.ping(b"12345678")
-        self._flush()
-
-    def read_for(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
-        deadline = time.monotonic() + seconds
-        while not self.is_closed and not until() and (left := deadline - time.monotonic()) > 0:
-            self._socket.settimeout(left)
-            try:
-                data = self._socket.recv(65536)
-            except (TimeoutError, ConnectionError) as error:
-                self.is_closed = isinstance(error, ConnectionError)
-                continue
-            self.is_closed = not data
-            self.events += self._connection.receive_data(data)
-            if self._answers_pings:
-                self._flush()
-
-    def saw(self, kind: type[h2.events.Event]) -> bool:
-        return any(isinstance(event, kind) for event in self.events)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _flush(self) -> None:
-        try:
-            self._socket.sendall(self._connection.data_to_send())
-        except ConnectionError:
-            self.is_closed = True
-
-
 async def is_sent_away(options: dict[str, int], *, num_pings: int, interval_s: float) -> bool:
     """Whether a client that pings without any call gets a GOAWAY."""
 
     def ping(port: int) -> bool:
-        client = RawClient(port)
-        client.read_for(0.1)
+        client = RawConnection(target(port))
+        client.receive_for(0.1)
         for _ in range(num_pings):
             if sent_away(client):
                 break
             client.ping()
-            client.read_for(interval_s)
-        client.read_for(0.3, until=lambda: sent_away(client))
+            client.receive_for(interval_s)
+        client.receive_for(0.3, until=lambda: sent_away(client))
         client.close()
         return sent_away(client)
 
-    def sent_away(client: RawClient) -> bool:
+    def sent_away(client: RawConnection) -> bool:
         return client.is_closed or client.saw(h2.events.ConnectionTerminated)
 
     async with server_with(options) as port:
@@ -150,8 +109,8 @@ async def _pinged_by(options: dict[str, int], *, answers: bool) -> tuple[bool, b
     """Whether the server pings an idle client within 3.5 seconds, and whether it then closes the connection."""
 
     def idle(port: int) -> tuple[bool, bool]:
-        client = RawClient(port, answers_pings=answers)
-        client.read_for(3.5)
+        client = RawConnection(target(port), answers_pings=answers)
+        client.receive_for(3.5)
         client.close()
         return client.saw(h2.events.PingReceived), client.is_closed
 
@@ -174,10 +133,10 @@ async def test_a_second_server_cannot_take_the_same_port() -> None:
     async with server_with(OPTIONS) as port:
         second = grpc.aio.server(options=list(OPTIONS.items()))
         with pytest.raises(RuntimeError):
-            second.add_insecure_port(f"127.0.0.1:{port}")
+            second.add_insecure_port(target(port))
     async with server_with(without("grpc.so_reuseport")) as port:
         second = grpc.aio.server()
-        assert second.add_insecure_port(f"127.0.0.1:{port}") == port  # what happens without the option
+        assert second.add_insecure_port(target(port)) == port  # what happens without the option
 
 
 async def test_max_pending_requests_take_effect() -> None:
@@ -189,7 +148,7 @@ async def _num_cancelled_of_a_burst(options: dict[str, int]) -> int:
     """Of 1,500 calls that arrive while the event loop is busy."""
 
     def burst(port: int) -> int:
-        with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with grpc.insecure_channel(target(port), [("grpc.use_local_subchannel_pool", 1)]) as channel:
             grpc.channel_ready_future(channel).result(10)
             calls = [channel.unary_unary("/Echo/Echo").future(b"x", timeout=30) for _ in range(1500)]
             return sum(call.code() is grpc.StatusCode.CANCELLED for call in calls)
@@ -208,15 +167,9 @@ async def test_a_connection_may_hold_so_many_streams() -> None:
 
 async def _streams_allowed_by(options: dict[str, int]) -> int:
     def settings(port: int) -> int:
-        connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
-            connection.initiate_connection()
-            raw.sendall(connection.data_to_send())
-            while not any(
-                isinstance(e, h2.events.RemoteSettingsChanged) for e in connection.receive_data(raw.recv(4096))
-            ):
-                pass
-        return int(connection.remote_settings.max_concurrent_streams)
+        with RawConnection(target(port)) as client:
+            client.receive_for(10, until=lambda: client.saw(h2.events.RemoteSettingsChanged))
+            return int(client.http2.remote_settings.max_concurrent_streams)
 
     async with server_with(options) as port:
         return await asyncio.to_thread(settings, port)
@@ -224,7 +177,7 @@ async def _streams_allowed_by(options: dict[str, int]) -> int:
 
 async def test_a_connection_that_says_nothing_is_closed() -> None:
     def is_closed_in(port: int, seconds: float) -> bool:
-        with socket.create_connection(("127.0.0.1", port), timeout=seconds) as raw:
+        with open_socket(target(port), seconds) as raw:
             try:
                 while raw.recv(4096):  # its settings, and then the end
                     pass
@@ -248,5 +201,5 @@ def test_every_option_has_a_test_here() -> None:
 
 def _channel(port: int) -> Any:
     return grpc.aio.insecure_channel(
-        f"127.0.0.1:{port}", options=[("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+        target(port), options=[("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     )

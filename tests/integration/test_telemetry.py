@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
-import h2.config
-import h2.connection
-import h2.events
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -33,6 +29,7 @@ from parleyd.telemetry import admin
 from parleyd.telemetry.tracing import Tracing
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
+from tests.support.raw_http2 import RawConnection, open_socket
 from tests.support.requests import ask
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/parley.json"
@@ -127,11 +124,10 @@ def test_silent_connections_to_the_admin_port_take_a_bounded_number_of_threads(
     observed: GatewayThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admin._Handler, "timeout", 1.0)
-    host, port = str(observed.admin).split(":")
     before = threading.active_count()
     with ExitStack() as stack:
         for _ in range(200):
-            stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            stack.enter_context(open_socket(str(observed.admin)))
         observed.stub.Generate(ask("hello"), timeout=10)
         assert threading.active_count() <= before + admin._MAX_CONNECTIONS + 4
         deadline = time.monotonic() + 20
@@ -165,22 +161,9 @@ def test_every_query_of_the_dashboard_names_metrics_that_there_are(observed: Gat
 
 def raw_trailers(target: str, request: chat_pb2.GenerateRequest) -> dict[str, str]:
     """The trailers as a balancer sees them; gRPC's own client keeps load reports from its caller."""
-    host, port = target.split(":")
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
-    with socket.create_connection((host, int(port)), timeout=10) as raw:
-        connection.initiate_connection()
-        headers = [
-            (":method", "POST"), (":path", "/parley.v1.ChatService/Generate"), (":scheme", "http"),
-            (":authority", target), ("te", "trailers"), ("content-type", "application/grpc"),
-        ]  # fmt: skip
-        connection.send_headers(1, headers)
-        payload = request.SerializeToString()
-        connection.send_data(1, b"\0" + len(payload).to_bytes(4, "big") + payload, end_stream=True)
-        while True:
-            raw.sendall(connection.data_to_send())
-            for event in connection.receive_data(raw.recv(65536)):
-                if isinstance(event, h2.events.TrailersReceived):
-                    return dict(event.headers)
+    with RawConnection(target) as connection:
+        connection.call("Generate", request)
+        return connection.trailers() or {}
 
 
 def test_answers_carry_a_load_report(observed: GatewayThread) -> None:

@@ -6,8 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -15,7 +13,7 @@ import grpc
 
 from parleyd.gateway.supervisor import State
 from tests.support.gateway import GatewayThread
-from tests.support.raw_stream import begin_raw_stream
+from tests.support.raw_http2 import begin_raw_stream
 from tests.support.requests import ask, reason_of
 
 Failpoint = Callable[[GatewayThread, random.Random], Awaitable[None]]
@@ -96,8 +94,7 @@ async def vanish(gateway: GatewayThread, chance: random.Random) -> None:
     """A client resets its connection in the middle of an answer."""
     raw = await asyncio.to_thread(begin_raw_stream, gateway.target, "!forever")
     await asyncio.sleep(0.05)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    raw.close()
+    raw.reset()
 
 
 async def send_garbage(gateway: GatewayThread, chance: random.Random) -> None:
