@@ -6,9 +6,11 @@ where they lie (kernels.py), they take the place of either part.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache as cached
 from typing import Protocol
 
 import numpy as np
@@ -108,7 +110,7 @@ class StepLayout:
         if prefills and cache.kernels.prefill is not None:
             parts.append(PagedPrefill.of(prefills, batch.num_decodes, cache.block_size, cache.device))
         else:
-            parts += _gathered_prefills(prefills, batch.num_decodes, cache)
+            parts += _prefills(prefills, batch.num_decodes, cache)
         slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
         return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))
 
@@ -266,10 +268,18 @@ class GatheredPrefill:
         return attended[0].transpose(0, 1)
 
 
-def _gathered_prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[GatheredPrefill]:
-    for item in scheduled:
-        yield GatheredPrefill.of(item, row, cache)
-        row += item.num_tokens
+def _prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[Part]:
+    def is_short(item: Scheduled) -> bool:
+        return item.start + item.num_tokens <= cache.kernels.max_row_tokens
+
+    for are_short, group in itertools.groupby(scheduled, is_short):
+        items = list(group)
+        if are_short:
+            yield PagedDecode.of(items, cache.block_size, cache.device, row)
+        for item in items:
+            if not are_short:
+                yield GatheredPrefill.of(item, row, cache)
+            row += item.num_tokens
 
 
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -292,7 +302,7 @@ def _attend_by_strips(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     result = attended.view(num_rows, num_kv_heads, -1, head_dim).transpose(0, 1)
     row_bytes = query.shape[1] * num_tokens * query.dtype.itemsize
     size = min(num_rows, _STRIP_ROWS, max(_MIN_STRIP_ROWS, _STRIP_BYTES // row_bytes))
-    mask = torch.full((size, size), -torch.inf, dtype=query.dtype).triu_(1)[:, None]
+    mask = _causal_mask(size, query.dtype)
     for start in range(0, num_rows, size):
         strip = by_head[:, start : start + size]
         num_strip, group = strip.shape[1:3]
@@ -304,6 +314,12 @@ def _attend_by_strips(query: Tensor, key: Tensor, value: Tensor, scale: float) -
         last.add_(mask[:num_strip, :, :num_strip])
         result[:, start : start + size] = torch.bmm(scores.softmax(-1), value[:, :num_seen]).view(strip.shape)
     return attended
+
+
+@cached
+def _causal_mask(size: int, dtype: torch.dtype) -> Tensor:
+    """`[rows, 1, keys]`, 0 or -inf."""
+    return torch.full((size, size), -torch.inf, dtype=dtype).triu_(1)[:, None]
 
 
 def _split(num_blocks: NDArray[np.int64], cache: PagedKVCache) -> Iterator[NDArray[np.int64]]:

@@ -4,7 +4,7 @@
 |---|---|---|
 | CUDA, torch >= 2.12 | triton_decode.py, else varlen.py | varlen.py |
 | CUDA, torch 2.11 | triton_decode.py | gathered (attention.py) |
-| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | gathered |
+| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | short ones compiled too, others gathered |
 | any other | gathered | gathered |
 """
 
@@ -29,6 +29,8 @@ BLOCK_SIZE = 32
 _VARLEN_BLOCK_SIZES = (32, 64, 128, 256)
 # Of the largest output: far above what rounding does, and far below what reading a wrong token does.
 _TOLERANCE = 0.03
+# Up to here a compiled kernel is faster with a prompt's rows than matrix products of gathered blocks.
+_MAX_ROW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,7 @@ def choose_kernels(wanted: str, shape: AttentionShape, compiled: DecodeKernel | 
     `compiled`: for a CPU.
     """
     if wanted == "gather" or (wanted == "auto" and shape.device.type != "cuda"):
-        usable = compiled is not None and wanted == "auto" and _passes(compiled, shape)
-        return Kernels(decode=compiled if usable else None), BLOCK_SIZE
+        return _compiled(compiled if wanted == "auto" else None, shape), BLOCK_SIZE
     varlen, block_size = NO_KERNELS, BLOCK_SIZE
     if wanted != "triton":
         varlen, block_size = _varlen(shape)
@@ -108,13 +109,16 @@ def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: 
     return batch
 
 
-def _passes(compiled: DecodeKernel, shape: AttentionShape) -> bool:
+def _compiled(decode: DecodeKernel | None, shape: AttentionShape) -> Kernels:
+    if decode is None:
+        return NO_KERNELS
+    kernels = Kernels(decode, max_row_tokens=_MAX_ROW_TOKENS)
     try:
-        check_kernels(Kernels(decode=compiled), BLOCK_SIZE, shape)
+        check_kernels(kernels, BLOCK_SIZE, shape)
     except Exception as error:
-        _logger.warning("no compiled kernel for decoding: %s", _first_line(error))
-        return False
-    return True
+        _logger.warning("no compiled kernel for attention: %s", _first_line(error))
+        return NO_KERNELS
+    return kernels
 
 
 def _triton(shape: AttentionShape, block_size: int) -> DecodeKernel | None:

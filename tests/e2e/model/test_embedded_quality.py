@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
+from parleyd.cpu_kernels import layers
 from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.build import build_engine
 from parleyd.engine.kernels import probe_batch
@@ -59,9 +60,9 @@ def dequantised(loaded: LoadedModel) -> PreTrainedModel:
 
 def in_four_bits(loaded: LoadedModel, cache: PagedKVCache) -> LeanForward:
     """All layers in 4 bits, whatever the number of rows."""
-    forward = LeanForward(loaded.model, cache, blocks=loaded.blocks)
-    layers = [getattr(layer, name) for layer in forward._layers for name in ("qkv", "out", "gate_up", "down")]
-    for linear in (*layers, forward._head):
+    forward = LeanForward(loaded.model, cache, blocks=loaded.blocks, ops=layers)
+    linears = [getattr(layer, name) for layer in forward._layers for name in ("qkv", "out", "gate_up", "down")]
+    for linear in (*linears, forward._head):
         assert isinstance(linear, ByRows)
         linear.max_narrow_rows = MAX_TOKENS
     return forward

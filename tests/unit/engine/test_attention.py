@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.engine import attention
 from parleyd.engine.attention import GatheredDecode, PagedKVCache, StepLayout, attend
 from parleyd.engine.kernels import AttentionShape, check_kernels, choose_kernels
@@ -80,6 +81,14 @@ def test_gathering_attends_as_sdpa_does_alone(
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(
         run(MIXED, dtype=dtype), run(MIXED, torch_kernels.KERNELS, dtype), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("max_row_tokens", [0, 20, 100])
+def test_the_compiled_kernel_attends_as_sdpa_does_for_decodes_and_short_prompts(max_row_tokens: int) -> None:
+    kernels = Kernels(paged_decode, max_row_tokens=max_row_tokens)
+    torch.testing.assert_close(
+        run(MIXED, kernels, torch.bfloat16), run(MIXED, torch_kernels.KERNELS, torch.bfloat16), rtol=0.02, atol=0.02
     )
 
 

@@ -32,7 +32,7 @@ def test_one_that_attends_to_something_else_is_not(caplog: pytest.LogCaptureFixt
         return query + 1
 
     assert choose_kernels("auto", shape(), wrong)[0] == NO_KERNELS
-    assert "no compiled kernel for decoding" in caplog.text
+    assert "no compiled kernel for attention" in caplog.text
 
 
 def test_without_numba_there_are_none_and_the_log_says_why(
