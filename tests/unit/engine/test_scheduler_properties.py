@@ -16,16 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.request import Batch, Scheduled, Sequence, SequenceState
 from parleyd.engine.scheduler import Scheduler
-from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams
+from parleyd.generation import FinishReason, Output, SamplingParams
+from tests.support.scheduling import Request
 
 VOCAB_SIZE, EOS = 13, 0
 CONTEXT = 40
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request(EngineRequest):
-    priority: int = 0
-    cache_salt: str = ""
 
 
 # The model: a token's key and value stand for all tokens up to it, and decide the next.
