@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -168,11 +168,14 @@ def main() -> int:
     add = parser.add_argument
     add("--size", choices=[*SIZES], default="short", help="how much to measure (default: %(default)s)")
     add("--only", action="append", default=[], metavar="STEP", help="only this step; may be given again")
+    add("--minutes", type=float, help="the most that it may take; steps beyond are not measured")
     add_peers_folder(parser)
     add("--json", type=Path, help="result file (default: benchmarks/results/SIZE.json)")
     arguments = parser.parse_args()
     end_with_servers()
     size = SIZES[arguments.size]
+    if arguments.minutes is not None:
+        size = replace(size, time_limit_s=60 * arguments.minutes)
     suite = Suite(size, arguments.peers, arguments.json or RESULTS / f"{arguments.size}.json", time.monotonic())
     if unknown := set(arguments.only) - {name for name, _, _ in suite.steps}:
         parser.error(f"no such step: {', '.join(sorted(unknown))}")
