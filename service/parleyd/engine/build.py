@@ -145,7 +145,7 @@ def _build_batching(
 def _compiled(settings: ModelSettings, model: PreTrainedModel) -> CompiledKernels | None:
     if not (settings.cpu_kernels and model.device.type == "cpu" and model.dtype == torch.bfloat16):
         return None
-    return compiled_kernels(cache_root(settings.cache))
+    return compiled_kernels(cache_root(settings.cache), _head_dim(model))
 
 
 def _graphed(forward: Forward, cache: PagedKVCache, max_running: int, max_context_tokens: int) -> Forward:
@@ -204,7 +204,7 @@ def _build_cache(
 ) -> PagedKVCache:
     config: Any = model.config.get_text_config()
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(model)
     kernels, block_size = choose_kernels(
         settings.attention,
         AttentionShape(
@@ -228,6 +228,11 @@ def _build_cache(
         )
     shape = (config.num_hidden_layers, num_blocks, block_size, num_kv_heads, head_dim)
     return PagedKVCache(shape, model.dtype, model.device, kernels)
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    config: Any = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _budget_bytes(settings: ModelSettings, device: torch.device) -> float:

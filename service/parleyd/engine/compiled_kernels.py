@@ -1,4 +1,7 @@
-"""The kernels of `parleyd.cpu_kernels`, where they can be had. Imports numba: some tenths of a second."""
+"""The kernels of `parleyd.cpu_kernels`, where they can be had and pass a trial.
+
+Imports numba only when asked for them: it takes some tenths of a second.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from parleyd.engine.layer_ops import LayerOps
+import torch
+
+from parleyd.engine.layer_ops import TORCH_OPS, LayerOps
 from parleyd.engine.paged_attention import DecodeKernel
 from parleyd.model.cache import cache_key
 
 _logger = logging.getLogger("parleyd.engine")
+
+# Of the largest number: above what rounding does, and far below what a wrong number does.
+_TOLERANCE = 0.03
 
 
 class CompiledKernels(NamedTuple):
@@ -20,16 +28,36 @@ class CompiledKernels(NamedTuple):
     layers: LayerOps
 
 
-def compiled_kernels(cache: Path) -> CompiledKernels | None:
+def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
     """None, and a line in the log, where they cannot be compiled. What is compiled is kept in a folder of `cache`."""
     try:
         import numba
 
         from parleyd import cpu_kernels
         from parleyd.cpu_kernels import decode, layers, threads
-    except ImportError as error:
-        _logger.warning("no compiled kernels: %s", error)
+
+        sources = sorted(Path(cpu_kernels.__file__).parent.glob("*.py"))
+        threads.keep_compiled(cache / f"kernels-{cache_key(numba.__version__, *sources)}")
+        _check(layers, head_dim)
+    except Exception as error:
+        _logger.warning("no compiled kernels: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return None
-    sources = sorted(Path(cpu_kernels.__file__).parent.glob("*.py"))
-    threads.keep_compiled(cache / f"kernels-{cache_key(numba.__version__, *sources)}")
     return CompiledKernels(decode.paged_decode, layers)
+
+
+def _check(layers: LayerOps, head_dim: int) -> None:
+    """Raises where they do something else than torch's operators."""
+    random = torch.Generator().manual_seed(0)
+    outputs = []
+    for ops in (TORCH_OPS, layers):
+        random.manual_seed(0)
+        x, delta, weight = torch.randn(3, 4, 64, generator=random).bfloat16()
+        qkv = torch.randn(4, 5, head_dim, generator=random).bfloat16()
+        cos, sin = torch.randn(2, 4, 1, head_dim, generator=random).bfloat16()
+        cache = torch.zeros(2, 2, 1, 8, head_dim, dtype=torch.bfloat16)
+        normalised, gated = ops.add_and_normalise(x, delta, weight[0].contiguous(), 1e-5), ops.gate(delta)
+        rotated = ops.rotate_and_write(qkv, 1, cos, sin, torch.tensor([3, 8, 1, 15]), *cache)
+        outputs.append([tensor.float() for tensor in (x, normalised, gated, rotated, cache)])
+    for expected, actual in zip(*outputs, strict=True):
+        if not (actual - expected).abs().max() <= _TOLERANCE * expected.abs().max():  # so that NaN is found too
+            raise RuntimeError("they compute something else")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from numba import config
 
+from parleyd.cpu_kernels import layers, threads
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.engine.compiled_kernels import compiled_kernels
 from parleyd.engine.kernels import AttentionShape, choose_kernels
 from parleyd.engine.paged_attention import NO_KERNELS
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is set for all of this process is set back."""
+    monkeypatch.setattr(config, "CACHE_DIR", config.CACHE_DIR)
 
 
 def shape(**values: Any) -> AttentionShape:
@@ -39,5 +48,39 @@ def test_without_numba_there_are_none_and_the_log_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert compiled_kernels(tmp_path) is None
+    assert compiled_kernels(tmp_path, 16) is None
     assert "no compiled kernels" in caplog.text and "numba" in caplog.text
+
+
+def test_without_gnu_openmp_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise OSError("torch brings no libgomp")
+
+    monkeypatch.setattr(threads, "_openmp", missing)
+    for kernel in (layers._norm_kernel, layers._gate_kernel, layers._rotate_kernel):
+        monkeypatch.setattr(layers, kernel.__name__, kernel.__wrapped__)  # as in a new process
+    assert compiled_kernels(tmp_path, 16) is None
+    assert "no libgomp" in caplog.text
+
+
+def test_layers_that_compute_something_else_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = layers.gate
+    monkeypatch.setattr(layers, "gate", lambda gate_up: gate(gate_up) + 1)
+    assert compiled_kernels(tmp_path, 16) is None
+    assert "something else" in caplog.text
+
+
+def test_what_has_been_compiled_is_kept(tmp_path: Path) -> None:
+    """In a process of its own: this one may have compiled them already."""
+    code = """
+import pathlib, sys
+from parleyd.engine.compiled_kernels import compiled_kernels
+assert compiled_kernels(pathlib.Path(sys.argv[1]), 16)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    kept = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert kept == {".nbc", ".nbi"}
