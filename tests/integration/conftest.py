@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
+from tests.support.tools import Families
 
 StartGateway = Callable[..., GatewayThread]
 
@@ -56,3 +57,9 @@ def start_gateway(tokenizer_folder: Path) -> Iterator[StartGateway]:
             return stack.enter_context(gateway)
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Families]:
+    with ExitStack() as stack:
+        yield Families(tmp_path_factory.mktemp("families"), stack)

@@ -305,7 +305,7 @@ def test_a_worker_that_sends_nonsense_is_replaced(start_gateway: StartGateway) -
 
 def test_a_worker_that_hangs_as_it_loads_is_replaced(start_gateway: StartGateway, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    gateway = start_gateway(worker=("--hang-if", str(marker)), worker_timeout=0.5)
+    gateway = start_gateway(worker=("--hang-if", str(marker), "--step-delay", "0.02"), worker_timeout=0.5)
     marker.touch()
     assert gateway.stub.Generate(ask("!die-at 3 abcdef"), timeout=60).choices[0].message.content == "abcdef"
     assert gateway.gateway.supervisor.num_restarts == 2

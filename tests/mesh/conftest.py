@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.envoy import Envoy, envoy_program
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
-from tests.support.replica import Replica
+from tests.support.replica import Replica, start_replicas
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 
@@ -25,7 +25,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_tokenizer(tmp_path_factory.mktemp("mesh"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gateways(tokenizer_folder: Path) -> Iterator[list[GatewayThread]]:
     """Two replicas in this process, so that it is seen which one does what."""
     command = scripted_command(tokenizer_folder, "--step-delay", "0.002")
@@ -36,10 +36,10 @@ def gateways(tokenizer_folder: Path) -> Iterator[list[GatewayThread]]:
         yield [first, second]
 
 
-@pytest.fixture
-def envoy(gateways: list[GatewayThread], tmp_path: Path) -> Iterator[Envoy]:
+@pytest.fixture(scope="session")
+def envoy(gateways: list[GatewayThread], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Envoy]:
     """Envoy in front of `gateways`."""
-    with Envoy(tmp_path, [gateway.target for gateway in gateways]) as envoy:
+    with Envoy(tmp_path_factory.mktemp("envoy"), [gateway.target for gateway in gateways]) as envoy:
         yield envoy
 
 
@@ -47,7 +47,7 @@ def envoy(gateways: list[GatewayThread], tmp_path: Path) -> Iterator[Envoy]:
 def replicas(tokenizer_folder: Path) -> Iterator[list[Replica]]:
     """Two replicas as processes that can be killed."""
     flags = ("--drain-delay", "3", "--drain-timeout", "5", "--step-delay", "0.01")
-    started = [Replica(tokenizer_folder, *flags) for _ in range(2)]
+    started = start_replicas(2, tokenizer_folder, *flags)
     yield started
     for replica in started:
         replica.stop()

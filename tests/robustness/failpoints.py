@@ -19,11 +19,12 @@ from tests.support.requests import ask, reason_of
 Failpoint = Callable[[GatewayThread, random.Random], Awaitable[None]]
 
 # Longer than the watchdog's patience in these tests, and a good deal shorter.
-WORKER_TIMEOUT_S = 1.0
+WORKER_TIMEOUT_S = 2.0
 _SHORT_STOP_S = 0.2
-# Of a client that reads nothing, and the shorter patience with it.
-_UNREAD_S = 1.0
-SLOW_READER_TIMEOUT_S = 0.5
+# Of a client that reads nothing, and the shorter patience with it, which must be longer than a busy machine keeps one
+# that reads from doing so.
+_UNREAD_S = 3.5
+SLOW_READER_TIMEOUT_S = 3.0
 _CALL_TIMEOUT_S = 60.0
 
 

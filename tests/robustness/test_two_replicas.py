@@ -13,7 +13,7 @@ import pytest
 from parley_client import AsyncClient, user
 from tests.robustness.traffic import Outcomes
 from tests.robustness.validators import assert_no_orphans
-from tests.support.replica import Replica
+from tests.support.replica import Replica, start_replicas
 
 pytestmark = pytest.mark.timeout(0)
 
@@ -22,7 +22,7 @@ _NUM_CLIENTS = 12
 
 @pytest.fixture
 def replicas(tokenizer_folder: Path) -> Iterator[list[Replica]]:
-    started = [Replica(tokenizer_folder, "--drain-timeout", "0.5", "--step-delay", "0.01") for _ in range(2)]
+    started = start_replicas(2, tokenizer_folder, "--drain-timeout", "0.5", "--step-delay", "0.01")
     yield started
     for replica in started:
         replica.stop()

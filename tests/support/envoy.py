@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "envoy" / "envoy.yaml"
 
@@ -63,15 +64,28 @@ class Envoy:
             assert time.monotonic() < deadline, f"never {number} healthy replicas"
             time.sleep(0.05)
 
+    def busy_ports(self) -> list[int]:
+        """Of the replicas that a call is open at."""
+        return [
+            host["address"]["socket_address"]["port_value"]
+            for host in self._hosts()
+            for stat in host["stats"]
+            if stat["name"] == "rq_active" and int(stat.get("value", 0)) > 0
+        ]
+
     def _num_healthy(self) -> int:
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self._admin_port}/clusters?format=json", timeout=5
-            ) as response:
-                (cluster,) = json.load(response)["cluster_statuses"]
+            hosts = self._hosts()
         except (OSError, KeyError, ValueError):
             return -1
-        return sum(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in cluster["host_statuses"])
+        return sum(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)
+
+    def _hosts(self) -> list[dict[str, Any]]:
+        url = f"http://127.0.0.1:{self._admin_port}/clusters?format=json"
+        with urllib.request.urlopen(url, timeout=5) as response:
+            (cluster,) = json.load(response)["cluster_statuses"]
+        hosts: list[dict[str, Any]] = cluster["host_statuses"]
+        return hosts
 
 
 def free_port() -> int:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -65,3 +66,9 @@ class Replica:
         self.process.stdout.close()
         time.sleep(0.05)
         return code
+
+
+def start_replicas(number: int, folder: Path, *arguments: str) -> list[Replica]:
+    """Several, all at once."""
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(lambda _: Replica(folder, *arguments), range(number)))

@@ -169,7 +169,8 @@ def test_the_timeout_is_that_of_all_calls_together(connect, server, breaks, monk
 
 
 def test_cancelling_a_stream_that_waits_to_be_resumed_ends_it_at_once(server, breaks, monkeypatch):
-    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 5.0)
+    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(resumption, "_MAX_DELAY_S", 60.0)
     breaks(1)
     with Client(server.target) as client:
         stream = client.stream(QUESTION)
@@ -178,13 +179,14 @@ def test_cancelling_a_stream_that_waits_to_be_resumed_ends_it_at_once(server, br
         started = time.monotonic()
         with pytest.raises(Cancelled):
             next(stream)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("whose", ["stream", "task"])
 async def test_cancelling_an_async_stream_that_waits_to_be_resumed_ends_it_at_once(server, breaks, monkeypatch, whose):
-    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 5.0)
+    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(resumption, "_MAX_DELAY_S", 60.0)
     breaks(1)
     async with AsyncClient(server.target) as client:
         stream = client.stream(QUESTION)
@@ -194,7 +196,7 @@ async def test_cancelling_an_async_stream_that_waits_to_be_resumed_ends_it_at_on
         started = time.monotonic()
         with pytest.raises(Cancelled if whose == "stream" else asyncio.CancelledError):
             await waiting
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
     assert len(server.requests) == 1
 
 

@@ -1,0 +1,37 @@
+"""Reasoning over the wire: told apart from content, and given back to templates that take it."""
+
+from __future__ import annotations
+
+import pytest
+
+from parley.v1 import chat_pb2
+from tests.support.requests import ask
+from tests.support.tools import Families, saying, whole
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [("thinking", "<think>\nLet me see.\n</think>\n\nYes."), ("opened", "Let me see.\n</think>\n\nYes.")],
+)
+def test_reasoning_comes_apart_from_content(families: Families, family: str, text: str) -> None:
+    request = ask(saying(family, text))
+    message = families[family].stub.Generate(request, timeout=20).choices[0].message
+    assert (message.reasoning_content, message.content) == ("Let me see.", "Yes.")
+    assert whole(list(families[family].stub.GenerateStream(request, timeout=20))) == message
+
+
+def test_reasoning_may_be_turned_off_by_the_template(families: Families) -> None:
+    request = ask(saying("thinking", "Yes."))
+    request.chat_template_kwargs.update({"enable_thinking": False})
+    message = families["thinking"].stub.Generate(request, timeout=20).choices[0].message
+    assert (message.reasoning_content, message.content) == ("", "Yes.")
+
+
+def test_earlier_reasoning_is_the_templates_to_tell(families: Families) -> None:
+    def count(family: str, reasoning: str) -> int:
+        request = chat_pb2.CountTokensRequest(messages=ask("Why?", "So.", "Sure?").messages)
+        request.messages[1].reasoning_content = reasoning
+        return int(families[family].stub.CountTokens(request, timeout=20).prompt_tokens)
+
+    assert count("thinking", "hmm") == count("thinking", "") + len("<think>\nhmm\n</think>\n\n")
+    assert count("opened", "hmm") == count("opened", "")
