@@ -45,8 +45,10 @@ CLIENT_CODES = frozenset(
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     """A replica as a process; it must survive, and give back the memory that it took."""
     replica = Replica(write_tiny_tokenizer(tmp_path_factory.mktemp("fuzz")), "--step-delay", "0")
+    before = memory_of(replica)
     yield replica
     assert replica.process.poll() is None, "it died"
+    print(f"\nmemory of the gateway: {before / 1e6:.0f} MB before, {memory_of(replica) / 1e6:.0f} MB after")
     replica.stop()
 
 

@@ -8,6 +8,7 @@ import random
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import grpc
 import h2.exceptions
@@ -15,6 +16,7 @@ import pytest
 
 from parley.v1 import chat_pb2_grpc
 from tests.fuzz.conftest import CLIENT_CODES, SECONDS, memory_of
+from tests.fuzz.http2_attacks import ATTACKS
 from tests.support.raw_http2 import EMPTY_SETTINGS, PREFACE, RawConnection, frame, grpc_message, open_socket
 from tests.support.replica import Replica
 from tests.support.requests import ask
@@ -115,9 +117,17 @@ def test_bytes_that_are_no_call(replica: Replica, data: bytes) -> None:
     _send_bytes(replica, data)
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_on_http2(replica: Replica, name: str) -> None:
+    before = memory_of(replica)
+    _send_bytes(replica, PREFACE + EMPTY_SETTINGS + ATTACKS[name], read_for_s=0.3)
+    assert memory_of(replica) < before + 128 * 1024 * 1024
+
+
 def test_random_frames(replica: Replica) -> None:
     chance = random.Random(7)
     end = time.monotonic() + SECONDS / 6
+    num_sent = 0
     while time.monotonic() < end:
         data = PREFACE + EMPTY_SETTINGS
         for _ in range(chance.randint(1, 20)):
@@ -125,16 +135,18 @@ def test_random_frames(replica: Replica) -> None:
             kind, flags, stream = chance.randrange(12), chance.randrange(256), chance.choice([0, 1, 3, 2**31 - 1])
             data += frame(kind, flags, stream, body)
         _send_bytes(replica, data)
+        num_sent += 1
+    print(f"\nconnections with random frames: {num_sent:,}")
 
 
-def _send_bytes(replica: Replica, data: bytes) -> None:
-    with open_socket(replica.address) as raw:
-        try:
-            raw.sendall(data)
-            raw.settimeout(0.05)
-            raw.recv(1000)
-        except OSError:
-            pass
+def _send_bytes(replica: Replica, data: bytes, read_for_s: float = 0.05) -> None:
+    end = time.monotonic() + read_for_s
+    with open_socket(replica.address) as raw, suppress(OSError):
+        raw.sendall(data)
+        while (left := end - time.monotonic()) > 0:
+            raw.settimeout(left)
+            if not raw.recv(65536):
+                return
 
 
 def test_memory_is_given_back(replica: Replica, channel: grpc.Channel) -> None:

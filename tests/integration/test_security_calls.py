@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import h2.events
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -22,7 +23,7 @@ from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask, reason_of, retry_delay_of
 
 KEY, LIMITED = new_key(), new_key()
-UNAUTHENTICATED, RESOURCE_EXHAUSTED = "16", "8"
+INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAUTHENTICATED = "3", "8", "16"
 RPCS = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods
 
 Start = Callable[..., GatewayThread]
@@ -255,9 +256,20 @@ def test_odd_bytes_in_metadata_let_nobody_in_and_hurt_nobody(start: Start, autho
     gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(KEY))
 
 
-def test_metadata_beyond_what_grpc_takes_is_refused(start: Start) -> None:
+@pytest.mark.parametrize("path", ["/parley.v1.ChatService/Generate", "/grpc.health.v1.Health/Check"])
+def test_metadata_beyond_what_grpc_takes_is_refused_before_the_message(start: Start, path: str) -> None:
     gateway = start()
-    assert call_raw(gateway.target, b"Bearer " + b"x" * 60_000) in (None, UNAUTHENTICATED, RESOURCE_EXHAUSTED)
+    extra = {"authorization": f"Bearer {KEY}"} | {f"x-{number}": "x" * 1000 for number in range(20)}
+    # It acknowledges no settings: gRPC then holds it to no limit.
+    with RawConnection(gateway.target, answers_pings=False) as connection:
+        stream = connection.begin(extra=extra, path=path)
+        connection.flush()
+        assert connection.status(stream) == INVALID_ARGUMENT
+    with RawConnection(gateway.target) as connection:
+        connection.receive_for(5, until=lambda: connection.saw(h2.events.SettingsAcknowledged))
+        stream = connection.begin(extra=extra, path=path)
+        connection.flush()
+        assert connection.status(stream) == RESOURCE_EXHAUSTED  # gRPC's own limit
     gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(KEY))
 
 

@@ -191,10 +191,23 @@ async def test_a_connection_that_says_nothing_is_closed() -> None:
         assert not await asyncio.to_thread(is_closed_in, port, 1)
 
 
+async def test_a_connection_that_acknowledges_no_settings_is_closed() -> None:
+    def is_closed(port: int) -> bool:
+        with RawConnection(target(port), answers_pings=False) as client:
+            client.receive_for(1)
+            return client.is_closed
+
+    async with server_with(OPTIONS | {"grpc.http2.settings_timeout": 300}) as port:
+        assert await asyncio.to_thread(is_closed, port)
+    async with server_with(without("grpc.http2.settings_timeout")) as port:
+        assert not await asyncio.to_thread(is_closed, port)
+
+
 def test_every_option_has_a_test_here() -> None:
     tested = {
         *PINGS, *PENDING, "grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.max_receive_message_length",
         "grpc.so_reuseport", "grpc.max_concurrent_streams", "grpc.server_handshake_timeout_ms",
+        "grpc.http2.settings_timeout",
     }  # fmt: skip
     assert set(OPTIONS) == tested
 

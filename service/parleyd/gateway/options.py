@@ -10,6 +10,8 @@ _MAX_PENDING_CALLS = 10_000
 _MAX_STREAMS = 4096
 # Until a connection has shown its certificate and said that it speaks HTTP/2; gRPC's own default is two minutes.
 _HANDSHAKE_TIMEOUT_MS = 20_000
+# Until a connection has acknowledged our settings; before, gRPC holds it to none of them. Its default is a minute.
+_SETTINGS_TIMEOUT_MS = 10_000
 
 
 def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -31,4 +33,5 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
         ("grpc.max_concurrent_streams", _MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
+        ("grpc.http2.settings_timeout", _SETTINGS_TIMEOUT_MS),
     ]

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
@@ -24,6 +24,10 @@ from parleyd.telemetry.call import Call, current_call
 
 REQUEST_ID_KEY = "x-request-id"
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+# gRPC's own limit, which binds only clients that have acknowledged our settings; and what RFC 9113 adds for each entry.
+_MAX_METADATA_OCTETS = 16 * 1024
+_ENTRY_OCTETS = 32
 
 # Probes have no credentials.
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
@@ -62,13 +66,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
         handler: Any = await continuation(details)
-        if handler is None or details.method.startswith(_HEALTH_PREFIX):
-            return handler
+        if handler is None:
+            return None
         method = details.method.removeprefix(self._prefix)
         try:
             # Before the request is read: what a stranger sends is not even decoded.
+            _check_metadata(details.invocation_metadata or ())
+            if details.method.startswith(_HEALTH_PREFIX):
+                return handler
             caller = self._guard.check_credentials(details.invocation_metadata)
-        except Unauthenticated as error:
+        except (InvalidRequest, Unauthenticated) as error:
             return self._refusal(method, error)
         if method == details.method:
             return handler
@@ -77,7 +84,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return safe._replace(unary_stream=self._stream(method, caller, handler.unary_stream))
         return safe._replace(unary_unary=self._unary(method, caller, handler.unary_unary))
 
-    def _refusal(self, method: str, error: Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
+    def _refusal(self, method: str, error: ParleyError) -> grpc.RpcMethodHandler[Any, Any]:
         async def refuse(requests: Any, context: Context) -> None:
             call = _new_call(method, None, context, address_identity(context))
             current_call.set(call)
@@ -164,6 +171,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._guard.leave(caller)
         finally:
             self._leave(caller.identity)
+
+
+def _check_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> None:
+    if sum(len(key) + len(value) + _ENTRY_OCTETS for key, value in metadata) > _MAX_METADATA_OCTETS:
+        raise InvalidRequest([Violation("", f"metadata may have {_MAX_METADATA_OCTETS:,} octets")])
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
