@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,6 +31,8 @@ _QUIET = ["--log-level", "warning"]
 _SEED = 77
 _PREFIX_LIMIT_S = 15.0
 _MIB = 2**20
+# The service takes 4,096 at most.
+_STREAMS_PER_CONNECTION = 2500
 
 
 def start(rounds: int = 3) -> list[Row]:
@@ -101,9 +105,12 @@ def interference(server: Server, duration_s: float = 20.0, streams: int = 8, arr
 
 def queue_cost(window_s: float = 8.0, streams: int = 64, num_queued: int = 10_000) -> list[Row]:
     """Tokens/s of running streams with many requests queued behind them, over those with none, before and after."""
-    arguments = [*_QUIET, "--max-queue", str(num_queued + streams), "--max-running", str(streams)]
-    with serving(arguments) as server:
-        before, queued, after, seconds = asyncio.run(_queue_cost(server.target, window_s, streams, num_queued))
+    admin_port = _free_port()
+    limits = ["--max-queue", str(num_queued + streams), "--max-running", str(streams)]
+    with serving([*_QUIET, *limits, "--admin-port", str(admin_port)]) as server:
+        before, queued, after, seconds = asyncio.run(
+            _queue_cost(server.target, admin_port, window_s, streams, num_queued)
+        )
     value = queued / statistics.mean((before, after))
     return [
         {
@@ -116,7 +123,9 @@ def queue_cost(window_s: float = 8.0, streams: int = 64, num_queued: int = 10_00
     ]
 
 
-async def _queue_cost(target: str, window_s: float, streams: int, num_queued: int) -> tuple[float, float, float, float]:
+async def _queue_cost(
+    target: str, admin_port: int, window_s: float, streams: int, num_queued: int
+) -> tuple[float, float, float, float]:
     running = Run()
     async with _connected(target) as client:
         endless = workload.fixed(_SEED, streams, 8000)
@@ -125,22 +134,43 @@ async def _queue_cost(target: str, window_s: float, streams: int, num_queued: in
             await asyncio.sleep(0.1)
         before = await _rate(running, window_s)
         started = time.perf_counter()
-        async with _connected(target) as queueing:
+        async with AsyncExitStack() as stack:
+            num_connections = -(-num_queued // _STREAMS_PER_CONNECTION)
+            queueing = [await stack.enter_async_context(_connected(target)) for _ in range(num_connections)]
             waiting = workload.fixed(_SEED + 1, num_queued, 8)
-            queued_tasks = [asyncio.create_task(_wait(queueing, request)) for request in waiting]
-            await asyncio.sleep(0)  # has them all sent
-            await queueing.prompt_tokens(waiting[0])  # answered after all prompts before it
+            queued_tasks = [
+                asyncio.create_task(_wait(queueing[index % num_connections], request))
+                for index, request in enumerate(waiting)
+            ]
+            await _until_queued(admin_port, num_queued)
             seconds = time.perf_counter() - started
             queued = await _rate(running, window_s)
             for task in queued_tasks:
                 task.cancel()
             await asyncio.gather(*queued_tasks, return_exceptions=True)
-            await queueing.prompt_tokens(waiting[0])
+            await _until_queued(admin_port, 0)
         after = await _rate(running, window_s)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return before, queued, after, seconds
+
+
+async def _until_queued(admin_port: int, number: int) -> None:
+    while await asyncio.to_thread(_queue_depth, admin_port) != number:
+        await asyncio.sleep(0.5)
+
+
+def _queue_depth(admin_port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{admin_port}/metrics", timeout=60) as page:
+        line = next(line for line in page if line.startswith(b"parley_queue_depth "))
+    return int(float(line.split()[1]))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 async def _count(run: Run, client: GrpcClient, request: workload.Request) -> None:
