@@ -33,6 +33,7 @@ _PREFIX_LIMIT_S = 15.0
 _MIB = 2**20
 # The service takes 4,096 at most.
 _STREAMS_PER_CONNECTION = 2500
+_MAX_PROMPT_TOKENS = 200
 
 
 def start(rounds: int = 3) -> list[Row]:
@@ -106,7 +107,9 @@ def interference(server: Server, duration_s: float = 20.0, streams: int = 8, arr
 def queue_cost(window_s: float = 8.0, streams: int = 64, num_queued: int = 10_000) -> list[Row]:
     """Tokens/s of running streams with many requests queued behind them, over those with none, before and after."""
     admin_port = _free_port()
-    limits = ["--max-queue", str(num_queued + streams), "--max-running", str(streams)]
+    # One client may have eight ninths of the places.
+    places, tokens = 2 * num_queued, 2 * num_queued * _MAX_PROMPT_TOKENS
+    limits = ["--max-queue", str(places), "--max-queue-tokens", str(tokens), "--max-running", str(streams)]
     with serving([*_QUIET, *limits, "--admin-port", str(admin_port)]) as server:
         before, queued, after, seconds = asyncio.run(
             _queue_cost(server.target, admin_port, window_s, streams, num_queued)
