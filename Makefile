@@ -11,6 +11,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH := .venv/.installed-bench
 PROTOC := .venv/protoc
+# Only what starts no processes and waits for nothing: the other tests watch how long things take.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 
@@ -52,12 +54,17 @@ chat: $(INSTALLED) ## talk with the service at TARGET=localhost:50051
 ##### tests
 
 .PHONY: test
-test: $(INSTALLED) $(PROTOC)/.installed ## run all tests; ARGS are pytest's
+test: $(INSTALLED) $(PROTOC)/.installed ## run all tests; ARGS are pytest's, and choose which
+ifeq ($(ARGS),)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
+	@$(BIN)/python -m pytest --ignore tests/unit
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## run the tests of single modules
-	@$(BIN)/python -m pytest tests/unit $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit $(ARGS)
 
 .PHONY: test-integration
 test-integration: $(INSTALLED) ## run the tests of gateway and client over loopback, without a model
