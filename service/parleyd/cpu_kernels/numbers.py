@@ -27,7 +27,7 @@ def _bitcast(to: Any, of: Any, llvm_type: ir.Type) -> Any:
 
 
 _float_of_bits = _bitcast(types.float32, types.uint32, ir.FloatType())
-_bits_of_float = _bitcast(types.uint32, types.float32, _INT32)
+bits_of_float = _bitcast(types.uint32, types.float32, _INT32)
 
 
 def _pointer_to(dtype: Any) -> Any:
@@ -43,7 +43,9 @@ def _pointer_to(dtype: Any) -> Any:
     return cast
 
 
+_pointer_to_int8 = _pointer_to(types.int8)
 _pointer_to_uint16 = _pointer_to(types.uint16)
+_pointer_to_float32 = _pointer_to(types.float32)
 _pointer_to_int32 = _pointer_to(types.int32)
 _pointer_to_int64 = _pointer_to(types.int64)
 
@@ -57,7 +59,7 @@ def widened(bits):
 @njit(forceinline=True)
 def rounded(value):
     """The nearest bfloat16 of a float32; between two, the even one."""
-    bits = _bits_of_float(value)
+    bits = bits_of_float(value)
     return types.uint16(
         (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
     )
@@ -92,6 +94,18 @@ def float_argument(bits):
 def bfloat16_array(address, shape):
     """What lies at an address, as bits."""
     return carray(_pointer_to_uint16(address), shape)
+
+
+@njit(forceinline=True)
+def int8_array(address, shape):
+    """What lies at an address."""
+    return carray(_pointer_to_int8(address), shape)
+
+
+@njit(forceinline=True)
+def float32_array(address, shape):
+    """What lies at an address."""
+    return carray(_pointer_to_float32(address), shape)
 
 
 @njit(forceinline=True)

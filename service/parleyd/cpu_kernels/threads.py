@@ -20,6 +20,8 @@ from parleyd.cpu_kernels.numbers import FAST
 # Known to the linker as soon as `_openmp` has run.
 thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+# Returns when all threads of the kernel have come there.
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 class Kernel:
@@ -55,7 +57,7 @@ def _openmp() -> ctypes.CDLL:
     openmp = ctypes.CDLL(str(found[0]))
     openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     openmp.GOMP_parallel.restype = None
-    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+    for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
         address = ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value
         llvm.add_symbol(name, address)
     return openmp

@@ -18,7 +18,6 @@ from parleyd.engine.generate import GenerateEngine
 from parleyd.engine.grammar import GrammarCompiler
 from parleyd.engine.kernels import AttentionShape, choose_kernels, probe_batch
 from parleyd.engine.kv_cache import KVLedger
-from parleyd.engine.layer_ops import TORCH_OPS
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
 from parleyd.engine.prefill_budget import PrefillBudget
@@ -117,7 +116,7 @@ def _build_batching(
             cache,
             packed=settings.packed_linear,
             blocks=_wanted_blocks(settings, blocks),
-            ops=compiled.layers if compiled else TORCH_OPS,
+            compiled=compiled,
         )
     else:
         forward = checked_stock_forward(model, cache)

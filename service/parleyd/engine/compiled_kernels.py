@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from parleyd.engine.layer_ops import TORCH_OPS, LayerOps
 from parleyd.engine.paged_attention import DecodeKernel
@@ -34,18 +35,19 @@ def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
         import numba
 
         from parleyd import cpu_kernels
-        from parleyd.cpu_kernels import decode, layers, threads
+        from parleyd.cpu_kernels import decode, layers, products, threads
 
         sources = sorted(Path(cpu_kernels.__file__).parent.glob("*.py"))
         threads.keep_compiled(cache / f"kernels-{cache_key(numba.__version__, *sources)}")
-        _check(layers, head_dim)
+        _check_layers(layers, head_dim)
+        _check_products(products)
     except Exception as error:
         _logger.warning("no compiled kernels: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return None
     return CompiledKernels(decode.paged_decode, layers)
 
 
-def _check(layers: LayerOps, head_dim: int) -> None:
+def _check_layers(layers: LayerOps, head_dim: int) -> None:
     """Raises where they do something else than torch's operators."""
     random = torch.Generator().manual_seed(0)
     outputs = []
@@ -57,7 +59,28 @@ def _check(layers: LayerOps, head_dim: int) -> None:
         cache = torch.zeros(2, 2, 1, 8, head_dim, dtype=torch.bfloat16)
         normalised, gated = ops.add_and_normalise(x, delta, weight[0].contiguous(), 1e-5), ops.gate(delta)
         rotated = ops.rotate_and_write(qkv, 1, cos, sin, torch.tensor([3, 8, 1, 15]), *cache)
-        outputs.append([tensor.float() for tensor in (x, normalised, gated, rotated, cache)])
+        outputs.append([x, normalised, gated, rotated, cache])
     for expected, actual in zip(*outputs, strict=True):
-        if not (actual - expected).abs().max() <= _TOLERANCE * expected.abs().max():  # so that NaN is found too
-            raise RuntimeError("they compute something else")
+        _compare(actual, expected)
+
+
+def _check_products(products: Any) -> None:
+    """The same for what this processor can."""
+    random = torch.Generator().manual_seed(0)
+    num_outs, num_ins = 48, 96
+    x = torch.randn(11, num_ins, generator=random).bfloat16()
+    if products.can_multiply_bfloat16(num_outs, num_ins):
+        weight = torch.randn(num_outs, num_ins, generator=random).bfloat16()
+        _compare(products.multiply_bfloat16(x, products.pack_bfloat16(weight)), x.float() @ weight.float().T)
+    for num_bits in (4, 8) if products.can_multiply_blocks(num_outs, num_ins) else ():
+        numbers = torch.randint(2**num_bits, (num_outs, num_ins), generator=random, dtype=torch.uint8)
+        scales, minima = torch.randn(2, num_outs, num_ins // 32, generator=random).half().float()
+        weight = numbers.view(num_outs, -1, 32) * scales[..., None] + minima[..., None]
+        packed = products.pack_blocks(numbers, scales, minima, num_bits)
+        _compare(products.multiply_blocks(x, packed, num_bits), x.float() @ weight.flatten(1).T)
+
+
+def _compare(actual: Tensor, expected: Tensor) -> None:
+    difference = (actual.float() - expected.float()).abs().max()
+    if not difference <= _TOLERANCE * expected.float().abs().max():  # so that NaN is found too
+        raise RuntimeError("they compute something else")

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parleyd.engine.attention import PagedKVCache, StepLayout, attend_to_written
-from parleyd.engine.layer_ops import TORCH_OPS, LayerOps
+from parleyd.engine.compiled_kernels import CompiledKernels
+from parleyd.engine.layer_ops import TORCH_OPS
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
@@ -45,13 +46,13 @@ class LeanForward:
         *,
         packed: bool = True,
         blocks: GgufBlocks | None = None,
-        ops: LayerOps = TORCH_OPS,
+        compiled: CompiledKernels | None = None,
     ) -> None:
         """`packed`, `blocks`: see LinearMaker. The model's own layers are of no use after."""
         decoder: Any = model.model
         config: Any = model.config
         self._cache = cache
-        self._ops = ops
+        self._ops = compiled.layers if compiled else TORCH_OPS
         self._num_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._head_dim = decoder.layers[0].self_attn.head_dim
@@ -59,7 +60,7 @@ class LeanForward:
         self._embedding = decoder.embed_tokens.weight
         self._cos, self._sin = _rotary_tables(decoder.rotary_emb, config.max_position_embeddings, self._embedding)
         self._norm = decoder.norm.weight
-        linears = LinearMaker(packed=packed, blocks=blocks)
+        linears = LinearMaker(packed=packed, blocks=blocks, compiled=compiled is not None)
         self._layers = [_lean_layer(layer, linears) for layer in decoder.layers]
         head: Any = model.get_output_embeddings()
         self._head = linears.make(head, keep=head.weight is self._embedding)

@@ -35,6 +35,14 @@ class Numbers:
     zeros: Tensor
     num_planes: int
 
+    def as_whole(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The planes in one, a weight being `number * scale + minimum`: numbers, uint8 `[out, in]`; scales and minima,
+        `[out, in / BLOCK_SIZE]`; and the bits of a number, 4 or 8."""
+        if self.num_planes == 1:
+            return self.numbers, self.scales, self.zeros - 8 * self.scales, 4
+        (high, low), scales = self.numbers.chunk(2, 1), self.scales.chunk(2, 1)[1]
+        return high << 4 | low, scales, -128 * scales, 8
+
     def dequantised(self) -> Tensor:
         """The matrix, float32."""
         grouped = self.numbers.view(len(self.numbers), -1, BLOCK_SIZE).float()

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers
+from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.build import build_engine
+from parleyd.engine.compiled_kernels import CompiledKernels
 from parleyd.engine.kernels import probe_batch
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.generation import EngineRequest, SamplingParams
@@ -58,9 +60,9 @@ def dequantised(loaded: LoadedModel) -> PreTrainedModel:
     return model
 
 
-def in_four_bits(loaded: LoadedModel, cache: PagedKVCache) -> LeanForward:
+def in_four_bits(loaded: LoadedModel, cache: PagedKVCache, compiled: CompiledKernels | None) -> LeanForward:
     """All layers in 4 bits, whatever the number of rows."""
-    forward = LeanForward(loaded.model, cache, blocks=loaded.blocks, ops=layers)
+    forward = LeanForward(loaded.model, cache, blocks=loaded.blocks, compiled=compiled)
     linears = [getattr(layer, name) for layer in forward._layers for name in ("qkv", "out", "gate_up", "down")]
     for linear in (*linears, forward._head):
         assert isinstance(linear, ByRows)
@@ -68,8 +70,11 @@ def in_four_bits(loaded: LoadedModel, cache: PagedKVCache) -> LeanForward:
     return forward
 
 
+@pytest.mark.parametrize("compiled", [None, CompiledKernels(paged_decode, layers)], ids=["torch", "compiled"])
 @torch.inference_mode()
-def test_perplexity_in_four_bits_is_that_of_the_dequantised_weights_within_one_percent() -> None:
+def test_perplexity_in_four_bits_is_that_of_the_dequantised_weights_within_one_percent(
+    compiled: CompiledKernels | None,
+) -> None:
     loaded = load_model(ModelSettings())
     reference = dequantised(loaded)
     texts = [text_ids(loaded, name) for name in TEXTS]
@@ -77,7 +82,7 @@ def test_perplexity_in_four_bits_is_that_of_the_dequantised_weights_within_one_p
     config: Any = loaded.model.config
     shape = (config.num_hidden_layers, MAX_TOKENS // BLOCK_SIZE, BLOCK_SIZE, config.num_key_value_heads, 64)
     cache = PagedKVCache(shape, torch.bfloat16, "cpu")
-    forward = in_four_bits(loaded, cache)
+    forward = in_four_bits(loaded, cache, compiled)
     for ids, exact in zip(texts, expected, strict=True):
         assert len(ids) > 250
         rows = torch.arange(len(ids))

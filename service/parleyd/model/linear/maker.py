@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parleyd.model.gguf_blocks import GgufBlocks, Numbers, concatenated
+from parleyd.model.gguf_blocks import GgufBlocks, concatenated
 from parleyd.model.linear.by_rows import ByRows, choose_by_cost
+from parleyd.model.linear.compiled import can_compile, can_compile_blocks, compiled_block_linear, compiled_linear
 from parleyd.model.linear.four_bit import can_use_four_bits, four_bit_linear
 from parleyd.model.linear.packed import can_pack, packed_linear
 from parleyd.model.linear.plain import Linear, plain_linear
@@ -18,26 +20,27 @@ _logger = logging.getLogger("parleyd.model")
 
 
 class LinearMaker:
-    """`packed`: lay weights out for this CPU. `blocks`: also use the 4-bit numbers that the weights came from."""
+    """`packed`: lay weights out for this CPU. `blocks`: also use the numbers that the weights came from. `compiled`:
+    with the products of `parleyd.cpu_kernels`, where this processor has the instructions."""
 
-    def __init__(self, *, packed: bool, blocks: GgufBlocks | None) -> None:
+    def __init__(self, *, packed: bool, blocks: GgufBlocks | None, compiled: bool = False) -> None:
         self._packed = packed
         self._blocks = blocks
+        self._compiled = compiled
         self._by_rows: list[ByRows] = []
 
     def make(self, *modules: Any, keep: bool = False) -> Linear:
         """Linear modules of one input as one. Unless `keep`, they let their weights go, lest those be held twice."""
         weight = torch.cat([module.weight.detach() for module in modules]) if len(modules) > 1 else modules[0].weight
+        weight = weight.detach()
         bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
-        numbers = self._numbers(weight, modules)
+        narrow = self._narrow(weight, bias, modules)
         if not keep:
             for module in modules:
                 module.weight = module.bias = None
-        pack = self._packed and can_pack(weight)
-        wide = packed_linear(weight.detach(), bias) if pack else plain_linear(weight.detach(), bias)
-        if numbers is None:
-            return wide
-        by_rows = ByRows(four_bit_linear(numbers, bias), wide, (weight.shape[0], weight.shape[1]))
+        if narrow is None:
+            return self._wide(weight, bias)
+        by_rows = ByRows(narrow, partial(self._wide, weight, bias), (weight.shape[0], weight.shape[1]))
         self._by_rows.append(by_rows)
         return by_rows
 
@@ -47,9 +50,20 @@ class LinearMaker:
             return
         limits = choose_by_cost(self._by_rows, torch.bfloat16)
         shown = ", ".join(f"{rows} ({outs} x {ins})" for (outs, ins), rows in limits.items())
-        _logger.info("4-bit weights as in the .gguf file for steps of up to this many rows, bfloat16 above: %s", shown)
+        _logger.info("weights as in the .gguf file for steps of up to this many rows, bfloat16 above: %s", shown)
 
-    def _numbers(self, weight: Tensor, modules: tuple[Any, ...]) -> Numbers | None:
-        if self._blocks is None or not can_use_four_bits(weight):
+    def _wide(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if self._packed and self._compiled and can_compile(weight):
+            return compiled_linear(weight, bias)
+        return (packed_linear if self._packed and can_pack(weight) else plain_linear)(weight, bias)
+
+    def _narrow(self, weight: Tensor, bias: Tensor | None, modules: tuple[Any, ...]) -> Linear | None:
+        """With the file's own numbers; None where it has none of these weights, or there is no kernel for them."""
+        if self._blocks is None:
             return None
-        return concatenated([self._blocks.numbers_of(module.weight) for module in modules])
+        numbers = concatenated([self._blocks.numbers_of(module.weight) for module in modules])
+        if numbers is None:
+            return None
+        if self._compiled and can_compile_blocks(weight):
+            return compiled_block_linear(numbers, bias)
+        return four_bit_linear(numbers, bias) if can_use_four_bits(weight) else None

@@ -1,0 +1,89 @@
+"""Compiled matrix products: against torch's own in float32 on the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from parleyd.cpu_kernels import products
+
+SHAPES = ((16, 32), (48, 96), (160, 576))
+NUM_ROWS = (1, 2, 3, 8, 13, 64)
+# Rounding the product to bfloat16, of its largest number; and each input to 8 bits, of a block's largest.
+ROUNDING = 2.0**-8
+STEP = 1 / 127
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def blocks(num_outs: int, num_ins: int, num_bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numbers, scales and minima, and the weights that they stand for."""
+    numbers = torch.randint(2**num_bits, (num_outs, num_ins), dtype=torch.uint8)
+    scales, minima = torch.randn(2, num_outs, num_ins // 32).half().float()
+    weights = numbers.view(num_outs, -1, 32) * scales[..., None] + minima[..., None]
+    return numbers, scales, minima, weights.flatten(1)
+
+
+def rounded_to_blocks(x: Tensor) -> Tensor:
+    """Each block of 32 inputs in 127ths of its largest."""
+    grouped = x.float().unflatten(1, (-1, 32))
+    steps = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((grouped / steps).round() * steps).flatten(1)
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize(("num_outs", "num_ins"), SHAPES)
+def test_bfloat16(num_rows: int, num_outs: int, num_ins: int) -> None:
+    if not products.can_multiply_bfloat16(num_outs, num_ins):
+        pytest.skip("this processor has no such instructions, or better ones")
+    weight, x = torch.randn(num_outs, num_ins).bfloat16(), torch.randn(num_rows, num_ins).bfloat16()
+    exact = x.float() @ weight.float().T
+    result = products.multiply_bfloat16(x, products.pack_bfloat16(weight))
+    torch.testing.assert_close(result.float(), exact, rtol=ROUNDING, atol=1e-4 * num_ins**0.5)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize(("num_outs", "num_ins"), SHAPES)
+def test_blocks(num_rows: int, num_outs: int, num_ins: int, num_bits: int) -> None:
+    if not products.can_multiply_blocks(num_outs, num_ins):
+        pytest.skip("this processor has no such instructions")
+    numbers, scales, minima, weight = blocks(num_outs, num_ins, num_bits)
+    x = torch.randn(num_rows, num_ins).bfloat16()
+    result = products.multiply_blocks(x, products.pack_blocks(numbers, scales, minima, num_bits), num_bits).float()
+    expected = rounded_to_blocks(x) @ weight.T
+    # An input in the middle between two steps may have gone to the other one.
+    one_step = float(weight.abs().max() * x.float().abs().max()) * STEP
+    torch.testing.assert_close(result, expected, rtol=ROUNDING, atol=one_step)
+    error = (result - x.float() @ weight.T).norm() / (x.float() @ weight.T).norm()
+    assert error < 2 * STEP
+
+
+def test_inputs_of_zero_give_zero() -> None:
+    if not products.can_multiply_blocks(16, 64):
+        pytest.skip("this processor has no such instructions")
+    packed = products.pack_blocks(*blocks(16, 64, 4)[:3], 4)
+    assert not products.multiply_blocks(torch.zeros(2, 64).bfloat16(), packed, 4).any()
+
+
+@pytest.mark.parametrize("num_bits", [4, 8, 16])
+def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(num_bits: int) -> None:
+    if not (products.can_multiply_blocks(160, 576) and products.can_multiply_bfloat16(160, 576)):
+        pytest.skip("this processor has no such instructions, or better ones")
+    x = torch.randn(23, 576).bfloat16()
+    if num_bits == 16:
+        packed = products.pack_bfloat16(torch.randn(160, 576).bfloat16())
+        together, alone = (products.multiply_bfloat16(rows, packed) for rows in (x, x[5:6]))
+    else:
+        packed = products.pack_blocks(*blocks(160, 576, num_bits)[:3], num_bits)
+        together, alone = (products.multiply_blocks(rows, packed, num_bits) for rows in (x, x[5:6]))
+    assert torch.equal(together[5:6], alone)
+
+
+def test_shapes_that_do_not_fit_are_told() -> None:
+    assert not products.can_multiply_bfloat16(24, 32) and not products.can_multiply_bfloat16(16, 36)
+    assert not products.can_multiply_blocks(24, 32) and not products.can_multiply_blocks(16, 48)
