@@ -13,6 +13,8 @@ from torch import Tensor
 from parleyd.cpu_kernels.numbers import (
     FAST,
     bfloat16_array,
+    call,
+    float32_array,
     float_argument,
     int32_array,
     power_of_two,
@@ -21,85 +23,106 @@ from parleyd.cpu_kernels.numbers import (
     stack_floats,
     widened,
 )
-from parleyd.cpu_kernels.threads import Kernel, bits_of, num_threads, thread_index
+from parleyd.cpu_kernels.threads import Function, Kernel, bits_of, num_threads, thread_index
+
+# Scores are powers of 2.
+LOG2_E = math.log2(math.e)
 
 
 def paged_decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """As `DecodeKernel` says; all but table and lengths (int32) in bfloat16."""
     num_rows, num_heads, head_dim = query.shape
-    num_blocks, num_kv_heads, block_size, _ = keys.shape
+    _, num_kv_heads, block_size, _ = keys.shape
     if query.stride()[1:] != (head_dim, 1) or query.stride(0) % head_dim:
         query = query.contiguous()
     attended = torch.empty(query.shape, dtype=query.dtype)
-    _kernel(num_heads // num_kv_heads, head_dim, block_size)(
-        num_rows * num_kv_heads,
-        *(tensor.data_ptr() for tensor in (query, keys, values, table, lengths, attended)),
-        num_rows, query.stride(0), num_blocks, num_kv_heads, table.stride(0), bits_of(scale * math.log2(math.e)),
+    group = num_heads // num_kv_heads
+    scores = torch.empty((torch.get_num_threads(), group * table.shape[1] * block_size))
+    _kernel()(
+        num_rows * num_kv_heads, attend_head(group, head_dim, block_size).address,
+        *(tensor.data_ptr() for tensor in (query, keys, values, table, lengths, attended, scores)),
+        num_rows, query.stride(0), num_kv_heads, table.stride(0), bits_of(scale * LOG2_E), scores.stride(0),
     )  # fmt: skip
     return attended
 
 
 @cache
-def _kernel(group: int, head_dim: int, block_size: int) -> Kernel:
-    """For heads of which so many share a KV head: constants, so that loops over them can be unrolled."""
-
-    num_queries = group * head_dim
-    block_bytes = block_size * head_dim * 2
-
-    def attend(arguments):
-        (queries_at, keys_at, values_at, table_at, lengths_at, attended_at,
-         num_rows, query_stride, num_blocks, num_kv_heads, width, scale_bits) = carray(arguments, (12,))  # fmt: skip
-        scale = float_argument(scale_bits)
-        queries = bfloat16_array(queries_at, (num_rows, query_stride // head_dim, head_dim))
-        shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        keys, values = bfloat16_array(keys_at, shape), bfloat16_array(values_at, shape)
-        table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
-        attended = bfloat16_array(attended_at, (num_rows, num_kv_heads, group, head_dim))
-        weights = np.empty((group, width * block_size), np.float32)
-        query = stack_floats(num_queries)
-        sums = stack_floats(num_queries)
-        token_scores = stack_floats(group)
+def _kernel() -> Kernel:
+    def apply(arguments):
+        (attend, queries, keys, values, table, lengths, attended, scores,
+         num_rows, query_stride, num_kv_heads, width, scale, num_scores) = carray(arguments, (14,))  # fmt: skip
+        own_scores = scores + 4 * thread_index() * num_scores
         # The KV heads of a row go to threads in turn, so that long rows burden all alike.
-        for task in range(thread_index(), num_rows * num_kv_heads, num_threads()):
-            row, kv_head = divmod(task, num_kv_heads)
-            length = lengths[row]
-            last = (length - 1) // block_size
-            for head in range(group):
-                for i in range(head_dim):
-                    query[head * head_dim + i] = widened(queries[row, kv_head * group + head, i]) * scale
-            for block in range(last + 1):
-                if block < last:
-                    ahead = keys_at + (table[row, block + 1] * num_kv_heads + kv_head) * block_bytes
-                else:
-                    ahead = values_at + (table[row, 0] * num_kv_heads + kv_head) * block_bytes
-                block_id = table[row, block]
-                for token in range(min(block_size, length - block * block_size)):
-                    prefetch(ahead + token * head_dim * 2, head_dim * 2)
-                    for head in range(group):
-                        score = np.float32(0)
-                        for i in range(head_dim):
-                            score += query[head * head_dim + i] * widened(keys[block_id, kv_head, token, i])
-                        token_scores[head] = score
-                    for head in range(group):
-                        weights[head, block * block_size + token] = token_scores[head]
-            for head in range(group):
-                _softmax(weights[head, :length])
-            for i in range(num_queries):
-                sums[i] = np.float32(0)
-            for block in range(last + 1):
-                ahead = values_at + (table[row, min(block + 1, last)] * num_kv_heads + kv_head) * block_bytes
-                block_id = table[row, block]
-                for token in range(min(block_size, length - block * block_size)):
-                    prefetch(ahead + token * head_dim * 2, head_dim * 2)
-                    for head in range(group):
-                        weight = weights[head, block * block_size + token]
-                        for i in range(head_dim):
-                            sums[head * head_dim + i] += weight * widened(values[block_id, kv_head, token, i])
-            for head in range(group):
-                for i in range(head_dim):
-                    attended[row, kv_head, head, i] = rounded(sums[head * head_dim + i])
+        for head in range(thread_index(), num_rows * num_kv_heads, num_threads()):
+            call(
+                attend, head, queries, query_stride, keys, values, table, width, lengths, attended, num_kv_heads,
+                scale, own_scores,
+            )  # fmt: skip
 
-    return Kernel(attend)
+    return Kernel(apply)
+
+
+@cache
+def attend_head(group: int, head_dim: int, block_size: int) -> Function:
+    """Attends for the queries of one row that share a KV head: `head` counts those of all rows.
+
+    Constants, so that loops over them can be unrolled: `group`, how many queries those are; `head_dim`; `block_size`.
+    `query_stride`: numbers from a row's queries to the next row's; `width`: blocks of a row of the table; `scale_bits`:
+    of scores, times LOG2_E; `weights_at`: room for `group` times the most tokens, float32.
+    """
+    num_queries, block_bytes = group * head_dim, 2 * block_size * head_dim
+
+    def apply(
+        head, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at, num_kv_heads,
+        scale_bits, weights_at,
+    ):  # fmt: skip
+        row, kv_head = divmod(head, num_kv_heads)
+        queries = bfloat16_array(queries_at, (row + 1, query_stride // head_dim, head_dim))
+        table, lengths = int32_array(table_at, (row + 1, width)), int32_array(lengths_at, (row + 1,))
+        attended = bfloat16_array(attended_at, (row + 1, num_kv_heads, group, head_dim))
+        weights = float32_array(weights_at, (group, width * block_size))
+        query, sums, scores = stack_floats(num_queries), stack_floats(num_queries), stack_floats(group)
+        scale = float_argument(scale_bits)
+        length = lengths[row]
+        last = (length - 1) // block_size
+        for query_head in range(group):
+            for i in range(head_dim):
+                query[query_head * head_dim + i] = widened(queries[row, kv_head * group + query_head, i]) * scale
+        for block in range(last + 1):
+            place = (table[row, block] * num_kv_heads + kv_head) * block_bytes
+            keys = bfloat16_array(keys_at + place, (block_size, head_dim))
+            if block < last:
+                ahead = keys_at + (table[row, block + 1] * num_kv_heads + kv_head) * block_bytes
+            else:
+                ahead = values_at + (table[row, 0] * num_kv_heads + kv_head) * block_bytes
+            for token in range(min(block_size, length - block * block_size)):
+                prefetch(ahead + token * head_dim * 2, head_dim * 2)
+                for query_head in range(group):
+                    score = np.float32(0)
+                    for i in range(head_dim):
+                        score += query[query_head * head_dim + i] * widened(keys[token, i])
+                    scores[query_head] = score
+                for query_head in range(group):
+                    weights[query_head, block * block_size + token] = scores[query_head]
+        for query_head in range(group):
+            _softmax(weights[query_head, :length])
+        for i in range(group * head_dim):
+            sums[i] = np.float32(0)
+        for block in range(last + 1):
+            place = (table[row, block] * num_kv_heads + kv_head) * block_bytes
+            values = bfloat16_array(values_at + place, (block_size, head_dim))
+            ahead = values_at + (table[row, min(block + 1, last)] * num_kv_heads + kv_head) * block_bytes
+            for token in range(min(block_size, length - block * block_size)):
+                prefetch(ahead + token * head_dim * 2, head_dim * 2)
+                for query_head in range(group):
+                    weight = weights[query_head, block * block_size + token]
+                    for i in range(head_dim):
+                        sums[query_head * head_dim + i] += weight * widened(values[token, i])
+        for query_head in range(group):
+            for i in range(head_dim):
+                attended[row, kv_head, query_head, i] = rounded(sums[query_head * head_dim + i])
+
+    return Function(apply)
 
 
 @njit(fastmath=FAST, error_model="numpy")

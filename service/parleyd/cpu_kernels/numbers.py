@@ -1,4 +1,4 @@
-"""What numba's Python lacks: bfloat16, arrays by address, arrays on the stack, and prefetching.
+"""What numba's Python lacks: bfloat16, arrays and functions by address, arrays on the stack, and prefetching.
 
 A bfloat16 is the upper half of a float32, so arrays of them are arrays of uint16 here.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 # Sums may be taken in any order, so that they can be taken side by side; nothing here is infinite or NaN on purpose.
@@ -118,6 +119,19 @@ def int32_array(address, shape):
 def int64_array(address, shape):
     """What lies at an address."""
     return carray(_pointer_to_int64(address), shape)
+
+
+@intrinsic
+def call(context, address, *arguments):
+    """Calls a `threads.Function`."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
+
+    def generate(context, builder, signature, args):
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, cgutils.unpack_tuple(builder, args[1]))
+        return context.get_dummy_value()
+
+    return types.void(address, types.UniTuple(types.int64, len(arguments))), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -24,14 +25,26 @@ num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
+class Function:
+    """A part of kernels, compiled once for all of them: they `numbers.call` its address. Its arguments are int64."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        """Compiles it, or finds it compiled in the cache."""
+        num_arguments = function.__code__.co_argcount
+        self._compiled = _compile(types.void(*[types.int64] * num_arguments), function)
+
+    @property
+    def address(self) -> int:
+        return int(self._compiled.address)
+
+
 class Kernel:
     """A function of one array of int64 that each thread calls, to do its share: sizes, and addresses of tensors."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         """Compiles it, or finds it compiled in the cache. Raises OSError where torch brings no OpenMP of GNU's."""
         self._parallel = _openmp().GOMP_parallel
-        compile_ = cfunc("void(CPointer(int64))", cache=bool(config.CACHE_DIR), fastmath=FAST, error_model="numpy")
-        self._compiled = compile_(function)
+        self._compiled = _compile("void(CPointer(int64))", function)
 
     def __call__(self, max_threads: int, *arguments: int) -> None:
         """Returns when all threads have. `max_threads`: there is nothing to do for more."""
@@ -47,6 +60,10 @@ def bits_of(value: float) -> int:
 def keep_compiled(folder: Path) -> None:
     """Keeps what is compiled from now on, for later processes."""
     config.CACHE_DIR = str(folder)
+
+
+def _compile(signature: Any, function: Callable[..., None]) -> Any:
+    return cfunc(signature, cache=bool(config.CACHE_DIR), fastmath=FAST, error_model="numpy")(function)
 
 
 @cache

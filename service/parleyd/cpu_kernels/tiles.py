@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -21,7 +21,8 @@ UNROLLED_INS = 8
 _MAX_ROWS = 8
 
 
-def block_bytes(num_bits: int) -> int:
+@njit
+def block_bytes(num_bits):
     """Of LANES blocks."""
     return SCALES_BYTES + LANES * BLOCK_SIZE * num_bits // 8
 
@@ -102,7 +103,7 @@ class _Product:
         scaled_sums = emit.at(operands.scales, builder.mul(operands.num_rows, num_blocks), 4)
 
         def add(index: Any, sums: list[Any]) -> list[Any]:
-            weights = emit.at(operands.weights, index, block_bytes(self._num_bits))
+            weights = emit.at(operands.weights, index, block_bytes.py_func(self._num_bits))
             scales, minima = emit.load_halves(weights), emit.load_halves(emit.at(weights, SCALES_BYTES // 2))
             numbers = self._numbers(emit.at(weights, SCALES_BYTES))
             for place, row in enumerate(rows):

@@ -103,16 +103,26 @@ class StepLayout:
         """The layout of a batch, on the cache's device."""
         decodes, prefills = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
         parts: list[Part] = []
-        if decodes and cache.kernels.decode is not None:
-            parts.append(PagedDecode.of(decodes, cache.block_size, cache.device))
-        elif decodes:
-            parts.append(GatheredDecode.of(decodes, cache))
-        if prefills and cache.kernels.prefill is not None:
-            parts.append(PagedPrefill.of(prefills, batch.num_decodes, cache.block_size, cache.device))
+        if cache.kernels.decode is None:
+            parts += [GatheredDecode.of(decodes, cache)] if decodes else []
         else:
-            parts += _prefills(prefills, batch.num_decodes, cache)
+            # Short prompts after the decodes are attended to with them.
+            num_short = len(list(itertools.takewhile(lambda item: _is_short(item, cache), prefills)))
+            decodes, prefills = decodes + prefills[:num_short], prefills[num_short:]
+            parts += [PagedDecode.of(decodes, cache.block_size, cache.device)] if decodes else []
+        row = sum(item.num_tokens for item in decodes)
+        if prefills and cache.kernels.prefill is not None:
+            parts.append(PagedPrefill.of(prefills, row, cache.block_size, cache.device))
+        else:
+            parts += _prefills(prefills, row, cache)
         slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
         return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))
+
+    @property
+    def paged_decode(self) -> PagedDecode | None:
+        """The part that has all rows, where they attend so."""
+        part = self.parts[0]
+        return part if len(self.parts) == 1 and isinstance(part, PagedDecode) else None
 
 
 def head_slots(slots: NDArray[np.int64], cache: PagedKVCache) -> NDArray[np.int64]:
@@ -268,11 +278,12 @@ class GatheredPrefill:
         return attended[0].transpose(0, 1)
 
 
-def _prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[Part]:
-    def is_short(item: Scheduled) -> bool:
-        return item.start + item.num_tokens <= cache.kernels.max_row_tokens
+def _is_short(item: Scheduled, cache: PagedKVCache) -> bool:
+    return item.start + item.num_tokens <= cache.kernels.max_row_tokens
 
-    for are_short, group in itertools.groupby(scheduled, is_short):
+
+def _prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[Part]:
+    for are_short, group in itertools.groupby(scheduled, lambda item: _is_short(item, cache)):
         items = list(group)
         if are_short:
             yield PagedDecode.of(items, cache.block_size, cache.device, row)

@@ -71,13 +71,13 @@ def _check_products(products: Any) -> None:
     x = torch.randn(11, num_ins, generator=random).bfloat16()
     if products.can_multiply_bfloat16(num_outs, num_ins):
         weight = torch.randn(num_outs, num_ins, generator=random).bfloat16()
-        _compare(products.multiply_bfloat16(x, products.pack_bfloat16(weight)), x.float() @ weight.float().T)
+        _compare(products.multiply(x, products.pack_bfloat16(weight)), x.float() @ weight.float().T)
     for num_bits in (4, 8) if products.can_multiply_blocks(num_outs, num_ins) else ():
         numbers = torch.randint(2**num_bits, (num_outs, num_ins), generator=random, dtype=torch.uint8)
         scales, minima = torch.randn(2, num_outs, num_ins // 32, generator=random).half().float()
         weight = numbers.view(num_outs, -1, 32) * scales[..., None] + minima[..., None]
         packed = products.pack_blocks(numbers, scales, minima, num_bits)
-        _compare(products.multiply_blocks(x, packed, num_bits), x.float() @ weight.flatten(1).T)
+        _compare(products.multiply(x, packed), x.float() @ weight.flatten(1).T)
 
 
 def _compare(actual: Tensor, expected: Tensor) -> None:

@@ -121,9 +121,9 @@ class GraphedForward:
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward. The result is good until the next call."""
         num_rows = len(input_ids)
-        decode = layout.parts[0]
+        decode = layout.paged_decode
         size = next((size for size in self._sizes if size >= num_rows), None)
-        if size is None or len(layout.parts) > 1 or not isinstance(decode, PagedDecode):
+        if size is None or decode is None:
             return self._forward(input_ids, positions, layout, sample_rows)
         self._buffers.load(input_ids, positions, layout.slots, decode, size)
         return self._replays[size]()[:num_rows]

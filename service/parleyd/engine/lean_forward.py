@@ -6,7 +6,7 @@ The stock modules cost several milliseconds a step in Python and dispatch alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,12 @@ from parleyd.engine.attention import PagedKVCache, StepLayout, attend_to_written
 from parleyd.engine.compiled_kernels import CompiledKernels
 from parleyd.engine.layer_ops import TORCH_OPS
 from parleyd.model.gguf_blocks import GgufBlocks
+from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
+
+if TYPE_CHECKING:
+    from parleyd.cpu_kernels.decoder import Decoder
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
@@ -65,12 +69,22 @@ class LeanForward:
         head: Any = model.get_output_embeddings()
         self._head = linears.make(head, keep=head.weight is self._embedding)
         linears.choose()
+        self._decoder = _compiled_decoder(self._layers, cache, self._eps)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward."""
-        ops, eps = self._ops, self._eps
         x = F.embedding(input_ids, self._embedding)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        if self._decoder is not None and (paged := layout.paged_decode) is not None:
+            delta = self._decoder(x, cos, sin, layout.slots, paged.table, paged.lengths)
+        else:
+            delta = self._run_layers(x, cos, sin, layout)
+        sampled, delta = x.index_select(0, sample_rows), delta.index_select(0, sample_rows)
+        return self._head(self._ops.add_and_normalise(sampled, delta, self._norm, self._eps))
+
+    def _run_layers(self, x: Tensor, cos: Tensor, sin: Tensor, layout: StepLayout) -> Tensor:
+        """Changes `x`, and returns what is still to be added to it."""
+        ops, eps = self._ops, self._eps
         delta = None
         for index, layer in enumerate(self._layers):
             normalised = ops.add_and_normalise(x, delta, layer.input_norm, eps)
@@ -78,8 +92,7 @@ class LeanForward:
             normalised = ops.add_and_normalise(x, delta, layer.post_norm, eps)
             delta = layer.down(ops.gate(layer.gate_up(normalised)))
         assert delta is not None
-        sampled, delta = x.index_select(0, sample_rows), delta.index_select(0, sample_rows)
-        return self._head(ops.add_and_normalise(sampled, delta, self._norm, eps))
+        return delta
 
     def _attend(self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, layout: StepLayout) -> Tensor:
         num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
@@ -107,6 +120,21 @@ def can_run(model: PreTrainedModel) -> bool:
         and getattr(model, "hf_quantizer", None) is None  # its layers, or their weights, are not plain ones
         and all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in model.model.layers)
     )
+
+
+def _compiled_decoder(layers: list[_Layer], cache: PagedKVCache, epsilon: float) -> Decoder | None:
+    """None where the layers are not all of what it knows."""
+    known = []
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        linears = [
+            linear for linear in (layer.qkv, layer.out, layer.gate_up, layer.down) if isinstance(linear, CompiledLinear)
+        ]
+        if len(linears) < 4 or layer.qk_norms is not None or cache.kernels.decode is None:
+            return None
+        known.append((layer.input_norm, layer.post_norm, keys, values, *(linear.weights for linear in linears)))
+    from parleyd.cpu_kernels.decoder import Decoder, Layer
+
+    return Decoder([Layer(*one) for one in known], epsilon)
 
 
 def _rotary_tables(rotary: Any, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from parleyd.engine.kernels import probe_batch
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.model.linear.by_rows import ByRows
+from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.loader import LoadedModel, load_model
 from parleyd.text.tokenizer import Tokenizer
 
@@ -65,8 +66,11 @@ def in_four_bits(loaded: LoadedModel, cache: PagedKVCache, compiled: CompiledKer
     forward = LeanForward(loaded.model, cache, blocks=loaded.blocks, compiled=compiled)
     linears = [getattr(layer, name) for layer in forward._layers for name in ("qkv", "out", "gate_up", "down")]
     for linear in (*linears, forward._head):
-        assert isinstance(linear, ByRows)
-        linear.max_narrow_rows = MAX_TOKENS
+        if isinstance(linear, ByRows):
+            linear.max_narrow_rows = MAX_TOKENS
+        else:
+            assert isinstance(linear, CompiledLinear)
+            assert linear.weights.num_bits < 16
     return forward
 
 

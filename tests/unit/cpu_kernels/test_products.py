@@ -42,7 +42,7 @@ def test_bfloat16(num_rows: int, num_outs: int, num_ins: int) -> None:
         pytest.skip("this processor has no such instructions, or better ones")
     weight, x = torch.randn(num_outs, num_ins).bfloat16(), torch.randn(num_rows, num_ins).bfloat16()
     exact = x.float() @ weight.float().T
-    result = products.multiply_bfloat16(x, products.pack_bfloat16(weight))
+    result = products.multiply(x, products.pack_bfloat16(weight))
     torch.testing.assert_close(result.float(), exact, rtol=ROUNDING, atol=1e-4 * num_ins**0.5)
 
 
@@ -54,7 +54,7 @@ def test_blocks(num_rows: int, num_outs: int, num_ins: int, num_bits: int) -> No
         pytest.skip("this processor has no such instructions")
     numbers, scales, minima, weight = blocks(num_outs, num_ins, num_bits)
     x = torch.randn(num_rows, num_ins).bfloat16()
-    result = products.multiply_blocks(x, products.pack_blocks(numbers, scales, minima, num_bits), num_bits).float()
+    result = products.multiply(x, products.pack_blocks(numbers, scales, minima, num_bits)).float()
     expected = rounded_to_blocks(x) @ weight.T
     # An input in the middle between two steps may have gone to the other one.
     one_step = float(weight.abs().max() * x.float().abs().max()) * STEP
@@ -63,11 +63,21 @@ def test_blocks(num_rows: int, num_outs: int, num_ins: int, num_bits: int) -> No
     assert error < 2 * STEP
 
 
+@pytest.mark.parametrize("num_rows", [1, 9])
+def test_a_bias_is_added_to_the_rounded_product(num_rows: int) -> None:
+    if not products.can_multiply_blocks(48, 96):
+        pytest.skip("this processor has no such instructions")
+    *parts, _ = blocks(48, 96, 4)
+    x, bias = torch.randn(num_rows, 96).bfloat16(), torch.randn(48).bfloat16()
+    without = products.multiply(x, products.pack_blocks(*parts, 4))
+    assert torch.equal(products.multiply(x, products.pack_blocks(*parts, 4, bias)), without + bias)
+
+
 def test_inputs_of_zero_give_zero() -> None:
     if not products.can_multiply_blocks(16, 64):
         pytest.skip("this processor has no such instructions")
     packed = products.pack_blocks(*blocks(16, 64, 4)[:3], 4)
-    assert not products.multiply_blocks(torch.zeros(2, 64).bfloat16(), packed, 4).any()
+    assert not products.multiply(torch.zeros(2, 64).bfloat16(), packed).any()
 
 
 @pytest.mark.parametrize("num_bits", [4, 8, 16])
@@ -77,10 +87,10 @@ def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(num_bits: int) -> N
     x = torch.randn(23, 576).bfloat16()
     if num_bits == 16:
         packed = products.pack_bfloat16(torch.randn(160, 576).bfloat16())
-        together, alone = (products.multiply_bfloat16(rows, packed) for rows in (x, x[5:6]))
+        together, alone = (products.multiply(rows, packed) for rows in (x, x[5:6]))
     else:
         packed = products.pack_blocks(*blocks(160, 576, num_bits)[:3], num_bits)
-        together, alone = (products.multiply_blocks(rows, packed, num_bits) for rows in (x, x[5:6]))
+        together, alone = (products.multiply(rows, packed) for rows in (x, x[5:6]))
     assert torch.equal(together[5:6], alone)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from parleyd.config import ModelSettings
 from parleyd.model.gguf_blocks import FILE_NAME, Numbers
 from parleyd.model.linear import by_rows
-from parleyd.model.linear.compiled import can_compile_blocks, compiled_block_linear
+from parleyd.model.linear.compiled import CompiledLinear, are_blocks_fastest, can_compile_blocks, compiled_block_linear
 from parleyd.model.linear.four_bit import four_bit_linear
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
@@ -68,19 +68,31 @@ def test_the_kernels_multiply_by_what_the_file_says(
     assert error < 2**-6 * numbers.dequantised().abs().max()  # bfloat16's rounding of scale, zero, product and sum
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_fused_layers_in_four_bits_agree_with_their_modules(tmp_path: Path, *, compiled: bool) -> None:
+def test_fused_layers_in_four_bits_agree_with_their_modules(tmp_path: Path) -> None:
     loaded = load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_1)
     attention = loaded.model.model.layers[0].self_attn
     x = torch.randn(3, 32).bfloat16()
     expected = torch.cat([module(x).detach() for module in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
-    maker = LinearMaker(packed=False, blocks=loaded.blocks, compiled=compiled)
-    linear = maker.make(attention.q_proj, attention.k_proj, attention.v_proj)
+    linear = LinearMaker(packed=False, blocks=loaded.blocks).make(attention.q_proj, attention.k_proj, attention.v_proj)
     assert isinstance(linear, by_rows.ByRows)
     assert torch.equal(linear(x), expected)  # nothing has been measured, so all widths take the stock kind
     linear.max_narrow_rows = 2
     assert torch.equal(linear(x), expected)
     assert torch.allclose(linear(x[:2]).float(), expected[:2].float(), atol=0.02 * float(expected.abs().max()))
+
+
+def test_fused_compiled_layers_agree_with_their_modules(tmp_path: Path) -> None:
+    loaded = load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_1)
+    attention = loaded.model.model.layers[0].self_attn
+    if not (can_compile_blocks(attention.q_proj.weight) and are_blocks_fastest()):
+        pytest.skip("this processor has no such instructions, or better ones")
+    x = torch.randn(3, 32).bfloat16()
+    expected = torch.cat([module(x).detach() for module in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
+    maker = LinearMaker(packed=True, blocks=loaded.blocks, compiled=True)
+    linear = maker.make(attention.q_proj, attention.k_proj, attention.v_proj)
+    maker.choose()  # there is nothing to choose
+    assert isinstance(linear, CompiledLinear)
+    assert torch.allclose(linear(x).float(), expected.float(), atol=0.02 * float(expected.abs().max()))
 
 
 def test_a_file_without_such_blocks_keeps_none(gguf_file: Path, tmp_path: Path) -> None:
@@ -101,29 +113,7 @@ def test_the_narrow_kind_is_chosen_up_to_where_it_stops_being_faster(monkeypatch
 
         return linear
 
-    layers = [by_rows.ByRows(costing(1, 10), lambda: costing(50, 1), (400, 400)) for _ in range(2)]
-    never = by_rows.ByRows(costing(50, 1), lambda: costing(51, 1), (7, 7))
+    layers = [by_rows.ByRows(costing(1, 10), costing(50, 1), (400, 400)) for _ in range(2)]
+    never = by_rows.ByRows(costing(50, 1), costing(51, 1), (7, 7))
     assert by_rows.choose_by_cost([*layers, never], torch.float32) == {(400, 400): 4, (7, 7): 0}
     assert [layer.max_narrow_rows for layer in (*layers, never)] == [4, 4, 0]
-
-
-def test_a_narrow_kind_that_is_faster_at_every_width_measured_is_the_only_one_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now, made = 0.0, []
-    monkeypatch.setattr(by_rows, "time", SimpleNamespace(perf_counter=lambda: now))
-
-    def costing(each: float) -> Linear:
-        def linear(x: torch.Tensor) -> torch.Tensor:
-            nonlocal now
-            now += each * len(x) * 1e-6
-            return x
-
-        made.append(linear)
-        return linear
-
-    # As many layers as are measured, and one more.
-    layers = [by_rows.ByRows(costing(1), lambda: costing(2), (3000, 3000)) for _ in range(2)]
-    assert by_rows.choose_by_cost(layers, torch.float32) == {(3000, 3000): 64}
-    assert all(layer.wide is layer.narrow for layer in layers)
-    assert len(made) == len(layers) + 1

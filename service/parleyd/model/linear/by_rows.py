@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,39 +24,26 @@ _MIN_GAIN = 0.05
 class ByRows:
     """`narrow` for up to `max_narrow_rows` rows, `wide` for more. `shape`: `[out, in]`."""
 
-    def __init__(self, narrow: Linear, make_wide: Callable[[], Linear], shape: tuple[int, int]) -> None:
+    def __init__(self, narrow: Linear, wide: Linear, shape: tuple[int, int]) -> None:
         self.shape = shape
         self.max_narrow_rows = 0
         self.narrow = narrow
-        self._make_wide = make_wide
+        self.wide = wide
 
     def __call__(self, x: Tensor) -> Tensor:
         return (self.narrow if x.shape[0] <= self.max_narrow_rows else self.wide)(x)
 
-    @cached_property
-    def wide(self) -> Linear:
-        """Made when it is first needed: it may never be."""
-        return self._make_wide()
-
-    def settle(self, max_narrow_rows: int) -> None:
-        """For good: what the other kind would be made of is let go. At the widest that is measured, `narrow` is for any
-        number of rows."""
-        self.max_narrow_rows = max_narrow_rows
-        wide = self.narrow if max_narrow_rows == _WIDTHS[-1] else self.wide
-        self.wide = wide
-        self._make_wide = lambda: wide
-
 
 @torch.inference_mode()
 def choose_by_cost(layers: Sequence[ByRows], dtype: torch.dtype) -> dict[tuple[int, int], int]:
-    """Settles each layer, and returns `max_narrow_rows` by shape. Takes a fraction of a second: call it once."""
+    """Sets `max_narrow_rows` of each layer, and returns it by shape. Takes a fraction of a second: call it once."""
     limits = {}
     for shape in dict.fromkeys(layer.shape for layer in layers):
         group = [layer for layer in layers if layer.shape == shape]
         num_measured = max(1, _MEASURED_WEIGHTS // (shape[0] * shape[1]))
         limits[shape] = _widest_gain(group[:num_measured], dtype)
         for layer in group:
-            layer.settle(limits[shape])
+            layer.max_narrow_rows = limits[shape]
     return limits
 
 

@@ -6,35 +6,49 @@ one is made: it takes some tenths of a second.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from parleyd.model.gguf_blocks import Numbers
-from parleyd.model.linear.plain import Linear
+
+if TYPE_CHECKING:
+    from parleyd.cpu_kernels.products import Weights
 
 
-def compiled_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+class CompiledLinear:
+    """See `Linear`."""
+
+    def __init__(self, weights: Weights) -> None:
+        from parleyd.cpu_kernels.products import multiply
+
+        self.weights = weights
+        self._multiply = multiply
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self.weights)
+
+
+def compiled_linear(weight: Tensor, bias: Tensor | None) -> CompiledLinear:
     """As `plain_linear`."""
-    from parleyd.cpu_kernels import products
+    from parleyd.cpu_kernels.products import pack_bfloat16
 
-    packed = products.pack_bfloat16(weight)
-    return _with_bias(lambda x: products.multiply_bfloat16(x, packed), bias)
+    return CompiledLinear(pack_bfloat16(weight, bias))
 
 
-def compiled_block_linear(numbers: Numbers, bias: Tensor | None) -> Linear:
+def compiled_block_linear(numbers: Numbers, bias: Tensor | None) -> CompiledLinear:
     """`numbers`: of the whole layer."""
-    from parleyd.cpu_kernels import products
+    from parleyd.cpu_kernels.products import pack_blocks
 
-    codes, scales, minima, num_bits = numbers.as_whole()
-    packed = products.pack_blocks(codes, scales, minima, num_bits)
-    return _with_bias(lambda x: products.multiply_blocks(x, packed, num_bits), bias)
+    return CompiledLinear(pack_blocks(*numbers.as_whole(), bias))
 
 
 def can_compile(weight: Tensor) -> bool:
-    """Whether `compiled_linear` is to be had for weights such as this, `[out, in]`."""
+    """Whether `compiled_linear` is to be had for weights such as this, `[out, in]`, and the fastest."""
     from parleyd.cpu_kernels import products
 
-    return _is_bfloat16(weight) and products.can_multiply_bfloat16(*weight.shape)
+    return _is_bfloat16(weight) and products.can_multiply_bfloat16(*weight.shape) and not products.has_matrix_unit()
 
 
 def can_compile_blocks(weight: Tensor) -> bool:
@@ -44,9 +58,12 @@ def can_compile_blocks(weight: Tensor) -> bool:
     return _is_bfloat16(weight) and products.can_multiply_blocks(*weight.shape)
 
 
+def are_blocks_fastest() -> bool:
+    """Whether `compiled_block_linear` is faster than bfloat16 for any number of rows: nothing need be measured."""
+    from parleyd.cpu_kernels import products
+
+    return not products.has_matrix_unit()
+
+
 def _is_bfloat16(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-
-
-def _with_bias(multiply: Linear, bias: Tensor | None) -> Linear:
-    return multiply if bias is None else lambda x: multiply(x).add_(bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,14 @@ from torch import Tensor
 
 from parleyd.model.gguf_blocks import GgufBlocks, concatenated
 from parleyd.model.linear.by_rows import ByRows, choose_by_cost
-from parleyd.model.linear.compiled import can_compile, can_compile_blocks, compiled_block_linear, compiled_linear
+from parleyd.model.linear.compiled import (
+    CompiledLinear,
+    are_blocks_fastest,
+    can_compile,
+    can_compile_blocks,
+    compiled_block_linear,
+    compiled_linear,
+)
 from parleyd.model.linear.four_bit import can_use_four_bits, four_bit_linear
 from parleyd.model.linear.packed import can_pack, packed_linear
 from parleyd.model.linear.plain import Linear, plain_linear
@@ -38,9 +44,11 @@ class LinearMaker:
         if not keep:
             for module in modules:
                 module.weight = module.bias = None
+        if isinstance(narrow, CompiledLinear) and are_blocks_fastest():
+            return narrow
         if narrow is None:
             return self._wide(weight, bias)
-        by_rows = ByRows(narrow, partial(self._wide, weight, bias), (weight.shape[0], weight.shape[1]))
+        by_rows = ByRows(narrow, self._wide(weight, bias), (weight.shape[0], weight.shape[1]))
         self._by_rows.append(by_rows)
         return by_rows
 

@@ -1,0 +1,139 @@
+"""All layers of a Llama-like decoder in one kernel, for steps whose rows all attend block by block.
+
+Between the parts of a layer the threads wait for each other, which takes a microsecond; by way of Python it would take
+ten, and at few rows that is as long as the work itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from parleyd.cpu_kernels.decode import LOG2_E, attend_head
+from parleyd.cpu_kernels.numbers import call, int64_array
+from parleyd.cpu_kernels.products import Weights, multiply_share, scratch
+from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, quantise_blocks, rotate_and_write_row
+from parleyd.cpu_kernels.threads import Kernel, barrier, bits_of, num_threads, thread_index
+from parleyd.cpu_kernels.tiles import BLOCK_SIZE
+
+
+class Layer(NamedTuple):
+    """One decoder layer. `keys`, `values`: its part of the KV cache, `[blocks, kv_heads, block_size, head_dim]`."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    keys: Tensor
+    values: Tensor
+    qkv: Weights
+    out: Weights
+    gate_up: Weights
+    down: Weights
+
+
+class Decoder:
+    """Holds what the kernel needs to know of the layers."""
+
+    def __init__(self, layers: Sequence[Layer], epsilon: float) -> None:
+        self._layers = list(layers)  # whose memory the table points to
+        self._table = torch.tensor([_addresses(layer) for layer in layers])
+        first = layers[0]
+        _, self._num_kv_heads, self._block_size, self._head_dim = first.keys.shape
+        self._num_heads = first.qkv.num_outs // self._head_dim
+        self._group = self._num_heads // self._num_kv_heads - 2
+        self._width = first.down.num_ins
+        self._scale, self._epsilon = bits_of(self._head_dim**-0.5 * LOG2_E), bits_of(epsilon)
+        attend = attend_head(self._group, self._head_dim, self._block_size)
+        rotate = rotate_and_write_row(self._head_dim)
+        functions = add_and_normalise_row(), rotate, attend, gate_row(), quantise_blocks(), multiply_share()
+        self._functions = [function.address for function in functions]
+        self._kernel = _kernel()
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+        """Runs all layers on `x`, bfloat16 `[rows, hidden]`, which changes, and returns what is still to be added.
+
+        `cos`, `sin`, `slots`: see LayerOps; `table`, `lengths`: see DecodeKernel.
+        """
+        num_rows, hidden = x.shape
+        first = self._layers[0]
+        inputs = x.new_empty((num_rows, max(hidden, first.out.num_ins, self._width)))
+        outputs = x.new_empty((num_rows, max(first.qkv.num_outs, first.gate_up.num_outs)))
+        codes, scales = scratch(*inputs.shape)
+        scores = torch.empty((torch.get_num_threads(), self._group * table.shape[1] * self._block_size))
+        delta = torch.empty_like(x)
+        tensors = (x, delta, inputs, outputs, codes, scales, scores, self._table, cos, sin, slots, table, lengths)
+        self._kernel(
+            len(scores), *self._functions, *(tensor.data_ptr() for tensor in tensors),
+            len(self._layers), num_rows, hidden, self._num_heads, self._num_kv_heads, self._head_dim, self._width,
+            table.stride(0), scores.stride(0), self._scale, self._epsilon,
+        )  # fmt: skip
+        return delta
+
+
+def _addresses(layer: Layer) -> list[int]:
+    """A row of the table."""
+    numbers = [tensor.data_ptr() for tensor in (layer.input_norm, layer.post_norm, layer.keys, layer.values)]
+    for weights in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        numbers += weights.arguments()
+    return numbers
+
+
+# Where a matrix stands in a row of the table.
+_QKV, _OUT, _GATE_UP, _DOWN = 4, 7, 10, 13
+_ROW = 16
+
+
+@cache
+def _kernel() -> Kernel:
+    def run(arguments):
+        (normalise, rotate, attend, gate, quantise, multiply,
+         x, delta, inputs, outputs, codes, scales, scores, layers, cos, sin, slots, table, lengths,
+         num_layers, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_scores,
+         scale, epsilon) = carray(arguments, (30,))  # fmt: skip
+        thread, num = thread_index(), num_threads()
+        own_scores = scores + 4 * thread * num_scores
+        num_attended, num_outs = (num_heads - 2 * num_kv_heads) * head_dim, num_heads * head_dim
+        functions, step = (quantise, multiply), (inputs, codes, scales, num_rows)
+        for index in range(num_layers):
+            layer = int64_array(layers + 8 * index * _ROW, (_ROW,))
+            input_norm, post_norm, keys, values = layer[0], layer[1], layer[2], layer[3]
+            for row in range(thread, num_rows, num):
+                call(normalise, row, x, delta if index else 0, input_norm, inputs, hidden, epsilon)
+            _multiply(functions, layer[_QKV : _QKV + 3], step, outputs, num_outs, hidden)
+            for row in range(thread, num_rows, num):
+                call(rotate, row, outputs, cos, sin, slots, keys, values, num_heads, num_kv_heads)
+            barrier()
+            for head in range(thread, num_rows * num_kv_heads, num):
+                call(
+                    attend, head, outputs, num_outs, keys, values, table, table_width, lengths, inputs, num_kv_heads,
+                    scale, own_scores,
+                )  # fmt: skip
+            _multiply(functions, layer[_OUT : _OUT + 3], step, delta, hidden, num_attended)
+            for row in range(thread, num_rows, num):
+                call(normalise, row, x, delta, post_norm, inputs, hidden, epsilon)
+            _multiply(functions, layer[_GATE_UP : _GATE_UP + 3], step, outputs, 2 * width, hidden)
+            for row in range(thread, num_rows, num):
+                call(gate, row, outputs, inputs, width)
+            _multiply(functions, layer[_DOWN : _DOWN + 3], step, delta, hidden, width)
+
+    return Kernel(run)
+
+
+@njit
+def _multiply(functions, weights, step, product, num_outs, num_ins):
+    """When all threads have come, and until all have done their share."""
+    quantise, multiply = functions
+    inputs, codes, scales, num_rows = step
+    packed, bias, num_bits = weights
+    thread, num = thread_index(), num_threads()
+    barrier()
+    if num_bits < 16:
+        num_blocks = num_rows * num_ins // BLOCK_SIZE
+        call(quantise, thread, num_blocks, num, inputs, codes, scales, num_blocks)
+        barrier()
+    call(multiply, thread, num, inputs, codes, scales, packed, bias, num_bits, product, num_rows, num_outs, num_ins)
+    barrier()

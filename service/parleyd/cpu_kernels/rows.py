@@ -1,0 +1,113 @@
+"""What kernels do to one row of a step. Addresses are those of the first row, and rows follow each other."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+
+from parleyd.cpu_kernels.numbers import (
+    bfloat16_array,
+    bits_of_float,
+    float32_array,
+    float_argument,
+    int8_array,
+    int64_array,
+    power_of_two,
+    rounded,
+    stack_floats,
+    widened,
+)
+from parleyd.cpu_kernels.threads import Function
+from parleyd.cpu_kernels.tiles import BLOCK_SIZE
+
+_LOG2_E = np.float32(math.log2(math.e))
+# Added to a float32 below 2**22, it leaves the nearest whole number in the lowest bits.
+_ROUNDING = np.float32(3 << 22)
+
+
+@cache
+def add_and_normalise_row() -> Function:
+    """Adds `delta` to `x`, unless its address is 0, and normalises by the root of the mean square. `[rows, width]`."""
+
+    def apply(row, x_at, delta_at, weight_at, normalised_at, width, epsilon_bits):
+        x, delta = bfloat16_array(x_at, (row + 1, width)), bfloat16_array(delta_at, (row + 1, width))
+        weight, normalised = bfloat16_array(weight_at, (width,)), bfloat16_array(normalised_at, (row + 1, width))
+        if delta_at:
+            for i in range(width):
+                x[row, i] = rounded(widened(x[row, i]) + widened(delta[row, i]))
+        squares = np.float32(0)
+        for i in range(width):
+            squares += widened(x[row, i]) * widened(x[row, i])
+        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + float_argument(epsilon_bits))
+        for i in range(width):
+            normalised[row, i] = rounded(widened(x[row, i]) * scale * widened(weight[i]))
+
+    return Function(apply)
+
+
+@cache
+def gate_row() -> Function:
+    """SiLU of the left half times the right half: from `[rows, 2 * width]` to `[rows, width]`."""
+
+    def apply(row, gate_up_at, gated_at, width):
+        gate_up, gated = bfloat16_array(gate_up_at, (row + 1, 2 * width)), bfloat16_array(gated_at, (row + 1, width))
+        for i in range(width):
+            x = widened(gate_up[row, i])
+            sigmoid = np.float32(1) / (np.float32(1) + power_of_two(-x * _LOG2_E))
+            gated[row, i] = rounded(x * sigmoid * widened(gate_up[row, width + i]))
+
+    return Function(apply)
+
+
+@cache
+def rotate_and_write_row(head_dim: int) -> Function:
+    """See LayerOps. `num_heads`: of queries, keys and values together. `head_dim` is a constant, so that loops over it
+    can be unrolled."""
+    half = head_dim // 2
+
+    def apply(row, qkv_at, cos_at, sin_at, slots_at, keys_at, values_at, num_heads, num_kv_heads):
+        num_rotated = num_heads - num_kv_heads
+        qkv = bfloat16_array(qkv_at, (row + 1, num_heads, head_dim))
+        cos, sin = bfloat16_array(cos_at, (row + 1, head_dim)), bfloat16_array(sin_at, (row + 1, head_dim))
+        slots = int64_array(slots_at, (row + 1, num_kv_heads))
+        rotated = stack_floats(head_dim)
+        for head in range(num_rotated):
+            for i in range(half):
+                left, right = widened(qkv[row, head, i]), widened(qkv[row, head, half + i])
+                rotated[i] = left * widened(cos[row, i]) + right * widened(sin[row, i])
+                rotated[half + i] = right * widened(cos[row, half + i]) + left * widened(sin[row, half + i])
+            for i in range(head_dim):
+                qkv[row, head, i] = rounded(rotated[i])
+        for kv_head in range(num_kv_heads):
+            place = slots[row, kv_head] * head_dim * 2
+            key, value = bfloat16_array(keys_at + place, (head_dim,)), bfloat16_array(values_at + place, (head_dim,))
+            for i in range(head_dim):
+                key[i] = qkv[row, num_rotated - num_kv_heads + kv_head, i]
+                value[i] = qkv[row, num_rotated + kv_head, i]
+
+    return Function(apply)
+
+
+@cache
+def quantise_blocks() -> Function:
+    """To int8, as `tiles.multiply_rows` takes them: of `num_blocks` blocks of BLOCK_SIZE numbers, each `step`-th from
+    `begin` to before `end`."""
+
+    def apply(begin, end, step, x_at, codes_at, scales_at, num_blocks):
+        x, codes = bfloat16_array(x_at, (num_blocks, BLOCK_SIZE)), int8_array(codes_at, (num_blocks, BLOCK_SIZE))
+        scales = float32_array(scales_at, (2, num_blocks))
+        for block in range(begin, end, step):
+            largest = np.float32(0)
+            for i in range(BLOCK_SIZE):
+                largest = max(largest, abs(widened(x[block, i])))
+            to_code = np.float32(127) / largest if largest > 0 else np.float32(0)
+            total = 0
+            for i in range(BLOCK_SIZE):
+                codes[block, i] = np.int8(bits_of_float(widened(x[block, i]) * to_code + _ROUNDING))
+                total += codes[block, i]
+            scales[0, block] = largest / np.float32(127)
+            scales[1, block] = largest / np.float32(127) * np.float32(total)
+
+    return Function(apply)
