@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the worker; must be there before torch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.environment import describe
@@ -28,7 +27,7 @@ from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers as compiled_layers
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.engine.attention import PagedKVCache, StepLayout
-from parleyd.engine.layer_ops import TorchOps
+from parleyd.engine.compiled_kernels import CompiledKernels
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, StockForward
 from parleyd.engine.paged_attention import Kernels
@@ -45,11 +44,13 @@ GAINS = (
     ("lean", "stock"),
     ("packed", "lean"),
     ("four_bit", "packed"),
-    ("chosen", "packed"),
-    ("layer_norm", "chosen"),
-    ("compiled", "chosen"),
-    ("compiled_packed", "packed"),
+    ("kernels", "packed"),
+    ("decoder", "kernels"),
+    ("blocks", "decoder"),
+    ("blocks", "packed"),
 )
+# A model for each of these; the others share theirs.
+MODELS = ("stock", "lean", "packed", "four_bit", "decoder", "blocks")
 
 
 class Seconds(NamedTuple):
@@ -59,16 +60,6 @@ class Seconds(NamedTuple):
     processor: float
 
 
-class LayerNorm(TorchOps):
-    """RMS norm of x as the layer norm of [x, -x], whose mean is 0: one fused kernel on a CPU."""
-
-    def add_and_normalise(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
-        if delta is not None:
-            x += delta
-        doubled = F.layer_norm(torch.cat([x, -x], -1), (2 * len(weight),), torch.cat([weight, weight]), None, epsilon)
-        return doubled[..., : len(weight)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=25)
@@ -76,8 +67,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    loaded = [load_model(ModelSettings()) for _ in range(3)]
-    cache = build_cache(loaded[0])
+    loaded = {name: load_model(ModelSettings()) for name in MODELS}
+    cache = build_cache(loaded["stock"])
     forwards = build_variants(loaded, cache)
     report: dict[str, Any] = {"environment": describe(), "context": CONTEXT, "turns": arguments.turns, "batches": {}}
     print(json.dumps(report["environment"], indent=2))
@@ -112,21 +103,22 @@ def build_cache(loaded: LoadedModel) -> PagedKVCache:
     return PagedKVCache(shape, torch.bfloat16, "cpu")
 
 
-def build_variants(loaded: list[LoadedModel], cache: PagedKVCache) -> dict[str, Forward]:
-    """By name. What shares weights differs in code alone."""
-    chosen = LeanForward(loaded[2].model, cache, blocks=loaded[2].blocks)
-    compiled, layer_norm = copy.copy(chosen), copy.copy(chosen)
-    compiled._ops, compiled._cache = compiled_layers, with_kernels(cache)
-    layer_norm._ops = LayerNorm()
+def build_variants(loaded: dict[str, LoadedModel], cache: PagedKVCache) -> dict[str, Forward]:
+    """By name."""
+    compiled, by_block = CompiledKernels(paged_decode, compiled_layers), with_kernels(cache)
+    decoder = LeanForward(loaded["decoder"].model, by_block, compiled=compiled)
+    kernel_by_kernel = copy.copy(decoder)
+    kernel_by_kernel._decoder = None
+    four_bit = LeanForward(loaded["four_bit"].model, cache, blocks=loaded["four_bit"].blocks)
+    use_four_bits(four_bit)
     return {
-        "stock": StockForward(loaded[0].model, cache),
-        "lean": LeanForward(loaded[1].model, cache, packed=False),
-        "packed": with_rows(chosen, 0),
-        "four_bit": with_rows(chosen, BATCHES[-1]),
-        "chosen": chosen,
-        "layer_norm": layer_norm,
-        "compiled": compiled,
-        "compiled_packed": with_rows(compiled, 0),
+        "stock": StockForward(loaded["stock"].model, cache),
+        "lean": LeanForward(loaded["lean"].model, cache, packed=False),
+        "packed": LeanForward(loaded["packed"].model, cache),
+        "four_bit": four_bit,
+        "kernels": kernel_by_kernel,
+        "decoder": decoder,
+        "blocks": LeanForward(loaded["blocks"].model, by_block, blocks=loaded["blocks"].blocks, compiled=compiled),
     }
 
 
@@ -137,31 +129,18 @@ def with_kernels(cache: PagedKVCache) -> PagedKVCache:
     return other
 
 
-def with_rows(forward: LeanForward, max_narrow_rows: int) -> Forward:
-    """The same layers with another choice of kinds."""
-
-    def choose(linear: Any) -> Any:
-        if not isinstance(linear, ByRows):
-            return linear
-        chosen = copy.copy(linear)
-        chosen.max_narrow_rows = max_narrow_rows
-        return chosen
-
-    other = copy.copy(forward)
-    other._head = choose(forward._head)
-    other._layers = []
-    for layer in forward._layers:
-        changed = copy.copy(layer)
-        for name in ("qkv", "out", "gate_up", "down"):
-            object.__setattr__(changed, name, choose(getattr(layer, name)))
-        other._layers.append(changed)
-    return other
+def use_four_bits(forward: LeanForward) -> None:
+    """Torch's 4-bit kernel, whatever the number of rows."""
+    linears = [getattr(layer, name) for layer in forward._layers for name in ("qkv", "out", "gate_up", "down")]
+    for linear in (*linears, forward._head):
+        assert isinstance(linear, ByRows)
+        linear.max_narrow_rows = BATCHES[-1]
 
 
 def measure(forwards: dict[str, Forward], cache: PagedKVCache, batch: int, num_turns: int) -> dict[str, list[Seconds]]:
     """What a step of each variant took, turn by turn."""
     plain, compiled = decode_step(batch, cache), decode_step(batch, with_kernels(cache))
-    steps = {name: compiled if name.startswith("compiled") else plain for name in forwards}
+    steps = {name: compiled if name in ("kernels", "decoder", "blocks") else plain for name in forwards}
     times: dict[str, list[Seconds]] = {name: [] for name in forwards}
     with torch.inference_mode():
         for turn in range(num_turns + 2):
