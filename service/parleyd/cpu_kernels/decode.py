@@ -10,8 +10,11 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from parleyd.cpu_kernels.attention_tiles import DIM_MULTIPLE, add_values, score_tokens
+from parleyd.cpu_kernels.instructions import LANES, has_bfloat16
 from parleyd.cpu_kernels.numbers import (
     FAST,
+    address_of,
     bfloat16_array,
     call,
     float32_array,
@@ -37,7 +40,7 @@ def paged_decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
         query = query.contiguous()
     attended = torch.empty(query.shape, dtype=query.dtype)
     group = num_heads // num_kv_heads
-    scores = torch.empty((torch.get_num_threads(), group * table.shape[1] * block_size))
+    scores = torch.empty((torch.get_num_threads(), num_weights(group, table.shape[1] * block_size)))
     _kernel()(
         num_rows * num_kv_heads, attend_head(group, head_dim, block_size).address,
         *(tensor.data_ptr() for tensor in (query, keys, values, table, lengths, attended, scores)),
@@ -62,14 +65,83 @@ def _kernel() -> Kernel:
     return Kernel(apply)
 
 
-@cache
 def attend_head(group: int, head_dim: int, block_size: int) -> Function:
     """Attends for the queries of one row that share a KV head: `head` counts those of all rows.
 
     Constants, so that loops over them can be unrolled: `group`, how many queries those are; `head_dim`; `block_size`.
     `query_stride`: numbers from a row's queries to the next row's; `width`: blocks of a row of the table; `scale_bits`:
-    of scores, times LOG2_E; `weights_at`: room for `group` times the most tokens, float32.
+    of scores, times LOG2_E; `weights_at`: see `num_weights`.
     """
+    if has_bfloat16() and head_dim % DIM_MULTIPLE == 0 and block_size % LANES == 0:
+        return _attend_head_with_products(group, head_dim, block_size)
+    return _attend_head(group, head_dim, block_size)
+
+
+def num_weights(group: int, num_tokens: int) -> int:
+    """The room, in float32, that `attend_head` needs for a row of so many tokens: scores, then weights in bfloat16."""
+    return group * num_tokens * 3 // 2
+
+
+@cache
+def _attend_head_with_products(group: int, head_dim: int, block_size: int) -> Function:
+    num_queries, row_bytes = group * head_dim, 2 * head_dim
+    block_bytes, tile_bytes = row_bytes * block_size, row_bytes * LANES
+
+    def apply(
+        head, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at, num_kv_heads,
+        scale_bits, weights_at,
+    ):  # fmt: skip
+        row, kv_head = divmod(head, num_kv_heads)
+        table, lengths = int32_array(table_at, (row + 1, width)), int32_array(lengths_at, (row + 1,))
+        attended = bfloat16_array(attended_at, (row + 1, num_kv_heads, group, head_dim))
+        length, num_tokens = lengths[row], width * block_size
+        scores = float32_array(weights_at, (group, num_tokens))
+        rounded_at = weights_at + 4 * group * num_tokens
+        weights = bfloat16_array(rounded_at, (group, num_tokens))
+        query_at = queries_at + 2 * (row * query_stride + kv_head * num_queries)
+        last = (length - 1) // block_size
+        for block in range(last + 1):
+            keys = keys_at + (table[row, block] * num_kv_heads + kv_head) * block_bytes
+            if block < last:
+                ahead = keys_at + (table[row, block + 1] * num_kv_heads + kv_head) * block_bytes
+            else:
+                ahead = values_at + (table[row, 0] * num_kv_heads + kv_head) * block_bytes
+            # What lies behind the last token is scored too, and not looked at.
+            for tile in range(block_size // LANES):
+                prefetch(ahead + tile * tile_bytes, tile_bytes)
+                for query_head in range(group):
+                    score_tokens(
+                        head_dim, query_at + query_head * row_bytes, keys + tile * tile_bytes,
+                        float_argument(scale_bits),
+                        weights_at + 4 * (query_head * num_tokens + block * block_size + tile * LANES),
+                    )  # fmt: skip
+        for query_head in range(group):
+            _softmax(scores[query_head, :length])
+            for token in range(length):
+                weights[query_head, token] = rounded(scores[query_head, token])
+            if length % 2:
+                weights[query_head, length] = 0
+        sums = stack_floats(num_queries)
+        for i in range(num_queries):
+            sums[i] = np.float32(0)
+        for block in range(last + 1):
+            values = values_at + (table[row, block] * num_kv_heads + kv_head) * block_bytes
+            ahead = values_at + (table[row, min(block + 1, last)] * num_kv_heads + kv_head) * block_bytes
+            for part in range(head_dim // DIM_MULTIPLE):
+                add_values(
+                    group, rounded_at + 2 * block * block_size, 2 * num_tokens, values + 2 * DIM_MULTIPLE * part,
+                    row_bytes, min(block_size, length - block * block_size),
+                    address_of(sums) + 4 * DIM_MULTIPLE * part, 4 * head_dim, ahead + 2 * DIM_MULTIPLE * part,
+                )  # fmt: skip
+        for query_head in range(group):
+            for i in range(head_dim):
+                attended[row, kv_head, query_head, i] = rounded(sums[query_head * head_dim + i])
+
+    return Function(apply)
+
+
+@cache
+def _attend_head(group: int, head_dim: int, block_size: int) -> Function:
     num_queries, block_bytes = group * head_dim, 2 * block_size * head_dim
 
     def apply(

@@ -14,7 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from parleyd.cpu_kernels.decode import LOG2_E, attend_head
+from parleyd.cpu_kernels.decode import LOG2_E, attend_head, num_weights
 from parleyd.cpu_kernels.numbers import call, int64_array
 from parleyd.cpu_kernels.products import Weights, multiply_share, scratch
 from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, quantise_blocks, rotate_and_write_row
@@ -63,7 +63,8 @@ class Decoder:
         inputs = x.new_empty((num_rows, max(hidden, first.out.num_ins, self._width)))
         outputs = x.new_empty((num_rows, max(first.qkv.num_outs, first.gate_up.num_outs)))
         codes, scales = scratch(*inputs.shape)
-        scores = torch.empty((torch.get_num_threads(), self._group * table.shape[1] * self._block_size))
+        num_scores = num_weights(self._group, table.shape[1] * self._block_size)
+        scores = torch.empty((torch.get_num_threads(), num_scores))
         delta = torch.empty_like(x)
         tensors = (x, delta, inputs, outputs, codes, scales, scores, self._table, cos, sin, slots, table, lengths)
         self._kernel(

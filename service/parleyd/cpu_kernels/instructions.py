@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -14,6 +16,26 @@ VECTOR_BYTES = 4 * LANES
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
 _HALVES, _SHORTS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(ir.IntType(16), LANES)
+
+
+@cache
+def _features() -> dict[str, bool]:
+    return dict(llvm.get_host_cpu_features())
+
+
+def has_bytes() -> bool:
+    """Whether this processor has `add_products_of_bytes`."""
+    return bool(_features().get("avx512vnni"))
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor has `add_products_of_bfloat16`."""
+    return bool(_features().get("avx512bf16"))
+
+
+def has_matrix_unit() -> bool:
+    """Whether this processor multiplies many rows faster than any of these can, as oneDNN has it do (AMX)."""
+    return bool(_features().get("amx-bf16"))
 
 
 class Emitter:
@@ -27,6 +49,13 @@ class Emitter:
         index, num_bytes = (address.type(value) if isinstance(value, int) else value for value in (index, num_bytes))
         return self._builder.add(address, self._builder.mul(index, num_bytes))
 
+    def prefetch(self, address: Any) -> None:
+        """Has a line of memory brought into the second-level cache, while we go on."""
+        builder, byte = self._builder, ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        builder.call(function, [builder.inttoptr(address, byte), *map(_INT, (0, 2, 1))])  # to read, into L2, data
+
     def load_ints(self, address: Any) -> Any:
         return self._load(address, _INTS)
 
@@ -34,17 +63,27 @@ class Emitter:
         """LANES float16, as float32."""
         return self._builder.fpext(self._load(address, _HALVES), _FLOATS)
 
+    def repeat(self, value: Any) -> Any:
+        """In all lanes."""
+        undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+        first = self._builder.insert_element(undefined, value, _INT(0))
+        return self._builder.shuffle_vector(first, undefined, self.ints(0))
+
     def repeat_int(self, address: Any) -> Any:
         """What lies there, in all lanes."""
-        return self._repeated(self._load(address, _INT))
+        return self.repeat(self._load(address, _INT))
 
     def repeat_float(self, address: Any) -> Any:
         """What lies there, in all lanes."""
-        return self._repeated(self._load(address, _FLOAT))
+        return self.repeat(self._load(address, _FLOAT))
 
     def ints(self, value: int) -> Any:
         """A constant in all lanes."""
         return ir.Constant(_INTS, [value] * LANES)
+
+    def floats(self, value: float) -> Any:
+        """A constant in all lanes."""
+        return ir.Constant(_FLOATS, [value] * LANES)
 
     def to_floats(self, ints: Any) -> Any:
         return self._builder.sitofp(ints, _FLOATS)
@@ -53,6 +92,9 @@ class Emitter:
         """The low and the high halves of all bytes."""
         low = self.ints(0x0F0F0F0F)
         return self._builder.and_(vector, low), self._builder.and_(self._builder.lshr(vector, self.ints(4)), low)
+
+    def add(self, one: Any, other: Any) -> Any:
+        return self._builder.fadd(one, other)
 
     def multiply(self, one: Any, other: Any) -> Any:
         return self._builder.fmul(one, other)
@@ -69,6 +111,30 @@ class Emitter:
         """To each float32, the two products of bfloat16 in its lanes. AVX-512 BF16."""
         return self._call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, sums, one, other)
 
+    def sums_of(self, vectors: list[Any]) -> Any:
+        """LANES vectors of float32 as one: in each lane, the sum of a vector."""
+        builder, size = self._builder, LANES // 2
+        # Each round adds half of the lanes of two vectors to the other half, and keeps both sums in one vector.
+        while size:
+            low = [index for index in range(2 * LANES) if not index & size]
+            high = [index | size for index in low]
+            vectors = [
+                builder.fadd(self._shuffled(one, other, low), self._shuffled(one, other, high))
+                for one, other in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+            size //= 2
+        return vectors[0]
+
+    def interleaved(self, one: Any, other: Any) -> tuple[Any, Any]:
+        """The bfloat16 of two vectors in turn: the first half of each, and the second."""
+        pairs = [number for index in range(2 * LANES) for number in (index, index + 2 * LANES)]
+        halves = (pairs[: 2 * LANES], pairs[2 * LANES :])
+        one, other = (
+            self._builder.bitcast(vector, ir.VectorType(ir.IntType(16), 2 * LANES)) for vector in (one, other)
+        )
+        low, high = (self._builder.bitcast(self._shuffled(one, other, half), _INTS) for half in halves)
+        return low, high
+
     def sums(self, num_sums: int, count: Any, body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         """So many vectors of float32, from 0, that `body(index, sums)` adds to for each index below `count`, which is
         not 0."""
@@ -79,15 +145,20 @@ class Emitter:
         index, sums = builder.phi(count.type), [builder.phi(_FLOATS) for _ in range(num_sums)]
         added = body(index, list(sums))
         following = builder.add(index, count.type(1))
-        nothing = ir.Constant(_FLOATS, [0.0] * LANES)
         index.add_incoming(count.type(0), before)
         index.add_incoming(following, loop)
         for phi, added_to in zip(sums, added, strict=True):
-            phi.add_incoming(nothing, before)
+            phi.add_incoming(self.floats(0.0), before)
             phi.add_incoming(added_to, loop)
         builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
         builder.position_at_end(after)
         return added
+
+    def store(self, address: Any, floats: Any) -> None:
+        self._builder.store(floats, self._builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+
+    def load_floats(self, address: Any) -> Any:
+        return self._load(address, _FLOATS)
 
     def store_bfloat16(self, address: Any, floats: Any) -> None:
         """Each rounded to the nearest; between two, to the even one."""
@@ -101,10 +172,8 @@ class Emitter:
     def _load(self, address: Any, kind: ir.Type) -> Any:
         return self._builder.load(self._builder.inttoptr(address, kind.as_pointer()), align=1)
 
-    def _repeated(self, value: Any) -> Any:
-        undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-        first = self._builder.insert_element(undefined, value, _INT(0))
-        return self._builder.shuffle_vector(first, undefined, self.ints(0))
+    def _shuffled(self, one: Any, other: Any, lanes: list[int]) -> Any:
+        return self._builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
 
     def _call(self, name: str, result: ir.Type, *arguments: Any) -> Any:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])

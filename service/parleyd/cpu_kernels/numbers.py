@@ -122,6 +122,16 @@ def int64_array(address, shape):
 
 
 @intrinsic
+def address_of(context, floats):
+    """Of what `stack_floats` returned."""
+
+    def generate(context, builder, signature, args):
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(floats), generate
+
+
+@intrinsic
 def call(context, address, *arguments):
     """Calls a `threads.Function`."""
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))

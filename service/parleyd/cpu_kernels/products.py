@@ -9,12 +9,11 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-import llvmlite.binding as llvm
 import torch
 from numba import carray
 from torch import Tensor
 
-from parleyd.cpu_kernels.instructions import LANES
+from parleyd.cpu_kernels.instructions import LANES, has_bfloat16, has_bytes
 from parleyd.cpu_kernels.numbers import bfloat16_array, call, rounded, widened
 from parleyd.cpu_kernels.rows import quantise_blocks
 from parleyd.cpu_kernels.threads import Function, Kernel, barrier, num_threads, thread_index
@@ -37,17 +36,12 @@ class Weights(NamedTuple):
 
 def can_multiply_blocks(num_outs: int, num_ins: int) -> bool:
     """Whether this processor has the instructions for 4- and 8-bit weights, and this shape fits them."""
-    return bool(_features().get("avx512vnni")) and num_outs % LANES == 0 and num_ins % BLOCK_SIZE == 0
+    return has_bytes() and num_outs % LANES == 0 and num_ins % BLOCK_SIZE == 0
 
 
 def can_multiply_bfloat16(num_outs: int, num_ins: int) -> bool:
     """The same for bfloat16."""
-    return bool(_features().get("avx512bf16")) and num_outs % LANES == 0 and num_ins % UNROLLED_INS == 0
-
-
-def has_matrix_unit() -> bool:
-    """Whether this processor multiplies many rows faster than any of these do, as oneDNN can have it (AMX)."""
-    return bool(_features().get("amx-bf16"))
+    return has_bfloat16() and num_outs % LANES == 0 and num_ins % UNROLLED_INS == 0
 
 
 def pack_bfloat16(weight: Tensor, bias: Tensor | None = None) -> Weights:
@@ -134,8 +128,3 @@ def _kernel() -> Kernel:
         call(multiply, thread, num, x, codes, scales, packed, bias, num_bits, product, num_rows, num_outs, num_ins)
 
     return Kernel(apply)
-
-
-@cache
-def _features() -> dict[str, bool]:
-    return dict(llvm.get_host_cpu_features())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers, products
 from parleyd.cpu_kernels.decode import paged_decode
+from parleyd.cpu_kernels.instructions import has_matrix_unit
 from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.compiled_kernels import CompiledKernels
 from parleyd.engine.kernels import probe_batch
@@ -29,7 +30,7 @@ BLOCK_SIZE = 8
 STRETCHES = [(5, 1), (17, 1), (0, 4), (9, 3)]
 
 pytestmark = pytest.mark.skipif(
-    not (products.can_multiply_blocks(32, 32) and products.can_multiply_bfloat16(32, 32)) or products.has_matrix_unit(),
+    not (products.can_multiply_blocks(32, 32) and products.can_multiply_bfloat16(32, 32)) or has_matrix_unit(),
     reason="this processor has no such instructions, or better ones",
 )
 

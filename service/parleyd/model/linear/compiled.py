@@ -48,7 +48,7 @@ def can_compile(weight: Tensor) -> bool:
     """Whether `compiled_linear` is to be had for weights such as this, `[out, in]`, and the fastest."""
     from parleyd.cpu_kernels import products
 
-    return _is_bfloat16(weight) and products.can_multiply_bfloat16(*weight.shape) and not products.has_matrix_unit()
+    return are_fastest() and _is_bfloat16(weight) and products.can_multiply_bfloat16(*weight.shape)
 
 
 def can_compile_blocks(weight: Tensor) -> bool:
@@ -58,11 +58,11 @@ def can_compile_blocks(weight: Tensor) -> bool:
     return _is_bfloat16(weight) and products.can_multiply_blocks(*weight.shape)
 
 
-def are_blocks_fastest() -> bool:
-    """Whether `compiled_block_linear` is faster than bfloat16 for any number of rows: nothing need be measured."""
-    from parleyd.cpu_kernels import products
+def are_fastest() -> bool:
+    """Whether no other kind is faster for any number of rows, and a file's blocks before bfloat16: as measured."""
+    from parleyd.cpu_kernels.instructions import has_matrix_unit
 
-    return not products.has_matrix_unit()
+    return not has_matrix_unit()
 
 
 def _is_bfloat16(weight: Tensor) -> bool:

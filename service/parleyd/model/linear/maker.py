@@ -12,7 +12,7 @@ from parleyd.model.gguf_blocks import GgufBlocks, concatenated
 from parleyd.model.linear.by_rows import ByRows, choose_by_cost
 from parleyd.model.linear.compiled import (
     CompiledLinear,
-    are_blocks_fastest,
+    are_fastest,
     can_compile,
     can_compile_blocks,
     compiled_block_linear,
@@ -44,7 +44,7 @@ class LinearMaker:
         if not keep:
             for module in modules:
                 module.weight = module.bias = None
-        if isinstance(narrow, CompiledLinear) and are_blocks_fastest():
+        if isinstance(narrow, CompiledLinear) and are_fastest():
             return narrow
         if narrow is None:
             return self._wide(weight, bias)
