@@ -11,8 +11,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH := .venv/.installed-bench
 PROTOC := .venv/protoc
-# Only what starts no processes and waits for nothing: the other tests watch how long things take.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+# Two at a time; the tests that watch how long things take are marked, and run after.
+SIDE_BY_SIDE := -n 2 --dist loadfile -m "not alone"
 
 .DEFAULT_GOAL := help
 
@@ -56,8 +56,8 @@ chat: $(INSTALLED) ## talk with the service at TARGET=localhost:50051
 .PHONY: test
 test: $(INSTALLED) $(PROTOC)/.installed ## run all tests; ARGS are pytest's, and choose which
 ifeq ($(ARGS),)
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
-	@$(BIN)/python -m pytest --ignore tests/unit
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest -m alone
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

@@ -22,6 +22,7 @@ _NUM_WAITING = 500
 _LARGE_BYTES = 1024 * 1024
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 def test_no_callback_computes_for_more_than_10_ms(tokenizer_folder: Path) -> None:
     seen = []

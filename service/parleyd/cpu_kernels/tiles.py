@@ -1,5 +1,6 @@
 """The innermost loops of a matrix product: LANES columns of it, all rows, a tile of up to eight rows at a time.
 
+Each tile brings the weights of the LANES columns after these nearer while it computes: the processor by itself is late.
 Whatever the tile, a row's sums are taken in the same order: they do not depend on how many rows there are.
 """
 
@@ -89,6 +90,7 @@ class _Product:
         def add(index: Any, sums: list[Any]) -> list[Any]:
             weights = emit.at(operands.weights, index, UNROLLED_INS // 2 * VECTOR_BYTES)
             for pair in range(UNROLLED_INS // 2):
+                emit.prefetch(emit.at(emit.at(weights, pair, VECTOR_BYTES), operands.num_ins, 2 * LANES))
                 columns = emit.load_ints(emit.at(weights, pair, VECTOR_BYTES))
                 for row, address in enumerate(inputs):
                     x = emit.repeat_int(emit.at(emit.at(address, index, 2 * UNROLLED_INS), 4 * pair))
@@ -103,7 +105,10 @@ class _Product:
         scaled_sums = emit.at(operands.scales, builder.mul(operands.num_rows, num_blocks), 4)
 
         def add(index: Any, sums: list[Any]) -> list[Any]:
-            weights = emit.at(operands.weights, index, block_bytes.py_func(self._num_bits))
+            num_bytes = block_bytes.py_func(self._num_bits)
+            weights = emit.at(operands.weights, index, num_bytes)
+            for line in range(num_bytes // VECTOR_BYTES):
+                emit.prefetch(emit.at(emit.at(weights, line, VECTOR_BYTES), num_blocks, num_bytes))
             scales, minima = emit.load_halves(weights), emit.load_halves(emit.at(weights, SCALES_BYTES // 2))
             numbers = self._numbers(emit.at(weights, SCALES_BYTES))
             for place, row in enumerate(rows):
