@@ -80,10 +80,10 @@ class ModelSettings:
     cuda_graphs: bool = _option(True, "On a GPU, replay decode steps as CUDA graphs.")
     overlap: bool = _option(True, "On a GPU, launch each step before the tokens of the one ahead have arrived.")
     lean_layers: bool = _option(True, "Run the Llama, Mistral and Qwen families without transformers' own modules.")
-    cpu_kernels: bool = _option(True, "On a CPU, attend and normalise in bfloat16 with kernels compiled for it.")
+    cpu_kernels: bool = _option(True, "On a CPU, compute in bfloat16 with kernels compiled for it.")
     packed_linear: bool = _option(True, "Lay bfloat16 weights out for the CPU at load.")
     four_bit_linear: bool = _option(
-        True, "On a CPU, compute with the 4-bit weights of a .gguf file where few streams run and that is faster."
+        True, "On a CPU, compute with the 4- and 8-bit weights of a .gguf file as they stand, where that is faster."
     )
 
 

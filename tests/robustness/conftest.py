@@ -13,6 +13,13 @@ from tests.support.tiny_tokenizer import write_tiny_tokenizer
 SECONDS = float(os.environ.get("ROBUSTNESS_SECONDS", "6"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What dies and starts again must have done so in the time that clients give it."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture
 def chance() -> random.Random:
     """All that is left to chance; a failing test shows the seed."""

@@ -55,26 +55,32 @@ def _kernel() -> Kernel:
         (attend, queries, keys, values, table, lengths, attended, scores,
          num_rows, query_stride, num_kv_heads, width, scale, num_scores) = carray(arguments, (14,))  # fmt: skip
         own_scores = scores + 4 * thread_index() * num_scores
-        # The KV heads of a row go to threads in turn, so that long rows burden all alike.
         for head in range(thread_index(), num_rows * num_kv_heads, num_threads()):
             call(
-                attend, head, queries, query_stride, keys, values, table, width, lengths, attended, num_kv_heads,
-                scale, own_scores,
+                attend, head, num_rows, queries, query_stride, keys, values, table, width, lengths, attended,
+                num_kv_heads, scale, own_scores,
             )  # fmt: skip
 
     return Kernel(apply)
 
 
 def attend_head(group: int, head_dim: int, block_size: int) -> Function:
-    """Attends for the queries of one row that share a KV head: `head` counts those of all rows.
+    """Attends for the queries of one row that share a KV head. `head` counts those of all rows, one KV head's of all
+    rows before the next one's: the rows of a prompt then find what they read in the cache.
 
     Constants, so that loops over them can be unrolled: `group`, how many queries those are; `head_dim`; `block_size`.
     `query_stride`: numbers from a row's queries to the next row's; `width`: blocks of a row of the table; `scale_bits`:
     of scores, times LOG2_E; `weights_at`: see `num_weights`.
     """
-    if has_bfloat16() and head_dim % DIM_MULTIPLE == 0 and block_size % LANES == 0:
+    if attends_by_products(head_dim, block_size):
         return _attend_head_with_products(group, head_dim, block_size)
     return _attend_head(group, head_dim, block_size)
+
+
+def attends_by_products(head_dim: int, block_size: int) -> bool:
+    """Whether this processor has the instructions, and this shape fits them: then no other way is faster, not even for
+    the rows of long prompts."""
+    return has_bfloat16() and head_dim % DIM_MULTIPLE == 0 and block_size % LANES == 0
 
 
 def num_weights(group: int, num_tokens: int) -> int:
@@ -88,10 +94,10 @@ def _attend_head_with_products(group: int, head_dim: int, block_size: int) -> Fu
     block_bytes, tile_bytes = row_bytes * block_size, row_bytes * LANES
 
     def apply(
-        head, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at, num_kv_heads,
-        scale_bits, weights_at,
+        head, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
+        num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        row, kv_head = divmod(head, num_kv_heads)
+        kv_head, row = divmod(head, num_rows)
         table, lengths = int32_array(table_at, (row + 1, width)), int32_array(lengths_at, (row + 1,))
         attended = bfloat16_array(attended_at, (row + 1, num_kv_heads, group, head_dim))
         length, num_tokens = lengths[row], width * block_size
@@ -145,10 +151,10 @@ def _attend_head(group: int, head_dim: int, block_size: int) -> Function:
     num_queries, block_bytes = group * head_dim, 2 * block_size * head_dim
 
     def apply(
-        head, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at, num_kv_heads,
-        scale_bits, weights_at,
+        head, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
+        num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        row, kv_head = divmod(head, num_kv_heads)
+        kv_head, row = divmod(head, num_rows)
         queries = bfloat16_array(queries_at, (row + 1, query_stride // head_dim, head_dim))
         table, lengths = int32_array(table_at, (row + 1, width)), int32_array(lengths_at, (row + 1,))
         attended = bfloat16_array(attended_at, (row + 1, num_kv_heads, group, head_dim))

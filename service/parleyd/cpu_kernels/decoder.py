@@ -110,8 +110,8 @@ def _kernel() -> Kernel:
             barrier()
             for head in range(thread, num_rows * num_kv_heads, num):
                 call(
-                    attend, head, outputs, num_outs, keys, values, table, table_width, lengths, inputs, num_kv_heads,
-                    scale, own_scores,
+                    attend, head, num_rows, outputs, num_outs, keys, values, table, table_width, lengths, inputs,
+                    num_kv_heads, scale, own_scores,
                 )  # fmt: skip
             _multiply(functions, layer[_OUT : _OUT + 3], step, delta, hidden, num_attended)
             for row in range(thread, num_rows, num):

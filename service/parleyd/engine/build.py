@@ -214,7 +214,7 @@ def _build_cache(
             device=model.device,
             max_context_tokens=max_context_tokens,
         ),
-        compiled.decode if compiled else None,
+        compiled,
     )
     block_bytes = 2 * config.num_hidden_layers * block_size * num_kv_heads * head_dim * model.dtype.itemsize
     blocks_of_context = -(-max_context_tokens // block_size)

@@ -6,6 +6,7 @@ Imports numba only when asked for them: it takes some tenths of a second.
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parleyd.engine.layer_ops import TORCH_OPS, LayerOps
-from parleyd.engine.paged_attention import DecodeKernel
+from parleyd.engine.paged_attention import BLOCK_SIZE, DecodeKernel
 from parleyd.model.cache import cache_key
 
 _logger = logging.getLogger("parleyd.engine")
@@ -27,6 +28,8 @@ class CompiledKernels(NamedTuple):
 
     decode: DecodeKernel
     layers: LayerOps
+    # Prompts up to this position are attended to by `decode`, row by row, since that is faster.
+    max_row_tokens: int = 256
 
 
 def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
@@ -44,6 +47,8 @@ def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
     except Exception as error:
         _logger.warning("no compiled kernels: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return None
+    if decode.attends_by_products(head_dim, BLOCK_SIZE):
+        return CompiledKernels(decode.paged_decode, layers, max_row_tokens=sys.maxsize)
     return CompiledKernels(decode.paged_decode, layers)
 
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | CUDA, torch >= 2.12 | triton_decode.py, else varlen.py | varlen.py |
 | CUDA, torch 2.11 | triton_decode.py | gathered (attention.py) |
-| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | short ones compiled too, others gathered |
+| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | compiled too; without AVX-512 BF16 long ones gathered |
 | any other | gathered | gathered |
 """
 
@@ -17,20 +17,18 @@ from dataclasses import dataclass
 import torch
 
 from parleyd.engine.attention import PagedKVCache, StepLayout, attend
-from parleyd.engine.paged_attention import NO_KERNELS, DecodeKernel, Kernels
+from parleyd.engine.compiled_kernels import CompiledKernels
+from parleyd.engine.paged_attention import BLOCK_SIZE, NO_KERNELS, DecodeKernel, Kernels
 from parleyd.engine.request import Batch, Sequence
 from parleyd.engine.varlen import varlen_kernels, varlen_obstacle
 from parleyd.generation import EngineRequest, SamplingParams
 
 _logger = logging.getLogger("parleyd.engine")
 
-BLOCK_SIZE = 32
 # FlashAttention 2 reads blocks of multiples of 256 tokens, its successors smaller ones too.
 _VARLEN_BLOCK_SIZES = (32, 64, 128, 256)
 # Of the largest output: far above what rounding does, and far below what reading a wrong token does.
 _TOLERANCE = 0.03
-# Up to here a compiled kernel is faster with a prompt's rows than matrix products of gathered blocks.
-_MAX_ROW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class AttentionShape:
     max_context_tokens: int
 
 
-def choose_kernels(wanted: str, shape: AttentionShape, compiled: DecodeKernel | None = None) -> tuple[Kernels, int]:
+def choose_kernels(wanted: str, shape: AttentionShape, compiled: CompiledKernels | None = None) -> tuple[Kernels, int]:
     """The kernels and the block size for them. `wanted`: auto, or one kind alone: gather, triton, varlen.
 
     `compiled`: for a CPU.
@@ -109,10 +107,10 @@ def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: 
     return batch
 
 
-def _compiled(decode: DecodeKernel | None, shape: AttentionShape) -> Kernels:
-    if decode is None:
+def _compiled(compiled: CompiledKernels | None, shape: AttentionShape) -> Kernels:
+    if compiled is None:
         return NO_KERNELS
-    kernels = Kernels(decode, max_row_tokens=_MAX_ROW_TOKENS)
+    kernels = Kernels(compiled.decode, max_row_tokens=compiled.max_row_tokens)
     try:
         check_kernels(kernels, BLOCK_SIZE, shape)
     except Exception as error:

@@ -17,6 +17,9 @@ from parleyd.engine.request import Scheduled
 if TYPE_CHECKING:
     from parleyd.engine.attention import PagedKVCache
 
+# Tokens of a block, unless a kernel wants others.
+BLOCK_SIZE = 32
+
 # (query, keys, values, block table, lengths, scale) -> attended. query: [rows, heads, head_dim], one token of each
 # sequence; keys, values: one layer's, [blocks, kv_heads, block_size, head_dim]; block table: [rows, blocks], int32;
 # lengths: [rows], int32, the token's own included.

@@ -13,9 +13,11 @@ from numba import config
 
 from parleyd.cpu_kernels import layers, threads
 from parleyd.cpu_kernels.decode import paged_decode
-from parleyd.engine.compiled_kernels import compiled_kernels
+from parleyd.engine.compiled_kernels import CompiledKernels, compiled_kernels
 from parleyd.engine.kernels import AttentionShape, choose_kernels
 from parleyd.engine.paged_attention import NO_KERNELS
+
+COMPILED = CompiledKernels(paged_decode, layers)
 
 
 @pytest.fixture(autouse=True)
@@ -32,15 +34,15 @@ def shape(**values: Any) -> AttentionShape:
 
 
 def test_a_compiled_kernel_that_passes_its_trial_is_chosen_unless_another_is_asked_for() -> None:
-    assert choose_kernels("auto", shape(), paged_decode)[0].decode is paged_decode
-    assert choose_kernels("gather", shape(), paged_decode)[0] == NO_KERNELS
+    assert choose_kernels("auto", shape(), COMPILED)[0].decode is paged_decode
+    assert choose_kernels("gather", shape(), COMPILED)[0] == NO_KERNELS
 
 
 def test_one_that_attends_to_something_else_is_not(caplog: pytest.LogCaptureFixture) -> None:
     def wrong(query: torch.Tensor, *_: Any) -> torch.Tensor:
         return query + 1
 
-    assert choose_kernels("auto", shape(), wrong)[0] == NO_KERNELS
+    assert choose_kernels("auto", shape(), CompiledKernels(wrong, layers))[0] == NO_KERNELS
     assert "no compiled kernel for attention" in caplog.text
 
 
@@ -78,7 +80,7 @@ def test_what_has_been_compiled_is_kept(tmp_path: Path) -> None:
     """In a process of its own: this one may have compiled them already."""
     code = """
 import pathlib, sys
-from parleyd.engine.compiled_kernels import compiled_kernels
+from parleyd.engine.compiled_kernels import CompiledKernels, compiled_kernels
 assert compiled_kernels(pathlib.Path(sys.argv[1]), 16)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
