@@ -11,8 +11,11 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH := .venv/.installed-bench
 PROTOC := .venv/protoc
-# Two at a time; the tests that watch how long things take are marked, and run after.
-SIDE_BY_SIDE := -n 2 --dist loadfile -m "not alone"
+# By name, so that tests/e2e, which takes longest, comes first.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
+# The tests in $(1): two at a time, and then those marked `alone` (5: there are none). With ARGS, what these choose.
+run_tests = $(if $(ARGS),$(BIN)/python -m pytest $(1) $(ARGS),$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(1) && \
+	{ $(BIN)/python -m pytest -m alone $(1) || [ $$? -eq 5 ]; })
 
 .DEFAULT_GOAL := help
 
@@ -55,24 +58,19 @@ chat: $(INSTALLED) ## talk with the service at TARGET=localhost:50051
 
 .PHONY: test
 test: $(INSTALLED) $(PROTOC)/.installed ## run all tests; ARGS are pytest's, and choose which
-ifeq ($(ARGS),)
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest -m alone
-else
-	@$(BIN)/python -m pytest $(ARGS)
-endif
+	@$(call run_tests,)
 
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## run the tests of single modules
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit $(ARGS)
+	@$(call run_tests,tests/unit)
 
 .PHONY: test-integration
 test-integration: $(INSTALLED) ## run the tests of gateway and client over loopback, without a model
-	@$(BIN)/python -m pytest tests/integration $(ARGS)
+	@$(call run_tests,tests/integration)
 
 .PHONY: test-e2e
 test-e2e: $(INSTALLED) $(PROTOC)/.installed ## run the tests of the whole service with a real model, and of the package
-	@$(BIN)/python -m pytest tests/e2e $(ARGS)
+	@$(call run_tests,tests/e2e)
 
 .PHONY: test-clients
 test-clients: $(INSTALLED) $(PROTOC)/.installed ## build the Node client and run its tests, alone and against the service

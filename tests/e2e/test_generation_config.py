@@ -74,7 +74,7 @@ def test_logprobs_are_the_log_softmax_of_the_models_logits(
 
 
 def test_the_same_seed_gives_the_same_answer_alone_and_among_neighbours(served: ServedProcess) -> None:
-    requests = [ask(f"Name a river in {c}.", max_new_tokens=12, **{**SAMPLED, "seed": n})
+    requests = [ask(f"Name a river in {c}.", max_new_tokens=8, **{**SAMPLED, "seed": n})
                 for n, c in enumerate(("France", "Spain", "Peru"))]  # fmt: skip
     alone = [whole(served, request).choices[0] for request in requests]
     neighbours = [served.stub.Generate.future(ask(f"Count to {n}.", max_new_tokens=4 + n, temperature=1), timeout=120)
@@ -97,7 +97,7 @@ def test_choices_differ_and_the_first_is_the_single_answer(served: ServedProcess
 
 @pytest.mark.parametrize("fields", [{}, {**SAMPLED, **PENALISED}], ids=["greedy", "sampled"])
 def test_the_delivered_and_the_resumed_part_are_the_uncut_answer(served: ServedProcess, fields: dict[str, Any]) -> None:
-    request = ask(QUESTION, max_new_tokens=16, min_new_tokens=3, top_logprobs=2, stop_strings=["fox ran"], **fields)
+    request = ask(QUESTION, max_new_tokens=12, min_new_tokens=3, top_logprobs=2, stop_strings=["fox ran"], **fields)
     uncut = list(served.stub.GenerateStream(request, timeout=120))
     ids = [token_id for response in uncut for token_id in response.token_ids]
     logprobs = [one.logprob for response in uncut for one in response.logprobs]

@@ -33,9 +33,9 @@ def test_greedy_ids_equal_model_generate(
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
 
-    response = served.stub.Generate(ask(*contents, system=system, max_new_tokens=24), timeout=120)
+    response = served.stub.Generate(ask(*contents, system=system, max_new_tokens=16), timeout=120)
     assert list(response.choices[0].token_ids) == expected
     assert response.usage.prompt_tokens == inputs["input_ids"].shape[1]
     assert response.choices[0].message.content == tokenizer.decode(expected, skip_special_tokens=True).removesuffix(
@@ -48,7 +48,7 @@ def test_greedy_ids_equal_model_generate(
 def test_stream_deltas_concatenate_to_the_unary_answer(
     served: ServedProcess, oracle: Any, text: str, sampling: dict[str, Any]
 ) -> None:
-    request = ask(text, max_new_tokens=40, **sampling)
+    request = ask(text, max_new_tokens=16, **sampling)
     unary = served.stub.Generate(request, timeout=120).choices[0]
     responses = list(served.stub.GenerateStream(request, timeout=120))
     assert "".join(r.content for r in responses) == unary.message.content
@@ -64,7 +64,7 @@ def test_the_model_ends_its_answer_by_itself(served: ServedProcess) -> None:
 
 def test_a_seed_repeats_an_answer_and_another_changes_it(served: ServedProcess) -> None:
     def content(seed: int) -> str:
-        request = ask("Tell me a story.", max_new_tokens=24, temperature=1.2, seed=seed)
+        request = ask("Tell me a story.", max_new_tokens=12, temperature=1.2, seed=seed)
         return str(served.stub.Generate(request, timeout=120).choices[0].message.content)
 
     assert content(1) == content(1) != content(2)
@@ -80,7 +80,7 @@ def test_continue_final_message_goes_on_where_the_message_ends(served: ServedPro
 
 
 def test_two_clients_at_once_get_their_own_answers(served: ServedProcess) -> None:
-    requests = [ask(f"What is {n} plus {n}?", max_new_tokens=16) for n in (2, 7)]
+    requests = [ask(f"What is {n} plus {n}?", max_new_tokens=8) for n in (2, 7)]
     alone = [served.stub.Generate(request, timeout=120).choices for request in requests]
     together = [served.stub.Generate.future(request, timeout=120) for request in requests]
     assert [list(future.result().choices) for future in together] == [list(choices) for choices in alone]

@@ -100,6 +100,7 @@ def test_a_format_is_checked_before_the_model(gateway: GatewayThread) -> None:
     ]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "hostile",
     [

@@ -59,6 +59,7 @@ def test_deadlines_and_cancellation_reach_the_replica(
         gateway.wait_idle()
 
 
+@pytest.mark.alone
 def test_both_replicas_are_used_and_the_one_under_load_less(
     stub: chat_pb2_grpc.ChatServiceStub, gateways: list[GatewayThread]
 ) -> None:

@@ -29,7 +29,7 @@ class ServedProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, **(environ or {})},
+            env={**_environ(), **(environ or {})},
         )
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline()
@@ -72,6 +72,11 @@ class ServedProcess:
         """The live child processes."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(pid) for pid in children]
+
+
+def _environ() -> dict[str, str]:
+    """All cores for it, as a user's has, also where tests run side by side (tests/conftest.py)."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 def serve_until_exit(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers
@@ -25,7 +24,7 @@ from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.loader import LoadedModel, load_model
 from parleyd.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("two_threads")]
 
 TEXTS = ("declaration_of_independence.txt", "pride_and_prejudice.txt")
 DATA = Path(__file__).parents[2] / "data"
@@ -49,16 +48,19 @@ def perplexity(logits: Tensor, ids: list[int]) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits[:-1].float(), torch.tensor(ids[1:])).item())
 
 
-def dequantised(loaded: LoadedModel) -> PreTrainedModel:
-    """The file's weights in float32, as the numbers, scales and offsets say, without any rounding."""
+@pytest.fixture(scope="module")
+def exact_perplexities() -> list[float]:
+    """Of TEXTS, with the file's weights in float32, as the numbers, scales and offsets say, without any rounding."""
+    loaded = load_model(ModelSettings())
     model = load_model(ModelSettings(dtype="float32")).model
     assert loaded.blocks is not None
     theirs = dict(loaded.model.named_parameters())
-    with torch.no_grad():
+    with torch.inference_mode():
         for name, parameter in model.named_parameters():
             if (numbers := loaded.blocks.numbers_of(theirs[name])) is not None:
                 parameter.copy_(numbers.dequantised())
-    return model
+        texts = [text_ids(loaded, name) for name in TEXTS]
+        return [perplexity(model(torch.tensor([ids])).logits[0], ids) for ids in texts]
 
 
 def in_four_bits(loaded: LoadedModel, cache: PagedKVCache, compiled: CompiledKernels | None) -> LeanForward:
@@ -77,17 +79,15 @@ def in_four_bits(loaded: LoadedModel, cache: PagedKVCache, compiled: CompiledKer
 @pytest.mark.parametrize("compiled", [None, CompiledKernels(paged_decode, layers)], ids=["torch", "compiled"])
 @torch.inference_mode()
 def test_perplexity_in_four_bits_is_that_of_the_dequantised_weights_within_one_percent(
-    compiled: CompiledKernels | None,
+    compiled: CompiledKernels | None, exact_perplexities: list[float]
 ) -> None:
     loaded = load_model(ModelSettings())
-    reference = dequantised(loaded)
-    texts = [text_ids(loaded, name) for name in TEXTS]
-    expected = [perplexity(reference(torch.tensor([ids])).logits[0], ids) for ids in texts]
     config: Any = loaded.model.config
     shape = (config.num_hidden_layers, MAX_TOKENS // BLOCK_SIZE, BLOCK_SIZE, config.num_key_value_heads, 64)
     cache = PagedKVCache(shape, torch.bfloat16, "cpu")
     forward = in_four_bits(loaded, cache, compiled)
-    for ids, exact in zip(texts, expected, strict=True):
+    for name, exact in zip(TEXTS, exact_perplexities, strict=True):
+        ids = text_ids(loaded, name)
         assert len(ids) > 250
         rows = torch.arange(len(ids))
         layout = StepLayout.of(probe_batch([(0, len(ids))], BLOCK_SIZE), cache)

@@ -15,6 +15,7 @@ from parleyd.model.loader import load_model
 
 pytestmark = [
     pytest.mark.timeout(300),
+    pytest.mark.usefixtures("two_threads"),
     pytest.mark.skipif(
         not (has_bytes() and has_bfloat16()) or has_matrix_unit(), reason="made for other instructions than this CPU's"
     ),

@@ -29,10 +29,13 @@ BLOCK_SIZE = 8
 # Two sequences that decode, and two short prompts, one of which goes on.
 STRETCHES = [(5, 1), (17, 1), (0, 4), (9, 3)]
 
-pytestmark = pytest.mark.skipif(
-    not (products.can_multiply_blocks(32, 32) and products.can_multiply_bfloat16(32, 32)) or has_matrix_unit(),
-    reason="this processor has no such instructions, or better ones",
-)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(
+        not (products.can_multiply_blocks(32, 32) and products.can_multiply_bfloat16(32, 32)) or has_matrix_unit(),
+        reason="this processor has no such instructions, or better ones",
+    ),
+]
 
 
 def make_forward(model: PreTrainedModel, blocks: GgufBlocks | None = None) -> tuple[LeanForward, PagedKVCache]:
