@@ -33,7 +33,7 @@ class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, health_pb2_grpc.HealthSe
 
     @property
     def target(self) -> str:
-        return f"localhost:{self.port}"
+        return f"127.0.0.1:{self.port}"
 
     def _answer(self, name: str, request: Any, context: grpc.ServicerContext) -> Any:
         self.requests.append(request)
@@ -136,7 +136,7 @@ def server() -> Iterator[ScriptedServer]:
         grpc_server = grpc.server(pool, options=[("grpc.max_receive_message_length", 1 << 20)])
         chat_pb2_grpc.add_ChatServiceServicer_to_server(scripted, grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(scripted, grpc_server)
-        scripted.port = grpc_server.add_insecure_port("localhost:0")
+        scripted.port = grpc_server.add_insecure_port("127.0.0.1:0")
         grpc_server.start()
         yield scripted
         grpc_server.stop(grace=None).wait(PATIENCE_S)

@@ -187,9 +187,9 @@ def test_a_server_that_is_not_there_is_connection_failed(connect, method):
 def test_a_server_of_another_kind_is_unimplemented(connect, method):
     with futures.ThreadPoolExecutor() as pool:
         other = grpc.server(pool)
-        port = other.add_insecure_port("localhost:0")
+        port = other.add_insecure_port("127.0.0.1:0")
         other.start()
-        with connect(f"localhost:{port}") as client, pytest.raises(Unimplemented):
+        with connect(f"127.0.0.1:{port}") as client, pytest.raises(Unimplemented):
             ask(client, method)
         other.stop(None).wait()
 
