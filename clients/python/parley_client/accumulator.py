@@ -95,14 +95,21 @@ class Accumulator:
         return self.complete and self._head.HasField("usage")
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a part of the answer is here."""
+        return bool(self._head.request_id)
+
+    @property
     def can_resume(self) -> bool:
         """Whether a server can go on from what is here: it has begun, and is not one of several answers."""
-        return bool(self._head.request_id) and max(self._num_choices, len(self._choices)) == 1
+        return self.has_begun and max(self._num_choices, len(self._choices)) == 1
 
     def remainder(self) -> chat_pb2.GenerateRequest:
         """The request for the rest of the answer, which any server of the same model can answer."""
         request = chat_pb2.GenerateRequest()
         request.CopyFrom(self._request)
+        if not self.has_begun:
+            return request
         request.request_id, request.model = self._head.request_id, self._head.model
         request.generation_config.seed = self._head.seed
         for choice in self._choices.values():

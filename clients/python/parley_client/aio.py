@@ -17,11 +17,12 @@ from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
 from parley_client.credentials import ApiKey, channel_credentials
-from parley_client.errors import Cancelled
+from parley_client.errors import Cancelled, ParleyError
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.messages import AnyTool
 from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions
+from parley_client.patience import Patience
 from parley_client.piece import Piece
 from parley_client.reply import Reply
 from parley_client.request import AnyMessage
@@ -55,6 +56,7 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(target, credentials, options)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._closed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -66,6 +68,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends the connection and every call on it."""
+        self._closed.set()
         await self._channel.close()
 
     async def chat(
@@ -79,8 +82,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """Gives the answer as it is made: `async for piece in client.stream(...)`. As `Client.stream`."""
         message = request.generate("stream", messages, options)
-        args, max_resumes = self._defaults.args(timeout), self._defaults.max_resumes
-        return AsyncStream(self._chat.GenerateStream, message, args, max_resumes)
+        return AsyncStream(self._chat.GenerateStream, message, self._defaults.patience(timeout))
 
     def generate_batch(
         self,
@@ -135,7 +137,7 @@ class AsyncClient:
     async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """Whether the server takes calls, now. As `Client.health`."""
         check = health_pb2.HealthCheckRequest(service=service)
-        return HealthStatus.from_proto(await self._call(self._health.Check, check, timeout))
+        return HealthStatus.from_proto(await self._call_once(self._health.Check, check, self._defaults.args(timeout)))
 
     async def wait_until_ready(self, timeout: float | None = None) -> None:
         """Waits until the server is there and its model is loaded. As `Client.wait_until_ready`."""
@@ -161,8 +163,24 @@ class AsyncClient:
         return False
 
     async def _call(self, method: Any, message: object, timeout: float | None) -> Any:
+        """As `Client._call`."""
+        patience = self._defaults.patience(timeout)
+        while True:
+            try:
+                response = await self._call_once(method, message, patience.call_args())
+                patience.note_progress()
+                return response
+            except ParleyError as error:
+                delay_s = patience.delay_before_again(error)
+                if delay_s is None:
+                    raise
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closed.wait(), delay_s)
+                raise Cancelled("the client was closed")
+
+    async def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
         try:
-            return await method(message, **self._defaults.args(timeout))
+            return await method(message, **args)
         except grpc.RpcError as error:
             raise status.from_rpc_error(error) from error
         except asyncio.CancelledError as error:
@@ -185,14 +203,12 @@ class AsyncStream(AsyncIterator[Piece]):
     task cancels the call, which frees the model.
     """
 
-    def __init__(
-        self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any], max_resumes: int = 0
-    ) -> None:
+    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, patience: Patience) -> None:
         self._accumulator = Accumulator(message)
-        self._resumption = Resumption(self._accumulator, args, max_resumes)
+        self._resumption = Resumption(self._accumulator, patience)
         self._cancelled = asyncio.Event()
         self._method = method
-        self._begin(message, args)
+        self._begin(message, patience.call_args())
 
     def _begin(self, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
         self._call = self._method(message, **args)
@@ -227,10 +243,10 @@ class AsyncStream(AsyncIterator[Piece]):
 
     async def _resume(self, error: grpc.RpcError) -> None:
         """As `Stream._resume`."""
-        failure = status.from_rpc_error(error)
-        delay_s = self._resumption.delay_after(failure)
-        if delay_s is None:
-            raise failure from error
+        try:
+            delay_s = self._resumption.delay_after(status.from_rpc_error(error))
+        except ParleyError as final:
+            raise final from error
         with suppress(TimeoutError):
             await asyncio.wait_for(self._cancelled.wait(), delay_s)
         if self._cancelled.is_set():

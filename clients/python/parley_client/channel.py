@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parley_client.credentials import ApiKey, authorization
+from parley_client.patience import Contact, Patience
 
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
 DEFAULT_MAX_RESUMES = 8  # over some 16 s: longer than a server takes to come back
@@ -64,12 +65,13 @@ def service_config(max_attempts: int) -> str:
 @dataclass(frozen=True)
 class CallDefaults:
     """What each call of a client carries: its timeout in seconds (None: no limit) and metadata; and how often in a row
-    a broken stream is resumed."""
+    one that failed is made again."""
 
     timeout: float | None
     metadata: tuple[tuple[str, str], ...]
     max_resumes: int
     api_key: ApiKey | None  # where the channel's credentials do not carry it
+    contact: Contact
 
     @classmethod
     def create(
@@ -83,9 +85,13 @@ class CallDefaults:
         if max_resumes < 0:
             raise ValueError(f"max_resumes must be 0 or more, not {max_resumes}")
         lowered = tuple((key.lower(), value) for key, value in (metadata or {}).items())
-        return cls(timeout, lowered, max_resumes, api_key)
+        return cls(timeout, lowered, max_resumes, api_key, Contact())
 
     def args(self, timeout: float | None) -> dict[str, Any]:
         """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""
         metadata = self.metadata if self.api_key is None else (*self.metadata, authorization(self.api_key))
         return {"timeout": self.timeout if timeout is None else timeout, "metadata": metadata}
+
+    def patience(self, timeout: float | None) -> Patience:
+        """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together."""
+        return Patience(self.args(timeout), self.max_resumes, self.contact)

@@ -17,11 +17,12 @@ from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
 from parley_client.credentials import ApiKey, channel_credentials
-from parley_client.errors import Cancelled
+from parley_client.errors import Cancelled, ParleyError
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.messages import AnyTool
 from parley_client.model_info import ModelInfo
 from parley_client.options import ChatOptions
+from parley_client.patience import Patience
 from parley_client.piece import Piece
 from parley_client.reply import Reply
 from parley_client.request import AnyMessage
@@ -40,11 +41,12 @@ class Client:
         insecure: let the key cross a network in plain text, where something else protects it. Without, a key needs
             `credentials` or a server on this machine.
         metadata: metadata for each call.
-        max_attempts: how often a call is tried while the server is unavailable, 1 (no retry) to 5. Only until the
-            first part of the answer arrives, so nothing is ever seen twice.
-        max_resumes: how often in a row a stream that breaks after that is taken up where it broke, by this server or
-            another of the same target, before its error is raised; 0 is never. Pieces are those of an unbroken stream.
-            Streams of several answers (`num_return_sequences`) are not resumed.
+        max_attempts: how often a call is tried while no server answers it, 1 (no retry) to 5. Only until the first part
+            of the answer arrives, so nothing is ever seen twice.
+        max_resumes: how often in a row, over some 16 s, a call that ends `Unavailable` even so is made again before its
+            error is raised; 0 is never. A stream that broke is taken up where it broke, by this server or another of
+            the same target: its pieces are those of an unbroken one. Not where no server of the target has ever
+            answered; not streams of several answers (`num_return_sequences`) that have begun; not `generate_batch`.
 
     The connection is made with the first call. Every call raises a subclass of `ParleyError` when it fails.
     """
@@ -70,6 +72,7 @@ class Client:
             self._channel = grpc.secure_channel(target, credentials, options)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._closed = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -79,6 +82,7 @@ class Client:
 
     def close(self) -> None:
         """Ends the connection and every call on it."""
+        self._closed.set()
         self._channel.close()
 
     def chat(
@@ -106,7 +110,7 @@ class Client:
         The call starts at once; what `chat` raises, the iteration raises (except for requests that cannot be built).
         """
         message = request.generate("stream", messages, options)
-        return Stream(self._chat.GenerateStream, message, self._defaults.args(timeout), self._defaults.max_resumes)
+        return Stream(self._chat.GenerateStream, message, self._defaults.patience(timeout))
 
     def generate_batch(
         self,
@@ -164,7 +168,7 @@ class Client:
     def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """Whether the server takes calls, now. `service`: "" is the server as a whole."""
         check = health_pb2.HealthCheckRequest(service=service)
-        return HealthStatus.from_proto(self._call(self._health.Check, check, timeout))
+        return HealthStatus.from_proto(self._call_once(self._health.Check, check, self._defaults.args(timeout)))
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Waits until the server is there and its model is loaded, at most `timeout` seconds (None: for ever).
@@ -193,7 +197,22 @@ class Client:
             call.cancel()
 
     def _call(self, method: Any, message: object, timeout: float | None) -> Any:
-        future = method.future(message, **self._defaults.args(timeout))
+        """A unary call, made again where that may help: nothing of its answer has been seen yet."""
+        patience = self._defaults.patience(timeout)
+        while True:
+            try:
+                response = self._call_once(method, message, patience.call_args())
+                patience.note_progress()
+                return response
+            except ParleyError as error:
+                delay_s = patience.delay_before_again(error)
+                if delay_s is None:
+                    raise
+            if self._closed.wait(delay_s):
+                raise Cancelled("the client was closed")
+
+    def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
+        future = method.future(message, **args)
         try:
             return future.result()
         except grpc.RpcError as error:
@@ -210,14 +229,12 @@ class Stream(Iterator[Piece]):
     stream cancels the call, which frees the model. Only the iteration itself must stay in one thread.
     """
 
-    def __init__(
-        self, method: Any, message: chat_pb2.GenerateRequest, args: Mapping[str, Any], max_resumes: int = 0
-    ) -> None:
+    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, patience: Patience) -> None:
         self._accumulator = Accumulator(message)
-        self._resumption = Resumption(self._accumulator, args, max_resumes)
+        self._resumption = Resumption(self._accumulator, patience)
         self._cancelled = threading.Event()
         self._method = method
-        self._call = method(message, **args)
+        self._call = method(message, **patience.call_args())
 
     def __iter__(self) -> Self:
         return self
@@ -249,10 +266,10 @@ class Stream(Iterator[Piece]):
 
     def _resume(self, error: grpc.RpcError) -> None:
         """Takes the answer up again after a while. Raises the typed error where that would not help."""
-        failure = status.from_rpc_error(error)
-        delay_s = self._resumption.delay_after(failure)
-        if delay_s is None:
-            raise failure from error
+        try:
+            delay_s = self._resumption.delay_after(status.from_rpc_error(error))
+        except ParleyError as final:
+            raise final from error
         try:
             if self._cancelled.wait(delay_s):
                 return

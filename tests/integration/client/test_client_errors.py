@@ -64,7 +64,7 @@ def fail(connect, server):
             server.fails(context, *args, **kwargs)
 
         server.script["Generate"] = server.script["GenerateStream"] = refuse
-        with connect(server.target, max_attempts=1) as client, pytest.raises(ParleyError) as caught:
+        with connect(server.target, max_attempts=1, max_resumes=0) as client, pytest.raises(ParleyError) as caught:
             ask(client, method)
         assert isinstance(caught.value.__cause__, grpc.RpcError)
         return caught.value
@@ -153,7 +153,7 @@ def test_reasons_of_other_domains_are_not_ours(fail, method):
 )
 def test_statuses_without_details_are_told_apart_by_their_code(connect, server, method, code, exception):
     server.script["Generate"] = server.script["GenerateStream"] = lambda _, context: context.abort(code, "no details")
-    with connect(server.target, max_attempts=1) as client, pytest.raises(ParleyError) as caught:
+    with connect(server.target, max_attempts=1, max_resumes=0) as client, pytest.raises(ParleyError) as caught:
         ask(client, method)
     assert (type(caught.value), caught.value.code, caught.value.reason) == (exception, code, None)
     assert "no details" in caught.value.message

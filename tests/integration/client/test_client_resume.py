@@ -22,7 +22,7 @@ from parley_client import (
     QueueFull,
     Usage,
     WorkerLost,
-    resumption,
+    patience,
     user,
 )
 
@@ -34,7 +34,7 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 @pytest.fixture(autouse=True)
 def delays(monkeypatch):
     """Without delays, unless a test sets them."""
-    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 0.0)
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 0.0)
 
 
 @pytest.fixture
@@ -139,6 +139,20 @@ def test_several_answers_are_not_resumed(client, server, breaks):
     assert len(server.requests) == 1
 
 
+def test_a_server_that_cannot_resume_does_not_hide_the_break(client, server, breaks):
+    breaks(1)
+    answer = server.script["GenerateStream"]
+
+    def refuse_to_resume(request, context):
+        if request.HasField("resume"):  # as where the model's default is several answers
+            server.fails(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        yield from answer(request, context)
+
+    server.script["GenerateStream"] = refuse_to_resume
+    with pytest.raises(ConnectionFailed, match="gone"):
+        list(client.stream(QUESTION))
+
+
 def test_what_was_resumed_by_the_caller_is_resumed_with_all_ids(client, server, breaks):
     breaks(1)
     stream = client.stream(QUESTION, resume=[0, 1], seed=4)
@@ -162,15 +176,15 @@ def test_a_call_that_breaks_after_its_last_message_has_ended_well(client, server
 
 
 def test_the_timeout_is_that_of_all_calls_together(connect, server, breaks, monkeypatch):
-    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 0.05)
     breaks(1, *[0] * 1000)
     with connect(server.target, max_attempts=1, max_resumes=1000) as client, pytest.raises(DeadlineExceeded):
         list(client.stream(QUESTION, timeout=0.5))
 
 
 def test_cancelling_a_stream_that_waits_to_be_resumed_ends_it_at_once(server, breaks, monkeypatch):
-    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 60.0)
-    monkeypatch.setattr(resumption, "_MAX_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_MAX_DELAY_S", 60.0)
     breaks(1)
     with Client(server.target) as client:
         stream = client.stream(QUESTION)
@@ -185,8 +199,8 @@ def test_cancelling_a_stream_that_waits_to_be_resumed_ends_it_at_once(server, br
 
 @pytest.mark.parametrize("whose", ["stream", "task"])
 async def test_cancelling_an_async_stream_that_waits_to_be_resumed_ends_it_at_once(server, breaks, monkeypatch, whose):
-    monkeypatch.setattr(resumption, "_FIRST_DELAY_S", 60.0)
-    monkeypatch.setattr(resumption, "_MAX_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_MAX_DELAY_S", 60.0)
     breaks(1)
     async with AsyncClient(server.target) as client:
         stream = client.stream(QUESTION)

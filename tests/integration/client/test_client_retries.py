@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+
 import grpc
 import pytest
 
-from parley_client import ConnectionFailed, NotReady, ParleyError, user
+from parley_client import (
+    AsyncClient,
+    Cancelled,
+    Client,
+    ConnectionFailed,
+    DeadlineExceeded,
+    NotReady,
+    ParleyError,
+    WorkerLost,
+    patience,
+    user,
+)
 
 QUESTION = [user("Hello?")]
 METHODS = pytest.mark.parametrize("method", ["chat", "stream"])
@@ -18,15 +33,16 @@ def ask(client, method):
 
 @pytest.fixture
 def refuse_first(server):
-    """The server refuses the first `num_refusals` calls with `code` and answers "Hello there" from then on."""
+    """The server refuses the first `num_refusals` calls, with `code` or by `refuse`, and then answers "Hello there"."""
 
-    def script(num_refusals, code=grpc.StatusCode.UNAVAILABLE):
+    def script(num_refusals, code=grpc.StatusCode.UNAVAILABLE, refuse=None):
+        refuse = refuse or (lambda context: context.abort(code, "restarting"))
         server.says("Hello", " there")
 
         def wrap(answer):
             def refuse_or_answer(request, context):
                 if len(server.requests) <= num_refusals:
-                    context.abort(code, "restarting")
+                    refuse(context)
                 return answer(request, context)
 
             return refuse_or_answer
@@ -35,6 +51,12 @@ def refuse_first(server):
             server.script[name] = wrap(server.script[name])
 
     return script
+
+
+@pytest.fixture
+def without_delays(monkeypatch):
+    """What the client itself tries again, it does at once."""
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 0.0)
 
 
 @METHODS
@@ -62,13 +84,74 @@ def test_one_attempt_is_no_retry(connect, server, refuse_first, method):
 
 
 @METHODS
-def test_retries_keep_the_reason(client, server, method):
+def test_retries_keep_the_reason(connect, server, method):
     server.script["Generate"] = server.script["GenerateStream"] = lambda request, context: server.fails(
         context, grpc.StatusCode.UNAVAILABLE, "NOT_READY"
     )
-    with pytest.raises(NotReady):
+    with connect(server.target, max_resumes=0) as client, pytest.raises(NotReady):
         ask(client, method)
     assert len(server.requests) == 4
+
+
+@METHODS
+def test_a_call_outlasts_a_server_that_takes_longer_to_be_ready(connect, server, refuse_first, without_delays, method):
+    refuse_first(12, refuse=lambda context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY"))
+    with connect(server.target) as client:
+        assert ask(client, method) == "Hello there"
+    assert len(server.requests) == 13
+
+
+@METHODS
+def test_a_call_whose_server_dies_after_the_headers_is_made_again(
+    connect, server, refuse_first, without_delays, method
+):
+    def die(context):
+        context.send_initial_metadata((("x-request-id", "request-1"),))
+        context.abort(grpc.StatusCode.UNAVAILABLE, "socket closed")
+
+    refuse_first(2, refuse=die)
+    with connect(server.target) as client:
+        assert ask(client, method) == "Hello there"
+    assert len(server.requests) == 3 and server.requests[0] == server.requests[2]
+
+
+@METHODS
+def test_tries_of_a_call_that_servers_take_up_end(connect, server, refuse_first, without_delays, method):
+    refuse_first(100, refuse=lambda context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "WORKER_LOST"))
+    with connect(server.target, max_attempts=1, max_resumes=2) as client, pytest.raises(WorkerLost):
+        ask(client, method)
+    assert len(server.requests) == 3
+
+
+@METHODS
+def test_the_timeout_is_that_of_all_tries_together(connect, server, refuse_first, method):
+    refuse_first(1000, refuse=lambda context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY"))
+    with connect(server.target, timeout=0.5, max_resumes=1000) as client, pytest.raises((DeadlineExceeded, NotReady)):
+        ask(client, method)
+
+
+def test_closing_the_client_ends_a_call_that_waits_to_be_made_again(connect, server, refuse_first, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_MAX_DELAY_S", 60.0)
+    refuse_first(100, refuse=lambda context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY"))
+    with Client(server.target, max_attempts=1) as client:
+        threading.Timer(0.3, client.close).start()
+        started = time.monotonic()
+        with pytest.raises(Cancelled, match="client was closed"):
+            client.chat(QUESTION)
+    assert time.monotonic() - started < 30
+
+
+async def test_closing_the_async_client_ends_a_call_that_waits_to_be_made_again(server, refuse_first, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_MAX_DELAY_S", 60.0)
+    refuse_first(100, refuse=lambda context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY"))
+    async with AsyncClient(server.target, max_attempts=1) as client:
+        call = asyncio.create_task(client.chat(QUESTION))
+        await asyncio.sleep(0.3)
+        await client.close()
+        with pytest.raises(Cancelled, match="client was closed"):
+            await asyncio.wait_for(call, 30)
 
 
 @METHODS

@@ -6,6 +6,9 @@ import pytest
 
 from parley.v1 import chat_pb2
 from parley_client import Cancelled, Stream
+from parley_client.patience import Contact, Patience
+
+NO_PATIENCE = Patience({}, 0, Contact())
 
 
 class InterruptedCall:
@@ -22,7 +25,7 @@ class InterruptedCall:
 
 def test_ctrl_c_while_waiting_for_a_piece_cancels_the_call_at_once():
     call = InterruptedCall()
-    stream = Stream(lambda message: call, chat_pb2.GenerateRequest(), {})
+    stream = Stream(lambda message: call, chat_pb2.GenerateRequest(), NO_PATIENCE)
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     # The stream is still referred to: it is not the garbage collector that ended the call.
@@ -36,4 +39,4 @@ def test_a_stream_whose_call_could_not_be_made_is_dropped_quietly():
         raise ValueError("the channel is closed")
 
     with pytest.raises(ValueError, match="closed"):
-        Stream(refuse, chat_pb2.GenerateRequest(), {})
+        Stream(refuse, chat_pb2.GenerateRequest(), NO_PATIENCE)

@@ -1,0 +1,63 @@
+"""How long a call waits for a service in trouble, and in which steps. All of a client's calls use it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from parley_client.errors import ParleyError, QueueFull, Unavailable
+
+_FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 5.0
+
+
+class Contact:
+    """Whether a server of the client's target has ever answered: where none has, the target is likely wrong."""
+
+    is_made = False
+
+
+class Patience:
+    """Failures in a row of one call and those that follow it, which share its timeout."""
+
+    def __init__(self, args: Mapping[str, Any], max_failures: int, contact: Contact) -> None:
+        """`args`: of each call, with the `timeout` in seconds of all together. `max_failures`: in a row."""
+        self._args = args
+        self._max_failures = max_failures
+        self._contact = contact
+        self._failures = 0
+        timeout = args.get("timeout")
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def note_progress(self) -> None:
+        """To be called with each part of an answer."""
+        self._contact.is_made = True
+        self._failures = 0
+
+    def delay_after(self, error: ParleyError) -> float | None:
+        """In how many seconds to call again; None where that would not help."""
+        is_passing = isinstance(error, Unavailable) or (self._failures > 0 and isinstance(error, QueueFull))
+        if not is_passing or self._failures == self._max_failures:
+            return None
+        self._failures += 1
+        backoff_s: float = min(_FIRST_DELAY_S * 2 ** (self._failures - 1), _MAX_DELAY_S)
+        jitter = random.uniform(0.8, 1.2)  # nosec B311
+        delay_s = max(backoff_s * jitter, error.retry_after_s or 0.0)
+        return min(delay_s, self._remaining_s())
+
+    def delay_before_again(self, error: ParleyError) -> float | None:
+        """As `delay_after`, for a call that is to be made once more from its beginning.
+
+        A server that died or is not ready may be back soon, and another may be there; one that never was will not.
+        """
+        if error.request_id is not None:
+            self._contact.is_made = True
+        return self.delay_after(error) if self._contact.is_made else None
+
+    def call_args(self) -> dict[str, Any]:
+        """Keyword arguments of the next call."""
+        return dict(self._args) if self._deadline is None else {**self._args, "timeout": self._remaining_s()}
+
+    def _remaining_s(self) -> float:
+        return float("inf") if self._deadline is None else max(0.0, self._deadline - time.monotonic())
