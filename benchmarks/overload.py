@@ -183,6 +183,8 @@ def _load_row(name: str, run: Run) -> Row:
         "itl_p99_ms": _ms(run.between_tokens_s, 99),
         "refusal_p50_ms": _ms(run.refused_s, 50),
         "refusal_p99_ms": _ms(run.refused_s, 99),
+        "refusal_max_ms": _ms(run.refused_s, 100),
+        "refused_within_10_ms_percent": _percent_within(run.refused_s, 0.01),
         **_errors(run),
     }
 
@@ -246,6 +248,10 @@ def _cpu_s(server: Server) -> float:
 
 def _ms(values: Sequence[float], percent: float) -> float | None:
     return round(1000 * percentile(values, percent), 2) if values else None
+
+
+def _percent_within(values: Sequence[float], limit_s: float) -> float | None:
+    return round(100 * sum(value <= limit_s for value in values) / len(values), 2) if values else None
 
 
 def _errors(*runs: Run) -> Row:

@@ -57,7 +57,7 @@ def byte_level_tokenizer() -> Tokenizer:
     """Byte-level BPE with no merges, so that encoding a text gives its UTF-8 bytes."""
     alphabet = _byte_alphabet()
     tokenizer = Tokenizer(models.BPE(vocab={alphabet[byte]: byte for byte in range(NUM_BYTES)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (END_OF_TEXT, IM_START, IM_END)])
     return tokenizer

@@ -26,6 +26,7 @@ from tests.support.gateway import scripted_command, scripted_settings
 
 _NUM_KEPT = 10
 _TIMEOUT_S = 30.0
+_SETTLE_S = 0.2  # the callback that made it ready collects garbage, and may end after a client knows
 
 
 class WatchedGateway:
@@ -37,6 +38,7 @@ class WatchedGateway:
         self.target = target
 
     def reset(self) -> None:
+        time.sleep(_SETTLE_S)
         self._process.send_signal(signal.SIGUSR1)
 
     def worst(self) -> list[tuple[float, str]]:

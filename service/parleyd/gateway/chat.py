@@ -65,8 +65,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         async with aclosing(self._runner.run(generation)) as deltas:
             async for delta in deltas:
                 response = convert.to_stream_response(delta)
-                response.MergeFrom(chat_pb2.GenerateStreamResponse(**first))
-                first = {}
+                if first:
+                    response.MergeFrom(chat_pb2.GenerateStreamResponse(**first))
+                    first = {}
                 if generation.timings is not None:
                     response.MergeFrom(chat_pb2.GenerateStreamResponse(**_closing_fields(generation)))
                 yield response

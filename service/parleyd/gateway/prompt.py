@@ -1,4 +1,4 @@
-"""Rendering and tokenizing prompts, in threads of their own: a long one must not hold up the event loop."""
+"""Rendering and tokenizing prompts, long ones in threads of their own: they must not hold up the event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from parleyd.gateway.served_model import ServedModel
 
 # Two, so that one huge prompt does not hold up all others; more would only take cores from the model.
 _NUM_THREADS = 2
-_LARGE_BYTES = 64 * 1024
+_LARGE_BYTES = 32 * 1024
+# A prompt of this size takes less than a millisecond; handing it to a thread takes as long, or five times as long while
+# the event loop is busy and holds the interpreter's lock.
+_SMALL_BYTES = 2 * 1024
 
 _Request = TypeVar("_Request", chat_pb2.GenerateRequest, chat_pb2.CountTokensRequest)
 _Result = TypeVar("_Result")
@@ -46,6 +49,8 @@ class PromptBuilder:
 
         Raises InvalidRequest if the template refuses it, PromptTooLong if it leaves no room for an answer.
         """
+        if request.ByteSize() < _SMALL_BYTES:
+            return _build(served, request)
         return await self.run(lambda: _build(served, request))
 
     async def run(self, work: Callable[[], _Result]) -> _Result:

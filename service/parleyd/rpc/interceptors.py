@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Unauthenticated, Violation
+from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, Unauthenticated, Violation
 from parleyd.rpc import status
+from parleyd.rpc.reader_watch import ReaderWatch
 from parleyd.security.caller import Caller, address_identity
 from parleyd.security.guard import Guard
 from parleyd.telemetry.call import Call, current_call
@@ -61,7 +62,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._guard = guard
         self._enter = enter
         self._leave = leave
-        self._slow_reader_timeout_s = slow_reader_timeout_s
+        self._readers = ReaderWatch(slow_reader_timeout_s)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
@@ -118,19 +119,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         if is_first:
                             await _send_headers(context, call)
                             is_first = False
-                        await self._write(context, response)
+                        await self._readers.write(context, response)
 
             await self._guarded(method, caller, request, context, run)
 
         return handle
-
-    async def _write(self, context: Context, response: Any) -> None:
-        """Waits while the client's window is full, but not for ever."""
-        try:
-            async with asyncio.timeout(self._slow_reader_timeout_s):
-                await context.write(response)
-        except TimeoutError as error:
-            raise SlowReader(self._slow_reader_timeout_s) from error
 
     async def _guarded(
         self,
