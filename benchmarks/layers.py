@@ -26,15 +26,16 @@ from benchmarks.environment import describe
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers as compiled_layers
 from parleyd.cpu_kernels.decode import paged_decode
-from parleyd.engine.attention import PagedKVCache, StepLayout
-from parleyd.engine.compiled_kernels import CompiledKernels
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, StockForward
-from parleyd.engine.paged_attention import Kernels
-from parleyd.engine.request import Batch, Sequence
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.compiled import CompiledKernels
+from parleyd.kernels.layout import StepLayout
+from parleyd.kernels.paged import Kernels
 from parleyd.model.linear.by_rows import ByRows
 from parleyd.model.loader import LoadedModel, load_model
+from parleyd.scheduling.request import Batch, Sequence
 
 RESULTS = Path(__file__).parent / "results" / "layers.json"
 BATCHES = (1, 4, 16, 64)

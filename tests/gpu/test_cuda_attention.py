@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from parleyd.engine.kernels import AttentionShape, check_kernels, choose_kernels
-from parleyd.engine.paged_attention import Kernels
-from parleyd.engine.varlen import varlen_obstacle
+from parleyd.kernels.choice import AttentionShape, check_kernels, choose_kernels
+from parleyd.kernels.paged import Kernels
+from parleyd.kernels.varlen import varlen_obstacle
 from tests.support import torch_kernels
 
 pytestmark = [
@@ -47,7 +47,7 @@ def paged(heads: tuple[int, int, int], dtype: torch.dtype, lengths: list[int], b
 def test_the_triton_kernel_attends_as_sdpa_does(
     heads: tuple[int, int, int], dtype: torch.dtype, block_size: int
 ) -> None:
-    from parleyd.engine.triton_decode import triton_decode
+    from parleyd.kernels.triton_decode import triton_decode
 
     kernel = triton_decode(8192)
     check_kernels(Kernels(decode=kernel), block_size, shape(heads, dtype))
@@ -58,7 +58,7 @@ def test_the_triton_kernel_attends_as_sdpa_does(
 
 
 def test_the_triton_kernel_gives_a_row_the_same_bits_among_any_neighbours() -> None:
-    from parleyd.engine.triton_decode import triton_decode
+    from parleyd.kernels.triton_decode import triton_decode
 
     kernel = triton_decode(8192)
     query, keys, values, table, lengths = paged((28, 4, 128), torch.bfloat16, [3000, 4096, 5, 800], 32)

@@ -17,7 +17,7 @@ from parleyd.config import ModelSettings
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.build import build_engine
 from parleyd.engine.cuda_graphs import CudaCapture
-from parleyd.engine.paged_attention import NO_KERNELS, Kernels
+from parleyd.kernels.paged import NO_KERNELS, Kernels
 from tests.support.tiny_models import (
     CONTEXT,
     FAMILIES,
@@ -54,7 +54,7 @@ def cuda_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 def kernels_of(kind: str) -> Kernels:
     if kind == "gather":
         return NO_KERNELS
-    from parleyd.engine.triton_decode import triton_decode
+    from parleyd.kernels.triton_decode import triton_decode
 
     return Kernels(decode=triton_decode(CONTEXT))
 

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.batching import BatchingEngine
-from parleyd.engine.grammar import GrammarCompiler
-from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.model_runner import ModelRunner
-from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, FinishReason, ModelInfo, SamplingParams
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.layout import StepLayout
+from parleyd.sampling.grammar import GrammarCompiler
+from parleyd.scheduling.kv_cache import KVLedger
+from parleyd.scheduling.scheduler import Scheduler
 
 BLOCK_SIZE, CONTEXT = 16, 1024
 _NUM_NOISES = 97

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parleyd.engine.kv_cache import KVLedger
-from parleyd.engine.request import Batch
-from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, Output, SamplingParams
+from parleyd.scheduling.kv_cache import KVLedger
+from parleyd.scheduling.request import Batch
+from parleyd.scheduling.scheduler import Scheduler
 
 EOS, TOKEN = 2, 5
 BLOCK_SIZE = 4

@@ -10,16 +10,16 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
-from parleyd.engine.attention import PagedKVCache
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.cuda_graphs import Capture, GraphedForward
 from parleyd.engine.engine import Engine
-from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
-from parleyd.engine.paged_attention import NO_KERNELS, Kernels
-from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.paged import NO_KERNELS, Kernels
+from parleyd.scheduling.kv_cache import KVLedger
+from parleyd.scheduling.scheduler import Scheduler
 
 VOCAB_SIZE, CONTEXT, EOS, BLOCK_SIZE = 97, 256, 3, 8
 SIZES: dict[str, Any] = {

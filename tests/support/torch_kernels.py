@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parleyd.engine.paged_attention import Kernels
+from parleyd.kernels.paged import Kernels
 
 
 def decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from parleyd.engine.grammar import GrammarCompiler, GrammarState
 from parleyd.engine.model_runner import Launched, ModelRunner
-from parleyd.engine.prefill_budget import PrefillBudget
-from parleyd.engine.request import Batch
-from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, EngineStats, Output
 from parleyd.grammar.compiler import GrammarError
+from parleyd.sampling.grammar import GrammarCompiler, GrammarState
+from parleyd.scheduling.prefill_budget import PrefillBudget
+from parleyd.scheduling.request import Batch
+from parleyd.scheduling.scheduler import Scheduler
 
 _logger = logging.getLogger("parleyd.engine")
 

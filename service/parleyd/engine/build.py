@@ -10,23 +10,24 @@ from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.engine import lean_forward
-from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.batching import BatchingEngine
-from parleyd.engine.compiled_kernels import CompiledKernels, compiled_kernels
 from parleyd.engine.cuda_graphs import CudaCapture, GraphedForward
 from parleyd.engine.generate import GenerateEngine
-from parleyd.engine.grammar import GrammarCompiler
-from parleyd.engine.kernels import AttentionShape, choose_kernels, probe_batch
-from parleyd.engine.kv_cache import KVLedger
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
-from parleyd.engine.prefill_budget import PrefillBudget
-from parleyd.engine.scheduler import Scheduler
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.choice import AttentionShape, choose_kernels, probe_batch
+from parleyd.kernels.compiled import CompiledKernels, compiled_kernels
+from parleyd.kernels.layout import StepLayout
 from parleyd.model.cache import cache_root
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.memory import free_bytes
+from parleyd.sampling.grammar import GrammarCompiler
+from parleyd.scheduling.kv_cache import KVLedger
+from parleyd.scheduling.prefill_budget import PrefillBudget
+from parleyd.scheduling.scheduler import Scheduler
 
 _logger = logging.getLogger("parleyd.engine")
 

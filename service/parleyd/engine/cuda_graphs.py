@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parleyd.engine.attention import PagedKVCache, StepLayout, head_slots
 from parleyd.engine.model_runner import Forward
-from parleyd.engine.paged_attention import PagedDecode
-from parleyd.engine.penalties import upload
+from parleyd.kernels.cache import PagedKVCache, head_slots
+from parleyd.kernels.layout import StepLayout
+from parleyd.kernels.paged import PagedDecode
+from parleyd.model.upload import upload
 
 _logger = logging.getLogger("parleyd.engine")
 

@@ -19,7 +19,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from parleyd.engine.grammar import GrammarCompiler, GrammarMask, GrammarRow, GrammarState
 from parleyd.engine.token_streamer import TokenStreamer
 from parleyd.generation import (
     NUM_TOP_LOGPROBS,
@@ -31,6 +30,7 @@ from parleyd.generation import (
     TokenLogprob,
 )
 from parleyd.grammar.compiler import GrammarError
+from parleyd.sampling.grammar import GrammarCompiler, GrammarMask, GrammarRow, GrammarState
 
 _logger = logging.getLogger("parleyd.engine")
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parleyd.engine.attention import PagedKVCache, StepLayout, attend_to_written
-from parleyd.engine.compiled_kernels import CompiledKernels
-from parleyd.engine.layer_ops import TORCH_OPS
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.compiled import CompiledKernels
+from parleyd.kernels.layer_ops import TORCH_OPS
+from parleyd.kernels.layout import StepLayout, attend_to_written
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.linear.maker import LinearMaker

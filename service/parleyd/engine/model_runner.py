@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from parleyd.engine.attention import PagedKVCache, StepLayout, attend
-from parleyd.engine.grammar import GrammarState
-from parleyd.engine.penalties import upload
-from parleyd.engine.request import Batch, Scheduled
-from parleyd.engine.sampler import SampledTokens, Sampler, SamplingRow
 from parleyd.generation import TokenLogprob
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.layout import StepLayout, attend
+from parleyd.model.upload import upload
+from parleyd.sampling.grammar import GrammarState
+from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow
+from parleyd.scheduling.request import Batch, Scheduled
 
 _ATTENTION = "parley_paged"
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers
 from parleyd.cpu_kernels.decode import paged_decode
-from parleyd.engine.attention import PagedKVCache, StepLayout
 from parleyd.engine.build import build_engine
-from parleyd.engine.compiled_kernels import CompiledKernels
-from parleyd.engine.kernels import probe_batch
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.choice import probe_batch
+from parleyd.kernels.compiled import CompiledKernels
+from parleyd.kernels.layout import StepLayout
 from parleyd.model.linear.by_rows import ByRows
 from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.loader import LoadedModel, load_model

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parleyd.cpu_kernels import layers
-from parleyd.engine.layer_ops import TORCH_OPS
+from parleyd.kernels.layer_ops import TORCH_OPS
 
 # Rounding to bfloat16 once.
 ROUNDING = 2.0**-8

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from parleyd.config import ModelSettings
-from parleyd.engine.attention import PagedKVCache
 from parleyd.engine.build import batching_obstacle, build_engine, checked_stock_forward
 from parleyd.engine.generate import GenerateEngine
 from parleyd.engine.lean_forward import can_run
 from parleyd.engine.model_runner import StockForward
 from parleyd.errors import StartupError
 from parleyd.generation import FinishReason
+from parleyd.kernels.cache import PagedKVCache
 from tests.support.tiny_models import (
     BLOCK_SIZE,
     FAMILIES,

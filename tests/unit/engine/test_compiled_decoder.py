@@ -14,11 +14,12 @@ from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers, products
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.cpu_kernels.instructions import has_matrix_unit
-from parleyd.engine.attention import PagedKVCache, StepLayout
-from parleyd.engine.compiled_kernels import CompiledKernels
-from parleyd.engine.kernels import probe_batch
 from parleyd.engine.lean_forward import LeanForward
-from parleyd.engine.paged_attention import Kernels
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.choice import probe_batch
+from parleyd.kernels.compiled import CompiledKernels
+from parleyd.kernels.layout import StepLayout
+from parleyd.kernels.paged import Kernels
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.loader import load_model
 from tests.support.tiny_models import make_model

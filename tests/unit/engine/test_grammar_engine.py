@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from parleyd.engine.batching import BatchingEngine
-from parleyd.engine.draws import first_argmax
-from parleyd.engine.grammar import GrammarCompiler, GrammarMask, GrammarRow
-from parleyd.engine.kv_cache import KVLedger
-from parleyd.engine.sampler import Sampler, SamplingRow
-from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import FinishReason, ModelInfo
 from parleyd.grammar.formats import to_grammar
+from parleyd.sampling.draws import first_argmax
+from parleyd.sampling.grammar import GrammarCompiler, GrammarMask, GrammarRow
+from parleyd.sampling.sampler import Sampler, SamplingRow
+from parleyd.scheduling.kv_cache import KVLedger
+from parleyd.scheduling.scheduler import Scheduler
 from tests.support import tiny_tokenizer
 from tests.support.random_engine import Answer, ask_engine, info_of, make_random_engine, run_all
 

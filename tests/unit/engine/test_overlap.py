@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from parleyd.engine.attention import PagedKVCache
 from parleyd.engine.build import _graphed
 from parleyd.engine.cuda_graphs import Replay, graph_sizes
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Launched
-from parleyd.engine.sampler import Sampler, SamplingRow
 from parleyd.generation import Output
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.sampling.sampler import Sampler, SamplingRow
 from tests.support import torch_kernels
 from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
 
@@ -171,8 +171,8 @@ def test_on_cuda_the_sampler_asks_nothing_of_the_device(monkeypatch: pytest.Monk
             rows = [SamplingRow(key, one, array("i", [5] * 10), 10, position) for key, one in enumerate(some)]
             assert sampler.sample(torch.empty(4, 1000), sampler.prepare(rows))[0].shape == (4,)
 
-    monkeypatch.setattr("parleyd.engine.sampler.upload", upload)
-    monkeypatch.setattr("parleyd.engine.penalties.upload", upload)
+    monkeypatch.setattr("parleyd.sampling.sampler.upload", upload)
+    monkeypatch.setattr("parleyd.sampling.penalties.upload", upload)
     with FakeTensorMode():
         with pytest.raises(DataDependentOutputException):  # as on a CPU, where looking costs nothing
             sample()

@@ -14,7 +14,7 @@ SCRIPT = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from parleyd.engine import triton_decode
+from parleyd.kernels import triton_decode
 
 dtype, group, dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 pointers = {"lengths": "*i32", "table": "*i32", "partial": "*fp32", "weights": "*fp32"}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parleyd.engine.attention import write
+from parleyd.kernels.cache import write
 
 
 class LayerOps(Protocol):

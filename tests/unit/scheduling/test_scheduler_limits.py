@@ -7,9 +7,9 @@ from types import FrameType
 
 import pytest
 
-from parleyd.engine.kv_cache import IntegrityError
-from parleyd.engine.scheduler import Scheduler
 from parleyd.errors import StartupError
+from parleyd.scheduling.kv_cache import IntegrityError
+from parleyd.scheduling.scheduler import Scheduler
 from tests.support.scheduling import request, scheduler, start, step
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parleyd.engine.paged_attention import DecodeKernel
+from parleyd.kernels.paged import DecodeKernel
 
 _SPLIT_TOKENS = 256
 # A longer context is cut into larger splits, not into more: each costs a program in every step, used or not.

@@ -15,9 +15,9 @@ from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parleyd.engine.penalties import upload
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.grammar.compiler import GrammarError, compile_grammar, load_tokenizer, raise_error, replay
+from parleyd.model.upload import upload
 
 _logger = logging.getLogger("parleyd.engine")
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from parleyd.engine.attention import PagedKVCache, StepLayout, attend
-from parleyd.engine.compiled_kernels import CompiledKernels
-from parleyd.engine.paged_attention import BLOCK_SIZE, NO_KERNELS, DecodeKernel, Kernels
-from parleyd.engine.request import Batch, Sequence
-from parleyd.engine.varlen import varlen_kernels, varlen_obstacle
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.compiled import CompiledKernels
+from parleyd.kernels.layout import StepLayout, attend
+from parleyd.kernels.paged import BLOCK_SIZE, NO_KERNELS, DecodeKernel, Kernels
+from parleyd.kernels.varlen import varlen_kernels, varlen_obstacle
+from parleyd.scheduling.request import Batch, Sequence
 
 _logger = logging.getLogger("parleyd.engine")
 
@@ -121,7 +122,7 @@ def _compiled(compiled: CompiledKernels | None, shape: AttentionShape) -> Kernel
 
 def _triton(shape: AttentionShape, block_size: int) -> DecodeKernel | None:
     try:
-        from parleyd.engine.triton_decode import triton_decode
+        from parleyd.kernels.triton_decode import triton_decode
 
         kernel = triton_decode(shape.max_context_tokens)
         check_kernels(Kernels(decode=kernel), block_size, shape)

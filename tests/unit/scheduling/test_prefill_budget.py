@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from parleyd.engine.kv_cache import KVLedger
-from parleyd.engine.prefill_budget import PrefillBudget
-from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.scheduling.kv_cache import KVLedger
+from parleyd.scheduling.prefill_budget import PrefillBudget
+from parleyd.scheduling.scheduler import Scheduler
 
 # Seconds of a step: fixed, for each decode, for each prompt token.
 MACHINES = [(0.010, 0.0005, 0.001), (0.004, 0.001, 0.0005), (0.030, 0.001, 0.002)]

@@ -23,9 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from parleyd.engine import draws
-from parleyd.engine.sampler import Sampler, SamplingRow
 from parleyd.generation import SamplingParams
+from parleyd.sampling import draws
+from parleyd.sampling.sampler import Sampler, SamplingRow
 
 CPU = torch.device("cpu")
 EOS = 3

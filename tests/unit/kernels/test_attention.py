@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from parleyd.cpu_kernels.decode import paged_decode
-from parleyd.engine import attention
-from parleyd.engine.attention import GatheredDecode, PagedKVCache, StepLayout, attend
-from parleyd.engine.kernels import AttentionShape, check_kernels, choose_kernels
-from parleyd.engine.paged_attention import NO_KERNELS, Kernels
-from parleyd.engine.request import Batch, Sequence
-from parleyd.engine.varlen import varlen_obstacle
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.kernels import gathered
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.choice import AttentionShape, check_kernels, choose_kernels
+from parleyd.kernels.gathered import GatheredDecode
+from parleyd.kernels.layout import StepLayout, attend
+from parleyd.kernels.paged import NO_KERNELS, Kernels
+from parleyd.kernels.varlen import varlen_obstacle
+from parleyd.scheduling.request import Batch, Sequence
 from tests.support import torch_kernels
 from tests.support.tiny_models import make_engine, make_model, oracle, prompts, request
 from tests.support.tiny_models import run as run_engine
@@ -67,7 +69,7 @@ MIXED = make_batch([1, 7, 8, 9, 100, 30, 31], [(0, 5), (13, 4), (0, 1), (40, 24)
 
 def limit_gathering(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
     for name, limit in limits.items():
-        monkeypatch.setattr(attention, name, limit)
+        monkeypatch.setattr(gathered, name, limit)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def triton_decode() -> Any:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("here Triton compiles: see tests/gpu")
     pytest.importorskip("triton", reason="triton is not installed")
-    return importlib.import_module("parleyd.engine.triton_decode")
+    return importlib.import_module("parleyd.kernels.triton_decode")
 
 
 def test_the_triton_kernel_attends_as_sdpa_does(triton_decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:

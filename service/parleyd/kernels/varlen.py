@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import Tensor
 
-from parleyd.engine.paged_attention import Kernels
+from parleyd.kernels.paged import Kernels
 
 
 def varlen_obstacle(dtype: torch.dtype) -> str | None:

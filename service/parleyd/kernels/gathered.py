@@ -1,17 +1,13 @@
-"""Attention over the paged KV cache, for a step's flattened batch: decoding sequences first, then chunks of prompts.
+"""Attention on any device: a sequence's blocks are gathered, then attended to.
 
-What is here works on any device: blocks are gathered, then attended to. Where there are kernels that read the blocks
-where they lie (kernels.py), they take the place of either part.
+Where there are kernels that read the blocks where they lie (choice.py), they take the place of either part.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache as cached
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +15,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parleyd.engine.paged_attention import NO_KERNELS, Kernels, PagedDecode, PagedPrefill, block_table
-from parleyd.engine.penalties import upload
-from parleyd.engine.request import Batch, Scheduled
+from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.paged import block_table
+from parleyd.model.upload import upload
+from parleyd.scheduling.request import Scheduled
 
 # Keys that are gathered at once: what a CPU's cache may still hold when they are multiplied.
 _GATHER_BYTES = 6 * 2**20
@@ -32,131 +29,6 @@ _MANY_TOKENS = 2048
 # A prompt's rows that a CPU attends to at once: at most so many, fewer where their scores would take more than this.
 _STRIP_ROWS, _MIN_STRIP_ROWS = 64, 8
 _STRIP_BYTES = 32 * 2**20
-
-
-class PagedKVCache:
-    """Keys and values of all layers in blocks: `[layers, blocks + 1, kv_heads, block_size, head_dim]` each.
-
-    A head's tokens lie together, as batched matrix products want them. The block after the last is scratch, where rows
-    write that are nobody's.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int, int],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        kernels: Kernels = NO_KERNELS,
-    ) -> None:
-        """`shape`: layers, blocks, block size, KV heads, head dimension."""
-        num_layers, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim = shape
-        self.device = torch.device(device)
-        self.kernels = kernels
-        blocks = (num_layers, self.num_blocks + 1, self.num_kv_heads, self.block_size, self.head_dim)
-        self.keys = _zeros(blocks, dtype, self.device)
-        self.values = _zeros(blocks, dtype, self.device)
-        self._gathered = [torch.empty(0, dtype=dtype, device=self.device) for _ in range(2)]
-
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """From the first block of each pair to the second, in all layers; all are read before any is written."""
-        sources, targets = upload(np.array(copies, np.int64).T, self.device)
-        for blocks in (*self.keys, *self.values):
-            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
-
-    def gather(self, layer: int, head_blocks: Tensor) -> list[Tensor]:
-        """Keys and values of blocks, by `block id * kv_heads + head`: `[head blocks, block_size, head_dim]` each.
-
-        Good until the next call: new memory at each would take longer than the copying.
-        """
-        shape = (len(head_blocks), self.block_size * self.head_dim)
-        if math.prod(shape) > self._gathered[0].numel():
-            self._gathered = [one.new_empty(math.prod(shape) * 5 // 4) for one in self._gathered]
-        return [
-            torch.index_select(
-                blocks[layer].view(-1, shape[1]), 0, head_blocks, out=into[: math.prod(shape)].view(shape)
-            )
-            for blocks, into in zip((self.keys, self.values), self._gathered, strict=True)
-        ]
-
-
-class Part(Protocol):
-    """Consecutive rows of a step that are attended to together."""
-
-    def attend(
-        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        """All arguments are the step's; the result is of the part's rows, `[rows, heads, head_dim]`."""
-
-
-@dataclass(frozen=True)
-class StepLayout:
-    """Where a step's rows belong.
-
-    `slots`: `[rows * kv_heads]`, where each row's keys go in a layer seen as `[.., head_dim]`. `parts`: all the rows.
-    """
-
-    slots: Tensor
-    parts: tuple[Part, ...]
-
-    @classmethod
-    def of(cls, batch: Batch, cache: PagedKVCache) -> StepLayout:
-        """The layout of a batch, on the cache's device."""
-        decodes, prefills = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
-        parts: list[Part] = []
-        if cache.kernels.decode is None:
-            parts += [GatheredDecode.of(decodes, cache)] if decodes else []
-        else:
-            # Short prompts after the decodes are attended to with them.
-            num_short = len(list(itertools.takewhile(lambda item: _is_short(item, cache), prefills)))
-            decodes, prefills = decodes + prefills[:num_short], prefills[num_short:]
-            parts += [PagedDecode.of(decodes, cache.block_size, cache.device)] if decodes else []
-        row = sum(item.num_tokens for item in decodes)
-        if prefills and cache.kernels.prefill is not None:
-            parts.append(PagedPrefill.of(prefills, row, cache.block_size, cache.device))
-        else:
-            parts += _prefills(prefills, row, cache)
-        slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
-        return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))
-
-    @property
-    def paged_decode(self) -> PagedDecode | None:
-        """The part that has all rows, where they attend so."""
-        part = self.parts[0]
-        return part if len(self.parts) == 1 and isinstance(part, PagedDecode) else None
-
-
-def head_slots(slots: NDArray[np.int64], cache: PagedKVCache) -> NDArray[np.int64]:
-    """From `[rows]` slots (block id * block size + offset) to those of `StepLayout`."""
-    block, offset = np.divmod(slots, cache.block_size)
-    heads = np.arange(cache.num_kv_heads)
-    flat: NDArray[np.int64] = (block[:, None] * cache.num_kv_heads + heads) * cache.block_size + offset[:, None]
-    return flat.reshape(-1)
-
-
-def attend(
-    cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Tensor:
-    """Writes `key` and `value` (`[rows, kv_heads, head_dim]`) into the cache, and attends.
-
-    `query`: `[rows, heads, head_dim]`, as is the result.
-    """
-    write(cache.keys[layer], cache.values[layer], layout.slots, key, value)
-    return attend_to_written(cache, layer, layout, query, key, value, scale)
-
-
-def write(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """Puts `key` and `value`, `[rows, kv_heads, head_dim]`, into one layer's of the cache. `slots`: see StepLayout."""
-    head_dim = key.shape[-1]
-    for of_layer, new in ((keys, key), (values, value)):
-        of_layer.view(-1, head_dim).index_copy_(0, slots, new.reshape(-1, head_dim))
-
-
-def attend_to_written(
-    cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Tensor:
-    """See `attend`; the keys and values are in the cache already."""
-    parts = [part.attend(cache, layer, query, key, value, scale) for part in layout.parts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -278,21 +150,6 @@ class GatheredPrefill:
         return attended[0].transpose(0, 1)
 
 
-def _is_short(item: Scheduled, cache: PagedKVCache) -> bool:
-    return item.start + item.num_tokens <= cache.kernels.max_row_tokens
-
-
-def _prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[Part]:
-    for are_short, group in itertools.groupby(scheduled, lambda item: _is_short(item, cache)):
-        items = list(group)
-        if are_short:
-            yield PagedDecode.of(items, cache.block_size, cache.device, row)
-        for item in items:
-            if not are_short:
-                yield GatheredPrefill.of(item, row, cache)
-            row += item.num_tokens
-
-
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """As SDPA. `query`: `[rows, kv_heads, group, head_dim]`."""
     num_rows, num_kv_heads, group, _ = query.shape
@@ -350,11 +207,3 @@ def _head_blocks(table: NDArray[np.int64], num_kv_heads: int) -> NDArray[np.int6
     heads = np.arange(num_kv_heads)[:, None]
     head_blocks: NDArray[np.int64] = table[:, None, :] * num_kv_heads + heads
     return head_blocks.reshape(-1)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros: what is masked must be finite. In main memory only pages that are written to take room."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # Not torch.zeros, which writes them all: seconds at the start, and gigabytes that perhaps nobody will need.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

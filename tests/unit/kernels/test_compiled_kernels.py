@@ -13,9 +13,9 @@ from numba import config
 
 from parleyd.cpu_kernels import layers, threads
 from parleyd.cpu_kernels.decode import paged_decode
-from parleyd.engine.compiled_kernels import CompiledKernels, compiled_kernels
-from parleyd.engine.kernels import AttentionShape, choose_kernels
-from parleyd.engine.paged_attention import NO_KERNELS
+from parleyd.kernels.choice import AttentionShape, choose_kernels
+from parleyd.kernels.compiled import CompiledKernels, compiled_kernels
+from parleyd.kernels.paged import NO_KERNELS
 
 COMPILED = CompiledKernels(paged_decode, layers)
 
@@ -80,7 +80,7 @@ def test_what_has_been_compiled_is_kept(tmp_path: Path) -> None:
     """In a process of its own: this one may have compiled them already."""
     code = """
 import pathlib, sys
-from parleyd.engine.compiled_kernels import CompiledKernels, compiled_kernels
+from parleyd.kernels.compiled import CompiledKernels, compiled_kernels
 assert compiled_kernels(pathlib.Path(sys.argv[1]), 16)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 from operator import attrgetter
 
-from parleyd.engine.kv_cache import IntegrityError, KVLedger
-from parleyd.engine.request import Batch, Grammar, Sequence, SequenceState
 from parleyd.errors import StartupError
 from parleyd.generation import EngineRequest, EngineStats, Output, TokenLogprob
+from parleyd.scheduling.kv_cache import IntegrityError, KVLedger
+from parleyd.scheduling.request import Batch, Grammar, Sequence, SequenceState
 
 _NONE: Mapping[int, TokenLogprob] = {}
 

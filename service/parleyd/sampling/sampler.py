@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parleyd.engine import draws
-from parleyd.engine.grammar import GrammarMask, GrammarRow, GrammarState
-from parleyd.engine.penalties import PenalisedRow, Penalties, PenaltyTable, upload
 from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
+from parleyd.model.upload import upload
+from parleyd.sampling import draws
+from parleyd.sampling.grammar import GrammarMask, GrammarRow, GrammarState
+from parleyd.sampling.penalties import PenalisedRow, Penalties, PenaltyTable
 
 # Below these, logits overflow; what they ask for is the greedy choice anyway. Engine `generate` has the same.
 _MIN_TEMPERATURE = 1e-5

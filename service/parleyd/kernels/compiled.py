@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parleyd.engine.layer_ops import TORCH_OPS, LayerOps
-from parleyd.engine.paged_attention import BLOCK_SIZE, DecodeKernel
+from parleyd.kernels.layer_ops import TORCH_OPS, LayerOps
+from parleyd.kernels.paged import BLOCK_SIZE, DecodeKernel
 from parleyd.model.cache import cache_key
 
 _logger = logging.getLogger("parleyd.engine")

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parleyd.engine.penalties import upload
-from parleyd.engine.request import Scheduled
+from parleyd.model.upload import upload
+from parleyd.scheduling.request import Scheduled
 
 if TYPE_CHECKING:
-    from parleyd.engine.attention import PagedKVCache
+    from parleyd.kernels.cache import PagedKVCache
 
 # Tokens of a block, unless a kernel wants others.
 BLOCK_SIZE = 32

@@ -10,9 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from parleyd.engine import draws
-from parleyd.engine.sampler import Sampler, SamplingRow
-from tests.unit.engine.test_sampler import CPU, EOS, Params, processed
+from parleyd.sampling import draws
+from parleyd.sampling.sampler import Sampler, SamplingRow
+from tests.unit.sampling.test_sampler import CPU, EOS, Params, processed
 
 NUM_DRAWS = 8_000
 

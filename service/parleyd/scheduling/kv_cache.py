@@ -12,7 +12,7 @@ from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
-from parleyd.engine.request import Sequence
+from parleyd.scheduling.request import Sequence
 
 
 class IntegrityError(RuntimeError):

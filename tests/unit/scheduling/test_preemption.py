@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parleyd.engine.scheduler import Scheduler
+from parleyd.scheduling.scheduler import Scheduler
 from tests.support.scheduling import entries, keys, request, scheduler, start, step
 
 

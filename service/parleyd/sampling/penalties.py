@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parleyd.model.upload import upload
+
 # Rows get room for so many ids to come, so that tables are not made anew at each step.
 _SPARE_COLUMNS = 64
 
@@ -201,9 +203,3 @@ class PenaltyTable:
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return upload(array, self._device)
-
-
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device. To CUDA through pinned memory, or the copy would wait for what runs there."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

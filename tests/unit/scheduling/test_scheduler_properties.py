@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from parleyd.engine.kv_cache import KVLedger
-from parleyd.engine.request import Batch, Scheduled, Sequence, SequenceState
-from parleyd.engine.scheduler import Scheduler
 from parleyd.generation import FinishReason, Output, SamplingParams
+from parleyd.scheduling.kv_cache import KVLedger
+from parleyd.scheduling.request import Batch, Scheduled, Sequence, SequenceState
+from parleyd.scheduling.scheduler import Scheduler
 from tests.support.scheduling import Request
 
 VOCAB_SIZE, EOS = 13, 0

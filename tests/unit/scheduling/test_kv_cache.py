@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from parleyd.engine.kv_cache import IntegrityError, KVLedger
-from parleyd.engine.request import Sequence
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.scheduling.kv_cache import IntegrityError, KVLedger
+from parleyd.scheduling.request import Sequence
 
 BLOCK_SIZE = 4
 

@@ -1,0 +1,81 @@
+"""The paged KV cache: keys and values in blocks, written by slots, gathered by blocks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parleyd.kernels.paged import NO_KERNELS, Kernels
+from parleyd.model.upload import upload
+
+
+class PagedKVCache:
+    """Keys and values of all layers in blocks: `[layers, blocks + 1, kv_heads, block_size, head_dim]` each.
+
+    A head's tokens lie together, as batched matrix products want them. The block after the last is scratch, where rows
+    write that are nobody's.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kernels: Kernels = NO_KERNELS,
+    ) -> None:
+        """`shape`: layers, blocks, block size, KV heads, head dimension."""
+        num_layers, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim = shape
+        self.device = torch.device(device)
+        self.kernels = kernels
+        blocks = (num_layers, self.num_blocks + 1, self.num_kv_heads, self.block_size, self.head_dim)
+        self.keys = _zeros(blocks, dtype, self.device)
+        self.values = _zeros(blocks, dtype, self.device)
+        self._gathered = [torch.empty(0, dtype=dtype, device=self.device) for _ in range(2)]
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """From the first block of each pair to the second, in all layers; all are read before any is written."""
+        sources, targets = upload(np.array(copies, np.int64).T, self.device)
+        for blocks in (*self.keys, *self.values):
+            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+    def gather(self, layer: int, head_blocks: Tensor) -> list[Tensor]:
+        """Keys and values of blocks, by `block id * kv_heads + head`: `[head blocks, block_size, head_dim]` each.
+
+        Good until the next call: new memory at each would take longer than the copying.
+        """
+        shape = (len(head_blocks), self.block_size * self.head_dim)
+        if math.prod(shape) > self._gathered[0].numel():
+            self._gathered = [one.new_empty(math.prod(shape) * 5 // 4) for one in self._gathered]
+        return [
+            torch.index_select(
+                blocks[layer].view(-1, shape[1]), 0, head_blocks, out=into[: math.prod(shape)].view(shape)
+            )
+            for blocks, into in zip((self.keys, self.values), self._gathered, strict=True)
+        ]
+
+
+def head_slots(slots: NDArray[np.int64], cache: PagedKVCache) -> NDArray[np.int64]:
+    """From `[rows]` slots (block id * block size + offset) to those of `StepLayout`."""
+    block, offset = np.divmod(slots, cache.block_size)
+    heads = np.arange(cache.num_kv_heads)
+    flat: NDArray[np.int64] = (block[:, None] * cache.num_kv_heads + heads) * cache.block_size + offset[:, None]
+    return flat.reshape(-1)
+
+
+def write(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """Puts `key` and `value`, `[rows, kv_heads, head_dim]`, into one layer's of the cache. `slots`: see StepLayout."""
+    head_dim = key.shape[-1]
+    for of_layer, new in ((keys, key), (values, value)):
+        of_layer.view(-1, head_dim).index_copy_(0, slots, new.reshape(-1, head_dim))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros: what is masked must be finite. In main memory only pages that are written to take room."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Not torch.zeros, which writes them all: seconds at the start, and gigabytes that perhaps nobody will need.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

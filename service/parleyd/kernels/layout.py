@@ -1,0 +1,98 @@
+"""A step's flattened batch and what attends to which of its rows: decoding sequences first, then chunks of prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parleyd.kernels.cache import PagedKVCache, head_slots, write
+from parleyd.kernels.gathered import GatheredDecode, GatheredPrefill
+from parleyd.kernels.paged import PagedDecode, PagedPrefill
+from parleyd.model.upload import upload
+from parleyd.scheduling.request import Batch, Scheduled
+
+
+class Part(Protocol):
+    """Consecutive rows of a step that are attended to together."""
+
+    def attend(
+        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """All arguments are the step's; the result is of the part's rows, `[rows, heads, head_dim]`."""
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where a step's rows belong.
+
+    `slots`: `[rows * kv_heads]`, where each row's keys go in a layer seen as `[.., head_dim]`. `parts`: all the rows.
+    """
+
+    slots: Tensor
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, cache: PagedKVCache) -> StepLayout:
+        """The layout of a batch, on the cache's device."""
+        decodes, prefills = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
+        parts: list[Part] = []
+        if cache.kernels.decode is None:
+            parts += [GatheredDecode.of(decodes, cache)] if decodes else []
+        else:
+            # Short prompts after the decodes are attended to with them.
+            num_short = len(list(itertools.takewhile(lambda item: _is_short(item, cache), prefills)))
+            decodes, prefills = decodes + prefills[:num_short], prefills[num_short:]
+            parts += [PagedDecode.of(decodes, cache.block_size, cache.device)] if decodes else []
+        row = sum(item.num_tokens for item in decodes)
+        if prefills and cache.kernels.prefill is not None:
+            parts.append(PagedPrefill.of(prefills, row, cache.block_size, cache.device))
+        else:
+            parts += _prefills(prefills, row, cache)
+        slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
+        return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))
+
+    @property
+    def paged_decode(self) -> PagedDecode | None:
+        """The part that has all rows, where they attend so."""
+        part = self.parts[0]
+        return part if len(self.parts) == 1 and isinstance(part, PagedDecode) else None
+
+
+def attend(
+    cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Writes `key` and `value` (`[rows, kv_heads, head_dim]`) into the cache, and attends.
+
+    `query`: `[rows, heads, head_dim]`, as is the result.
+    """
+    write(cache.keys[layer], cache.values[layer], layout.slots, key, value)
+    return attend_to_written(cache, layer, layout, query, key, value, scale)
+
+
+def attend_to_written(
+    cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """See `attend`; the keys and values are in the cache already."""
+    parts = [part.attend(cache, layer, query, key, value, scale) for part in layout.parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _is_short(item: Scheduled, cache: PagedKVCache) -> bool:
+    return item.start + item.num_tokens <= cache.kernels.max_row_tokens
+
+
+def _prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[Part]:
+    for are_short, group in itertools.groupby(scheduled, lambda item: _is_short(item, cache)):
+        items = list(group)
+        if are_short:
+            yield PagedDecode.of(items, cache.block_size, cache.device, row)
+        for item in items:
+            if not are_short:
+                yield GatheredPrefill.of(item, row, cache)
+            row += item.num_tokens
