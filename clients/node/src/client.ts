@@ -23,6 +23,7 @@ import {
   type GetModelResponse,
 } from "./gen/parley/v1/chat.js";
 import type { CountTokensInput, GenerateInput } from "./messages.js";
+import { type Contact, Patience } from "./patience.js";
 import { Stream } from "./stream.js";
 
 /** Certificates and keys, in PEM. */
@@ -47,7 +48,11 @@ export interface ClientOptions {
   metadata?: Record<string, string>;
   /** Milliseconds that each call may take, unless it says otherwise; default: no limit. */
   timeoutMs?: number;
-  /** How often in a row a broken stream is resumed, without a message in between. Default: 8; 0 is never. */
+  /**
+   * How often in a row, over some 16 s, a call that ends UNAVAILABLE even after gRPC's own retries is made again; a
+   * stream that broke is resumed where it broke. Not where no server of the target has ever answered. Default: 8; 0 is
+   * never.
+   */
   maxResumes?: number;
 }
 
@@ -85,6 +90,7 @@ export class Client {
   readonly #metadata = new Metadata();
   readonly #timeoutMs: number | undefined;
   readonly #maxResumes: number;
+  readonly #contact: Contact = { isMade: false };
 
   /** `target`: where the server listens, "HOST:PORT" or any other gRPC target. */
   constructor(target = "localhost:50051", options: ClientOptions = {}) {
@@ -118,8 +124,8 @@ export class Client {
     return new Stream(
       GenerateRequest.fromPartial(request),
       (part) => this.#streaming(this.#stub.generateStream, part, deadline, options.signal),
-      (ms) => pause(ms, options.signal),
-      this.#maxResumes,
+      (ms) => pause(ms, deadline, options.signal),
+      new Patience(this.#maxResumes, this.#contact),
     );
   }
 
@@ -156,26 +162,41 @@ export class Client {
     return timeoutMs === undefined ? undefined : Date.now() + timeoutMs;
   }
 
-  #unary<Request, Response>(
+  /** Made again where that may help: nothing of its answer has been seen yet. */
+  async #unary<Request, Response>(
     method: Unary<Request, Response>,
     request: Request,
     options: CallOptions,
   ): Promise<Response> {
-    const { signal } = options;
+    const deadline = this.#deadline(options);
+    const patience = new Patience(this.#maxResumes, this.#contact);
+    for (;;) {
+      try {
+        const response = await this.#unaryOnce(method, request, deadline, options.signal);
+        patience.noteProgress();
+        return response;
+      } catch (error) {
+        const delayMs = patience.delayBeforeAgain(error);
+        if (delayMs === undefined) throw error;
+        await pause(delayMs, deadline, options.signal);
+      }
+    }
+  }
+
+  #unaryOnce<Request, Response>(
+    method: Unary<Request, Response>,
+    request: Request,
+    deadline: number | undefined,
+    signal: AbortSignal | undefined,
+  ): Promise<Response> {
     return new Promise((resolve, reject) => {
       signal?.throwIfAborted();
-      const call = method.call(
-        this.#stub,
-        request,
-        this.#metadata.clone(),
-        { deadline: this.#deadline(options) },
-        (error, response) => {
-          signal?.removeEventListener("abort", cancel);
-          if (signal?.aborted) reject(signal.reason);
-          else if (error) reject(ParleyError.fromCall(error));
-          else resolve(response);
-        },
-      );
+      const call = method.call(this.#stub, request, this.#metadata.clone(), { deadline }, (error, response) => {
+        signal?.removeEventListener("abort", cancel);
+        if (signal?.aborted) reject(signal.reason);
+        else if (error) reject(ParleyError.fromCall(error));
+        else resolve(response);
+      });
       const cancel = () => call.cancel();
       signal?.addEventListener("abort", cancel, { once: true });
     });
@@ -203,9 +224,10 @@ export class Client {
   }
 }
 
-async function pause(ms: number, signal: AbortSignal | undefined): Promise<void> {
+async function pause(ms: number, deadline: number | undefined, signal: AbortSignal | undefined): Promise<void> {
+  const remainingMs = deadline === undefined ? ms : Math.max(deadline - Date.now(), 0);
   try {
-    await sleep(ms, undefined, { signal });
+    await sleep(Math.min(ms, remainingMs), undefined, { signal });
   } catch {
     signal?.throwIfAborted();
   }

@@ -4,9 +4,7 @@ import { status } from "@grpc/grpc-js";
 import { ParleyError } from "./errors.js";
 import { GenerateRequest, type GenerateStreamResponse } from "./gen/parley/v1/chat.js";
 import { FinishReason } from "./gen/parley/v1/generation.js";
-
-const FIRST_DELAY_MS = 100;
-const MAX_DELAY_MS = 5_000;
+import type { Patience } from "./patience.js";
 
 /** Starts a call for a request; iterating over it gives the messages, leaving the iteration early cancels it. */
 export type Start = (request: GenerateRequest) => AsyncIterable<GenerateStreamResponse>;
@@ -16,7 +14,7 @@ export type Start = (request: GenerateRequest) => AsyncIterable<GenerateStreamRe
  *
  * Where the stream breaks with UNAVAILABLE after its first message, the rest is asked for with the ids already here; the
  * loop sees one unbroken answer. `tokenIds` and `seed` tell how far it is, and `resumeRequest` how to go on from there
- * by hand. Streams of several answers (`numReturnSequences`) are not resumed.
+ * by hand. Streams of several answers (`numReturnSequences`) are not resumed once they have begun.
  */
 export class Stream implements AsyncIterable<GenerateStreamResponse> {
   /** Every id of the answer so far, of its first choice. */
@@ -27,18 +25,18 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
   readonly #request: GenerateRequest;
   readonly #start: Start;
   readonly #sleep: (ms: number) => Promise<void>;
-  readonly #maxResumes: number;
+  readonly #patience: Patience;
   readonly #seen = new Set<number>();
   readonly #unfinished: Set<number>;
   #isWhole = false; // the stream's very last message is here
   #head: { requestId?: string; model?: string } = {};
 
-  /** @internal `maxResumes`: how often in a row, without a message in between. */
-  constructor(request: GenerateRequest, start: Start, sleep: (ms: number) => Promise<void>, maxResumes: number) {
+  /** @internal */
+  constructor(request: GenerateRequest, start: Start, sleep: (ms: number) => Promise<void>, patience: Patience) {
     this.#request = request;
     this.#start = start;
     this.#sleep = sleep;
-    this.#maxResumes = maxResumes;
+    this.#patience = patience;
     // Where the request leaves the number to the model's defaults, the choices that show up have to do.
     this.#unfinished = new Set(Array(request.generationConfig?.numReturnSequences ?? 1).keys());
     this.tokenIds = [...(request.resume?.tokenIds ?? [])];
@@ -58,21 +56,23 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
 
   async *[Symbol.asyncIterator](): AsyncGenerator<GenerateStreamResponse, void, undefined> {
     let request = this.#request;
-    let failures = 0; // one after the other, without a message in between
+    let lastBreak: unknown;
     for (;;) {
       try {
         for await (const delta of this.#start(request)) {
-          failures = 0;
+          this.#patience.noteProgress();
+          lastBreak = undefined;
           yield this.#take(delta);
         }
         break;
       } catch (error) {
         if (this.#isWhole) return;
-        if (failures >= this.#maxResumes || !this.#canResume(error, failures)) throw error;
-        const backoffMs = Math.min(FIRST_DELAY_MS * 2 ** failures, MAX_DELAY_MS);
-        failures += 1;
-        await this.#sleep(Math.max(backoffMs * (0.8 + 0.4 * Math.random()), error.retryDelayMs ?? 0));
-        request = this.resumeRequest();
+        const delayMs = this.#delayAfter(error);
+        // Where the number of answers is left to the model's defaults, only the server knows that it cannot resume.
+        if (delayMs === undefined) throw lastBreak !== undefined && isInvalid(error) ? lastBreak : error;
+        lastBreak = error;
+        await this.#sleep(delayMs);
+        if (this.seed !== undefined) request = this.resumeRequest();
       }
     }
     if (this.#unfinished.size > 0) {
@@ -96,11 +96,13 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
     return delta;
   }
 
-  #canResume(error: unknown, failures: number): error is ParleyError {
+  #delayAfter(error: unknown): number | undefined {
+    if (this.seed === undefined) return this.#patience.delayBeforeAgain(error);
     const isOneOfSeveral = (this.#request.generationConfig?.numReturnSequences ?? 1) > 1 || this.#seen.size > 1;
-    if (!(error instanceof ParleyError) || this.seed === undefined || isOneOfSeveral) return false;
-    // A proxy resets streams whose server is gone, and gRPC has no better code for that.
-    const isReset = error.code === status.INTERNAL && error.reason === undefined && /RST_STREAM/.test(error.message);
-    return isReset || error.code === status.UNAVAILABLE || (failures > 0 && error.reason === "QUEUE_FULL");
+    return isOneOfSeveral ? undefined : this.#patience.delayAfter(error);
   }
+}
+
+function isInvalid(error: unknown): boolean {
+  return error instanceof ParleyError && error.code === status.INVALID_ARGUMENT;
 }

@@ -6,7 +6,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, test } from "node:test";
 
-import { ServerCredentials } from "@grpc/grpc-js";
+import { Metadata, ServerCredentials } from "@grpc/grpc-js";
 
 import {
   Client,
@@ -122,6 +122,60 @@ test("a stream is not resumed when that would not help", async () => {
   await assert.rejects(Array.fromAsync(connect(target).stream(several)), { code: status.UNAVAILABLE });
   await assert.rejects(Array.fromAsync(connect(target, { maxResumes: 0 }).stream(QUESTION)), { reason: "WORKER_LOST" });
   assert.equal(calls.length, 2);
+});
+
+test("a server that cannot resume does not hide why the stream broke", async () => {
+  const target = await serve({
+    generateStream: (call) => {
+      if (call.request.resume) return void call.emit("error", failure(status.INVALID_ARGUMENT, "INVALID_REQUEST", 1));
+      call.write(delta({ requestId: "r", seed: 1n, content: "a", tokenIds: [1] }));
+      call.emit("error", failure(status.UNAVAILABLE, "WORKER_LOST", 5));
+    },
+  });
+  await assert.rejects(Array.fromAsync(connect(target).stream(QUESTION)), { reason: "WORKER_LOST" });
+});
+
+test("a call outlasts a server that takes longer to be ready than gRPC tries", async () => {
+  let calls = 0;
+  const isReady = () => (calls += 1) > 6; // gRPC itself makes four
+  const target = await serve({
+    generate: (_, callback) =>
+      isReady()
+        ? callback(null, GenerateResponse.fromPartial({ seed: 7n }))
+        : callback(failure(status.UNAVAILABLE, "NOT_READY", 5)),
+    generateStream: (call) => {
+      if (!isReady()) return void call.emit("error", failure(status.UNAVAILABLE, "NOT_READY", 5));
+      call.write(delta({ requestId: "r", seed: 7n, tokenIds: [1], finishReason: FinishReason.STOP }));
+      call.end();
+    },
+  });
+  assert.equal((await connect(target).generate(QUESTION)).seed, 7n);
+  assert.equal(calls, 7);
+  calls = 0;
+  assert.equal((await Array.fromAsync(connect(target).stream(QUESTION))).length, 1);
+  assert.equal(calls, 7);
+  calls = 0;
+  await assert.rejects(connect(target, { maxResumes: 0 }).generate(QUESTION), { reason: "NOT_READY" });
+  assert.equal(calls, 4);
+  calls = -1000;
+  const late = { timeoutMs: 300 };
+  await assert.rejects(connect(target, { maxResumes: 1000 }).generate(QUESTION, late), { code: status.DEADLINE_EXCEEDED });
+});
+
+test("a call whose server dies between headers and answer is made again, once a server is known", async () => {
+  let deaths = 0;
+  const target = await serve({
+    getModel: (_, callback) => callback(null, GetModelResponse.fromPartial({ model: "scripted" })),
+    generate: (call, callback) => {
+      if ((deaths += 1) > 2) return callback(null, GenerateResponse.fromPartial({ seed: 7n }));
+      call.sendMetadata(new Metadata());
+      callback({ code: status.UNAVAILABLE, details: "socket closed" });
+    },
+  });
+  const client = connect(target);
+  await client.model();
+  assert.equal((await client.generate(QUESTION)).seed, 7n);
+  assert.equal(deaths, 3);
 });
 
 /** Two choices that the request has not asked for; `messages` of them come, then the call ends with `error`. */

@@ -22,10 +22,10 @@ export async function serve(
   const server = new Server();
   server.addService(ChatServiceService, handlers as ChatServiceServer);
   const port = await new Promise<number>((resolve, reject) =>
-    server.bindAsync("localhost:0", credentials, (error, bound) => (error ? reject(error) : resolve(bound))),
+    server.bindAsync("127.0.0.1:0", credentials, (error, bound) => (error ? reject(error) : resolve(bound))),
   );
   after(() => server.forceShutdown());
-  return `localhost:${port}`;
+  return `127.0.0.1:${port}`;
 }
 
 /** One message of a stream. */
