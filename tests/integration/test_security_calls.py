@@ -61,6 +61,22 @@ def refusal(call: Callable[[], Any]) -> grpc.RpcError:
     return raised.value
 
 
+def forgeries() -> list[str]:
+    """Tokens that must open nothing, each with one thing wrong."""
+    header, _, signature = tokens.token().split(".")
+    return [
+        tokens.token(exp=int(time.time()) - 60),
+        tokens.token(nbf=int(time.time()) + 3600),
+        tokens.token(iss="https://evil.example"),
+        tokens.token(aud="another"),
+        tokens.token(kid="unknown"),
+        tokens.token(tokens.EC_KEY, "ES256", "rsa"),
+        tokens.forged({"alg": "none", "kid": "rsa"}, None),
+        tokens.forged({"alg": "HS256", "kid": "rsa"}, tokens.public_pem()),
+        f"{header}.{tokens.token(sub='root').split('.')[1]}.{signature}",
+    ]
+
+
 def test_every_rpc_is_closed_without_credentials_and_says_no_more_than_that(start: Start) -> None:
     gateway = start(jwks=True)
     wrong = [
@@ -68,8 +84,8 @@ def test_every_rpc_is_closed_without_credentials_and_says_no_more_than_that(star
         bearer(new_key()),
         bearer(KEY[:-1]),
         bearer(""),
-        bearer(tokens.token(aud="another")),
         bearer("a.b.c"),
+        *map(bearer, forgeries()),
         (("authorization", KEY),),
         (("authorization", f"Basic {KEY}"),),
         (("x-api-key", KEY),),
