@@ -1,7 +1,7 @@
 """The engine alone, in this process: no gateway, no text, no gRPC. A closed loop on the same requests as online.py's.
 
 Prints tokens/s, the memory bandwidth that reading the weights takes, its share of what this machine gives, and
-latencies; `--peer llama-cpp` measures llama.cpp's engine in turns with ours.
+latencies; `--peer llama-cpp` and `--peer vllm` measure their engines in turns with ours, without their servers.
 """
 
 from __future__ import annotations
@@ -66,15 +66,18 @@ class OfflineEngine:
 def run_peer(name: str, peers: Path, concurrency: int, number: int, new_tokens: int) -> Run:
     """The same closed loop in a peer's own process."""
     peer = PEERS[name]
-    program = [str(peers / peer.environment / "bin" / "python"), "-m", "benchmarks.peers.llama_cpp"]
+    program = [str(peers / peer.environment / "bin" / "python"), "-m", f"benchmarks.peers.{peer.engine}"]
     command = [*program, "--model", peer.model(peers), "--offline"]
     command += map(str, (concurrency, number, new_tokens))
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    environ = {**os.environ, **peer.environ}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, env=environ
+    )
     return Run(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> int:
-    peers = [name for name, peer in PEERS.items() if peer.environment == "llama-cpp"]
+    peers = [name for name, peer in PEERS.items() if peer.engine]
     arguments = build_parser(__doc__, "offline.json", peers).parse_args()
     engine = OfflineEngine(_model_settings(arguments.serve))
     rows: list[Row] = []

@@ -27,11 +27,13 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 @dataclass(frozen=True)
 class Peer:
-    """`environment`: its virtual environment's folder. `command` takes that one's bin folder, the model and a port."""
+    """`environment`: its virtual environment's folder. `command` takes that one's bin folder, the model and a port;
+    `engine` is our module that measures its engine without a server, if there is one."""
 
     environment: str
     model: Callable[[Path], str]
     command: Callable[[Path, str, int], list[str]]
+    engine: str | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,10 +91,10 @@ _VLLM_ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_
 _ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 
 PEERS = {
-    "vllm": Peer("vllm", _endless_model, _vllm, _VLLM_BODY, {**_VLLM_ENVIRON, **_ALL_CORES}),
-    "vllm-reserved-core": Peer("vllm", _endless_model, _vllm, _VLLM_BODY, _VLLM_ENVIRON),
-    "transformers": Peer("transformers", _endless_model, _transformers, {}, {"HF_HUB_OFFLINE": "1"}),
-    "threads": Peer("transformers", _endless_model, _ours("threads"), {}, {"HF_HUB_OFFLINE": "1"}),
-    "llama-cpp": Peer("llama-cpp", lambda peers: str(find_embedded_model()), _ours("llama_cpp")),
-    "llama-cpp-bf16": Peer("llama-cpp", _bf16_gguf, _ours("llama_cpp")),
+    "vllm": Peer("vllm", _endless_model, _vllm, "vllm_engine", _VLLM_BODY, {**_VLLM_ENVIRON, **_ALL_CORES}),
+    "vllm-reserved-core": Peer("vllm", _endless_model, _vllm, "vllm_engine", _VLLM_BODY, _VLLM_ENVIRON),
+    "transformers": Peer("transformers", _endless_model, _transformers, environ={"HF_HUB_OFFLINE": "1"}),
+    "threads": Peer("transformers", _endless_model, _ours("threads"), environ={"HF_HUB_OFFLINE": "1"}),
+    "llama-cpp": Peer("llama-cpp", lambda peers: str(find_embedded_model()), _ours("llama_cpp"), "llama_cpp"),
+    "llama-cpp-bf16": Peer("llama-cpp", _bf16_gguf, _ours("llama_cpp"), "llama_cpp"),
 }
