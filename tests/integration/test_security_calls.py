@@ -74,6 +74,7 @@ def forgeries() -> list[str]:
         tokens.forged({"alg": "none", "kid": "rsa"}, None),
         tokens.forged({"alg": "HS256", "kid": "rsa"}, tokens.public_pem()),
         f"{header}.{tokens.token(sub='root').split('.')[1]}.{signature}",
+        "Z2FyYmFnZQ.Z2FyYmFnZQ.Z2FyYmFnZQ",
     ]
 
 
@@ -102,6 +103,7 @@ def test_every_rpc_is_closed_without_credentials_and_says_no_more_than_that(star
             assert reason_of(error) == "UNAUTHENTICATED"
             answers.add((error.code(), error.details()))
     assert answers == {(grpc.StatusCode.UNAUTHENTICATED, "no credentials, or wrong ones")}
+    gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(tokens.token()))
 
 
 def test_keys_and_tokens_open_every_rpc(start: Start) -> None:
