@@ -191,12 +191,14 @@ export class Client {
   ): Promise<Response> {
     return new Promise((resolve, reject) => {
       signal?.throwIfAborted();
+      let headers: Metadata | undefined;
       const call = method.call(this.#stub, request, this.#metadata.clone(), { deadline }, (error, response) => {
         signal?.removeEventListener("abort", cancel);
         if (signal?.aborted) reject(signal.reason);
-        else if (error) reject(ParleyError.fromCall(error));
+        else if (error) reject(ParleyError.fromCall(error, headers));
         else resolve(response);
       });
+      call.once("metadata", (received: Metadata) => (headers = received));
       const cancel = () => call.cancel();
       signal?.addEventListener("abort", cancel, { once: true });
     });
@@ -209,14 +211,16 @@ export class Client {
     signal: AbortSignal | undefined,
   ): AsyncGenerator<Response, void> {
     signal?.throwIfAborted();
+    let headers: Metadata | undefined;
     const call = method.call(this.#stub, request, this.#metadata.clone(), { deadline });
+    call.once("metadata", (received: Metadata) => (headers = received));
     const cancel = () => call.cancel();
     signal?.addEventListener("abort", cancel, { once: true });
     try {
       for await (const message of call) yield message as Response;
     } catch (error) {
       signal?.throwIfAborted();
-      throw ParleyError.fromCall(error as ServiceError);
+      throw ParleyError.fromCall(error as ServiceError, headers);
     } finally {
       signal?.removeEventListener("abort", cancel);
       call.cancel();

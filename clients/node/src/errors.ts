@@ -40,10 +40,10 @@ export class ParleyError extends Error {
     super(message, options);
   }
 
-  /** The error of a failed call. */
-  static fromCall(error: ServiceError): ParleyError {
+  /** The error of a failed call. `headers`: of its response; a server that died in between sent no trailers. */
+  static fromCall(error: ServiceError, headers?: Metadata): ParleyError {
     const details = decode(Status, first(error.metadata, "grpc-status-details-bin"));
-    const requestId = first(error.metadata, "x-request-id")?.toString();
+    const requestId = (first(error.metadata, "x-request-id") ?? first(headers, "x-request-id"))?.toString();
     return build(error.code, details?.message || error.details, details, requestId, { cause: error });
   }
 

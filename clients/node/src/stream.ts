@@ -56,12 +56,12 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
 
   async *[Symbol.asyncIterator](): AsyncGenerator<GenerateStreamResponse, void, undefined> {
     let request = this.#request;
-    let lastBreak: unknown;
+    let firstBreak: unknown;
     for (;;) {
       try {
         for await (const delta of this.#start(request)) {
           this.#patience.noteProgress();
-          lastBreak = undefined;
+          firstBreak = undefined;
           yield this.#take(delta);
         }
         break;
@@ -69,10 +69,11 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
         if (this.#isWhole) return;
         const delayMs = this.#delayAfter(error);
         // Where the number of answers is left to the model's defaults, only the server knows that it cannot resume.
-        if (delayMs === undefined) throw lastBreak !== undefined && isInvalid(error) ? lastBreak : error;
-        lastBreak = error;
+        if (delayMs === undefined) throw firstBreak !== undefined && isInvalid(error) ? firstBreak : error;
         await this.#sleep(delayMs);
-        if (this.seed !== undefined) request = this.resumeRequest();
+        if (this.seed === undefined) continue; // nothing to resume: a refusal is one of the request itself
+        firstBreak ??= error;
+        request = this.resumeRequest();
       }
     }
     if (this.#unfinished.size > 0) {

@@ -135,6 +135,34 @@ test("a server that cannot resume does not hide why the stream broke", async () 
   await assert.rejects(Array.fromAsync(connect(target).stream(QUESTION)), { reason: "WORKER_LOST" });
 });
 
+test("a request refused once the server is ready is told so, not that it was not ready", async () => {
+  let calls = 0;
+  const target = await serve({
+    generateStream: (call) => {
+      const isReady = (calls += 1) > 4; // gRPC itself makes four
+      const code = isReady ? status.INVALID_ARGUMENT : status.UNAVAILABLE;
+      call.emit("error", failure(code, isReady ? "INVALID_REQUEST" : "NOT_READY", 5));
+    },
+  });
+  await assert.rejects(Array.fromAsync(connect(target).stream(QUESTION)), { reason: "INVALID_REQUEST" });
+});
+
+test("a server that cannot resume does not hide the first break behind a later one", async () => {
+  let resumes = 0;
+  const target = await serve({
+    generateStream: (call) => {
+      if (call.request.resume) {
+        const isReady = (resumes += 1) > 4; // gRPC itself makes four
+        const code = isReady ? status.INVALID_ARGUMENT : status.UNAVAILABLE;
+        return void call.emit("error", failure(code, isReady ? "INVALID_REQUEST" : "NOT_READY", 5));
+      }
+      call.write(delta({ requestId: "r", seed: 1n, content: "a", tokenIds: [1] }));
+      call.emit("error", failure(status.UNAVAILABLE, "WORKER_LOST", 5));
+    },
+  });
+  await assert.rejects(Array.fromAsync(connect(target).stream(QUESTION)), { reason: "WORKER_LOST" });
+});
+
 test("a call outlasts a server that takes longer to be ready than gRPC tries", async () => {
   let calls = 0;
   const isReady = () => (calls += 1) > 6; // gRPC itself makes four
@@ -175,6 +203,37 @@ test("a call whose server dies between headers and answer is made again, once a 
   const client = connect(target);
   await client.model();
   assert.equal((await client.generate(QUESTION)).seed, 7n);
+  assert.equal(deaths, 3);
+});
+
+test("response headers with a request id make a server known, so that a client's very first call is made again", async () => {
+  let deaths = 0;
+  const die = () => {
+    const headers = new Metadata();
+    headers.set("x-request-id", "request-1");
+    return (deaths += 1) > 2 ? undefined : headers;
+  };
+  const target = await serve({
+    generate: (call, callback) => {
+      const headers = die();
+      if (!headers) return callback(null, GenerateResponse.fromPartial({ seed: 7n }));
+      call.sendMetadata(headers);
+      callback({ code: status.UNAVAILABLE, details: "socket closed" });
+    },
+    generateStream: (call) => {
+      const headers = die();
+      if (headers) {
+        call.sendMetadata(headers);
+        return void call.emit("error", { code: status.UNAVAILABLE, details: "socket closed" });
+      }
+      call.write(delta({ requestId: "r", seed: 7n, tokenIds: [1], finishReason: FinishReason.STOP }));
+      call.end();
+    },
+  });
+  assert.equal((await connect(target).generate(QUESTION)).seed, 7n);
+  assert.equal(deaths, 3);
+  deaths = 0;
+  assert.equal((await Array.fromAsync(connect(target).stream(QUESTION))).length, 1);
   assert.equal(deaths, 3);
 });
 

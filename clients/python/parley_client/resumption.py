@@ -36,7 +36,8 @@ class Resumption:
         delay_s = self._delay_after(error)
         if delay_s is None:
             raise self._final(error)
-        self._break = error
+        if self._accumulator.has_begun and self._break is None:
+            self._break = error
         return delay_s
 
     def call_args(self) -> dict[str, Any]:

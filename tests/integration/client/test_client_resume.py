@@ -153,6 +153,21 @@ def test_a_server_that_cannot_resume_does_not_hide_the_break(client, server, bre
         list(client.stream(QUESTION))
 
 
+def test_a_server_that_cannot_resume_does_not_hide_the_first_break_behind_a_later_one(connect, server, breaks):
+    breaks(1)
+    answer = server.script["GenerateStream"]
+    refusals = iter([(UNAVAILABLE, "NOT_READY"), (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")])
+
+    def refuse_to_resume(request, context):
+        if request.HasField("resume"):
+            server.fails(context, *next(refusals))
+        yield from answer(request, context)
+
+    server.script["GenerateStream"] = refuse_to_resume
+    with connect(server.target, max_attempts=1) as client, pytest.raises(ConnectionFailed, match="gone"):
+        list(client.stream(QUESTION))
+
+
 def test_what_was_resumed_by_the_caller_is_resumed_with_all_ids(client, server, breaks):
     breaks(1)
     stream = client.stream(QUESTION, resume=[0, 1], seed=4)

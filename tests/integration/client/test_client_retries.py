@@ -15,6 +15,7 @@ from parley_client import (
     Client,
     ConnectionFailed,
     DeadlineExceeded,
+    InvalidRequest,
     NotReady,
     ParleyError,
     WorkerLost,
@@ -121,6 +122,16 @@ def test_tries_of_a_call_that_servers_take_up_end(connect, server, refuse_first,
     with connect(server.target, max_attempts=1, max_resumes=2) as client, pytest.raises(WorkerLost):
         ask(client, method)
     assert len(server.requests) == 3
+
+
+@METHODS
+def test_what_a_ready_server_refuses_is_told_and_not_that_it_was_not_ready(connect, server, without_delays, method):
+    refusals = iter([(grpc.StatusCode.UNAVAILABLE, "NOT_READY"), (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")])
+    server.script["Generate"] = server.script["GenerateStream"] = lambda request, context: server.fails(
+        context, *next(refusals)
+    )
+    with connect(server.target, max_attempts=1) as client, pytest.raises(InvalidRequest):
+        ask(client, method)
 
 
 @METHODS
