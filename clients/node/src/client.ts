@@ -49,9 +49,9 @@ export interface ClientOptions {
   /** Milliseconds that each call may take, unless it says otherwise; default: no limit. */
   timeoutMs?: number;
   /**
-   * How often in a row, over some 16 s, a call that ends UNAVAILABLE even after gRPC's own retries is made again; a
-   * stream that broke is resumed where it broke. Not where no server of the target has ever answered. Default: 8; 0 is
-   * never.
+   * How often in a row, over some 16 s, a call that ends UNAVAILABLE even after gRPC's own retries is made again; on the
+   * way a full queue is waited for too. A stream that broke is resumed where it broke. Not where no server of the target
+   * has ever answered. Default: 8; 0 is never.
    */
   maxResumes?: number;
 }

@@ -44,9 +44,10 @@ class Client:
         max_attempts: how often a call is tried while no server answers it, 1 (no retry) to 5. Only until the first part
             of the answer arrives, so nothing is ever seen twice.
         max_resumes: how often in a row, over some 16 s, a call that ends `Unavailable` even so is made again before its
-            error is raised; 0 is never. A stream that broke is taken up where it broke, by this server or another of
-            the same target: its pieces are those of an unbroken one. Not where no server of the target has ever
-            answered; not streams of several answers (`num_return_sequences`) that have begun; not `generate_batch`.
+            error is raised; 0 is never. On the way a full queue is waited for too. A stream that broke is taken up
+            where it broke, by this server or another of the same target: its pieces are those of an unbroken one. Not
+            where no server of the target has ever answered; not streams of several answers (`num_return_sequences`)
+            that have begun; not `generate_batch`.
 
     The connection is made with the first call. Every call raises a subclass of `ParleyError` when it fails.
     """
