@@ -124,6 +124,16 @@ async def _timed(users: Callable[[Run], list[Any]], limit_s: float | None) -> Ru
     return run
 
 
+@dataclass
+class Output:
+    """What a step of a peer's engine made of one request, as ours tell it."""
+
+    key: int
+    token_ids: list[int]
+    is_last: bool
+    error: str | None = None
+
+
 def drive(engine: Any, requests: Sequence[Any], new_tokens: int, concurrency: int) -> Run:
     """The closed loop in process: `engine` has `submit` and `step` as parleyd's engines, `requests` their `key`s.
 

@@ -23,7 +23,7 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from benchmarks import workload
-from benchmarks.load import drive
+from benchmarks.load import Output, drive
 from benchmarks.peers import front
 
 _MAX_RUNNING = 64
@@ -41,14 +41,6 @@ class Request:
     slot: int = -1
     num_prefilled: int = 0
     output_ids: list[int] = dataclasses.field(default_factory=list)
-
-
-@dataclass
-class Output:
-    key: int
-    token_ids: list[int]
-    is_last: bool
-    error: str | None = None
 
 
 class LlamaEngine:

@@ -9,13 +9,13 @@ import json
 import os
 from dataclasses import dataclass
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's core in a process of its own
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else the engine's core is a process of its own
 
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from benchmarks import workload
-from benchmarks.load import Run, drive
+from benchmarks.load import Output, Run, drive
 
 _MAX_CONTEXT_TOKENS = 4096
 _MAX_RUNNING = 64
@@ -28,14 +28,6 @@ class Request:
     key: int
     prompt_ids: list[int]
     new_tokens: int
-
-
-@dataclass
-class Output:
-    key: int
-    token_ids: list[int]
-    is_last: bool
-    error: str | None = None
 
 
 class VllmEngine:
