@@ -27,12 +27,14 @@ from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers as compiled_layers
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.engine.lean_forward import LeanForward
-from parleyd.engine.model_runner import Forward, StockForward
+from parleyd.engine.model_runner import Forward
+from parleyd.engine.stock_forward import StockForward
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.compiled import CompiledKernels
 from parleyd.kernels.layout import StepLayout
 from parleyd.kernels.paged import Kernels
+from parleyd.model.lean_model import LeanModel
 from parleyd.model.linear.by_rows import ByRows
 from parleyd.model.loader import LoadedModel, load_model
 from parleyd.scheduling.request import Batch, Sequence
@@ -107,19 +109,20 @@ def build_cache(loaded: LoadedModel) -> PagedKVCache:
 def build_variants(loaded: dict[str, LoadedModel], cache: PagedKVCache) -> dict[str, Forward]:
     """By name."""
     compiled, by_block = CompiledKernels(paged_decode, compiled_layers), with_kernels(cache)
-    decoder = LeanForward(loaded["decoder"].model, by_block, compiled=compiled)
+    lean = {name: LeanModel.of(loaded[name].model) for name in MODELS if name != "stock"}
+    decoder = LeanForward(lean["decoder"], by_block, compiled=compiled)
     kernel_by_kernel = copy.copy(decoder)
     kernel_by_kernel._decoder = None
-    four_bit = LeanForward(loaded["four_bit"].model, cache, blocks=loaded["four_bit"].blocks)
+    four_bit = LeanForward(lean["four_bit"], cache, blocks=loaded["four_bit"].blocks)
     use_four_bits(four_bit)
     return {
         "stock": StockForward(loaded["stock"].model, cache),
-        "lean": LeanForward(loaded["lean"].model, cache, packed=False),
-        "packed": LeanForward(loaded["packed"].model, cache),
+        "lean": LeanForward(lean["lean"], cache, packed=False),
+        "packed": LeanForward(lean["packed"], cache),
         "four_bit": four_bit,
         "kernels": kernel_by_kernel,
         "decoder": decoder,
-        "blocks": LeanForward(loaded["blocks"].model, by_block, blocks=loaded["blocks"].blocks, compiled=compiled),
+        "blocks": LeanForward(lean["blocks"], by_block, blocks=loaded["blocks"].blocks, compiled=compiled),
     }
 
 

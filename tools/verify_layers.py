@@ -62,7 +62,7 @@ ROOMS = (
     Room(("parleyd.cpu_kernels",), imports=("torch", "numpy", "numba", "llvmlite")),
     Room(
         ("parleyd.model",),
-        imports=(*TORCH_SIDE, "parleyd.cpu_kernels", *SETTINGS),
+        imports=(*TORCH_SIDE, "msgspec", "parleyd.cpu_kernels", *SETTINGS),
         never=("asyncio",),
     ),
     Room(

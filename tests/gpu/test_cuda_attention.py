@@ -22,8 +22,8 @@ SHAPES = [(9, 3, 64), (28, 4, 128), (32, 8, 128), (32, 32, 80)]
 
 def shape(heads: tuple[int, int, int], dtype: torch.dtype, max_context_tokens: int = 8192) -> AttentionShape:
     return AttentionShape(
-        num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2], dtype=dtype, device=torch.device("cuda:0"),
-        max_context_tokens=max_context_tokens,
+        num_layers=1, num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2], dtype=dtype,
+        device=torch.device("cuda:0"), max_context_tokens=max_context_tokens,
     )  # fmt: skip
 
 

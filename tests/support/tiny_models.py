@@ -14,10 +14,12 @@ from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.cuda_graphs import Capture, GraphedForward
 from parleyd.engine.engine import Engine
 from parleyd.engine.lean_forward import LeanForward
-from parleyd.engine.model_runner import Forward, ModelRunner, StockForward
+from parleyd.engine.model_runner import Forward, ModelRunner
+from parleyd.engine.stock_forward import StockForward
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.paged import NO_KERNELS, Kernels
+from parleyd.model.lean_model import LeanModel
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
 
@@ -70,7 +72,7 @@ def make_engine(
         eos_token_ids=eos,
         mixed_prefill_tokens=(lambda *_: max_mixed_prefill_tokens) if max_mixed_prefill_tokens else None,
     )
-    forward: Forward = LeanForward(model, cache) if lean else StockForward(model, cache)
+    forward: Forward = LeanForward(LeanModel.of(model), cache) if lean else StockForward(model, cache)
     if capture is not None:
         forward = GraphedForward(forward, cache, max_rows=max_running, max_context_tokens=context, capture=capture)
     return BatchingEngine(scheduler, ModelRunner(forward, cache, VOCAB_SIZE, eos), max_running, overlap=overlap)

@@ -6,26 +6,24 @@ The stock modules cost several milliseconds a step in Python and dispatch alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.compiled import CompiledKernels
 from parleyd.kernels.layer_ops import TORCH_OPS
 from parleyd.kernels.layout import StepLayout, attend_to_written
 from parleyd.model.gguf_blocks import GgufBlocks
+from parleyd.model.lean_model import EMBEDDING, HEAD, LeanModel
 from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
 
 if TYPE_CHECKING:
     from parleyd.cpu_kernels.decoder import Decoder
-
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
 @dataclass(frozen=True)
@@ -42,33 +40,31 @@ class _Layer:
 
 
 class LeanForward:
-    """See `Forward`. For models whose `config.model_type` is one of FAMILIES and whose activation is SiLU."""
+    """See `Forward`."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: LeanModel,
         cache: PagedKVCache,
         *,
         packed: bool = True,
         blocks: GgufBlocks | None = None,
         compiled: CompiledKernels | None = None,
     ) -> None:
-        """`packed`, `blocks`: see LinearMaker. The model's own layers are of no use after."""
-        decoder: Any = model.model
-        config: Any = model.config
+        """Takes the model's weights. `packed`, `blocks`: see LinearMaker."""
+        shape = model.shape
         self._cache = cache
         self._ops = compiled.layers if compiled else TORCH_OPS
-        self._num_heads = config.num_attention_heads
-        self._num_kv_heads = config.num_key_value_heads
-        self._head_dim = decoder.layers[0].self_attn.head_dim
-        self._eps = config.rms_norm_eps
-        self._embedding = decoder.embed_tokens.weight
-        self._cos, self._sin = _rotary_tables(decoder.rotary_emb, config.max_position_embeddings, self._embedding)
-        self._norm = decoder.norm.weight
-        linears = LinearMaker(packed=packed, blocks=blocks, compiled=compiled is not None)
-        self._layers = [_lean_layer(layer, linears) for layer in decoder.layers]
-        head: Any = model.get_output_embeddings()
-        self._head = linears.make(head, keep=head.weight is self._embedding)
+        self._num_heads = shape.num_heads
+        self._num_kv_heads = shape.num_kv_heads
+        self._head_dim = shape.head_dim
+        self._eps = shape.norm_epsilon
+        self._embedding = model.embedding
+        self._cos, self._sin = model.rotary_tables()
+        self._norm = model.weights["model.norm.weight"]
+        linears = LinearMaker(model.weights, packed=packed, blocks=blocks, compiled=compiled is not None)
+        self._layers = [_lean_layer(f"model.layers.{index}", model, linears) for index in range(shape.num_layers)]
+        self._head = linears.make(HEAD if HEAD in model.weights else EMBEDDING)
         linears.choose()
         self._decoder = _compiled_decoder(self._layers, cache, self._eps)
 
@@ -111,18 +107,6 @@ class LeanForward:
         return attended.reshape(-1, num_heads * head_dim)
 
 
-def can_run(model: PreTrainedModel) -> bool:
-    """Whether LeanForward knows this model."""
-    config: Any = model.config
-    return (
-        config.model_type in FAMILIES
-        and getattr(config, "hidden_act", None) == "silu"
-        and all(parameter.device == model.device for parameter in model.parameters())
-        and getattr(model, "hf_quantizer", None) is None  # its layers, or their weights, are not plain ones
-        and all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in model.model.layers)
-    )
-
-
 def _compiled_decoder(layers: list[_Layer], cache: PagedKVCache, epsilon: float) -> Decoder | None:
     """None where the layers are not all of what it knows."""
     known = []
@@ -138,22 +122,17 @@ def _compiled_decoder(layers: list[_Layer], cache: PagedKVCache, epsilon: float)
     return Decoder([Layer(*one) for one in known], epsilon)
 
 
-def _rotary_tables(rotary: Any, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all positions, `[positions, 1, head_dim]`; each sine with the sign that its product gets."""
-    cos, sin = rotary(like, torch.arange(num_positions, device=like.device)[None])
-    sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
-    return cos.transpose(0, 1), sin.transpose(0, 1)
-
-
-def _lean_layer(layer: Any, linears: LinearMaker) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
+def _lean_layer(name: str, model: LeanModel, linears: LinearMaker) -> _Layer:
+    weights = model.weights
+    norms = [weights.get(f"{name}.self_attn.{which}_norm.weight") for which in "qk"]
+    attention = [f"{name}.self_attn.{which}_proj.weight" for which in "qkvo"]
+    gate, up, down = (f"{name}.mlp.{which}_proj.weight" for which in ("gate", "up", "down"))
     return _Layer(
-        input_norm=layer.input_layernorm.weight,
-        qkv=linears.make(attention.q_proj, attention.k_proj, attention.v_proj),
-        qk_norms=norms,
-        out=linears.make(attention.o_proj),
-        post_norm=layer.post_attention_layernorm.weight,
-        gate_up=linears.make(mlp.gate_proj, mlp.up_proj),
-        down=linears.make(mlp.down_proj),
+        input_norm=weights[f"{name}.input_layernorm.weight"],
+        qkv=linears.make(*attention[:3]),
+        qk_norms=None if norms[0] is None or norms[1] is None else (norms[0], norms[1]),
+        out=linears.make(attention[3]),
+        post_norm=weights[f"{name}.post_attention_layernorm.weight"],
+        gate_up=linears.make(gate, up),
+        down=linears.make(down),
     )

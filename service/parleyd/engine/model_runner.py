@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parleyd.generation import TokenLogprob
 from parleyd.kernels.cache import PagedKVCache
-from parleyd.kernels.layout import StepLayout, attend
+from parleyd.kernels.layout import StepLayout
 from parleyd.model.upload import upload
 from parleyd.sampling.grammar import GrammarState
 from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow
 from parleyd.scheduling.request import Batch, Scheduled
-
-_ATTENTION = "parley_paged"
 
 
 class Forward(Protocol):
@@ -28,35 +24,6 @@ class Forward(Protocol):
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """`input_ids`, `positions`: `[rows]`; `sample_rows`: `[samples]`. Returns logits, `[samples, vocab]`."""
         ...
-
-
-class StockForward:
-    """Any decoder of transformers, through its attention interface: its own modules, our attention."""
-
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache) -> None:
-        self._model = model
-        self._cache = cache
-        self._layout: StepLayout | None = None
-        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, self._attend)
-        model.set_attn_implementation(_ATTENTION)
-
-    def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
-        """See Forward."""
-        self._layout = layout
-        output = self._model(
-            input_ids=input_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=sample_rows
-        )
-        logits: Tensor = output.logits[0]
-        return logits
-
-    def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
-    ) -> tuple[Tensor, None]:
-        """What transformers calls. `query`: `[1, heads, rows, head_dim]`; the result has heads after rows."""
-        assert self._layout is not None
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return attend(self._cache, module.layer_idx, self._layout, query, key, value, scale)[None], None
 
 
 class Launched(NamedTuple):

@@ -34,8 +34,9 @@ _TOLERANCE = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """What a model asks of its attention."""
+    """What a model asks of its attention and of the cache."""
 
+    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int

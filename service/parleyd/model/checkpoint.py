@@ -32,11 +32,12 @@ class _Tensor:
 class Checkpoint:
     """A folder that has passed the checks of `open`. `config` is config.json as it stands.
 
-    Of pickled weights, which are not looked into, each file counts as one tensor.
+    `weight_files` hold `tensors`. Of pickled weights, which are not looked into, each file counts as one tensor.
     """
 
     folder: Path
     config: dict[str, Any]
+    weight_files: tuple[Path, ...]
     tensors: tuple[_Tensor, ...]
     is_pickled: bool = False
 
@@ -49,10 +50,11 @@ class Checkpoint:
         config = read_json_object(folder / "config.json")
         _check_architecture(folder, config)
         has_safetensors = any((folder / name).is_file() for name in (_SINGLE_FILE, _INDEX))
-        if allow_pickle and not has_safetensors and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        if allow_pickle and not has_safetensors and (pickles := tuple(sorted(folder.glob("pytorch_model*.bin")))):
             sizes = tuple(_Tensor("pickle", path.stat().st_size) for path in pickles)
-            return cls(folder, config, sizes, is_pickled=True)
-        return cls(folder, config, tuple(tensor for path in _weight_files(folder) for tensor in _read_header(path)))
+            return cls(folder, config, pickles, sizes, is_pickled=True)
+        files = tuple(_weight_files(folder))
+        return cls(folder, config, files, tuple(tensor for path in files for tensor in _read_header(path)))
 
     def num_bytes(self, dtype: str) -> int:
         """The size of the weights once loaded as `dtype`, where "auto" is the type that config.json names."""

@@ -84,7 +84,9 @@ def _read(gguf_file: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from parleyd.model.memory import check_fits
+    from parleyd.model.quiet import silence_transformers
 
+    silence_transformers()
     dtype = _dtype(gguf_file)
     auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
     check_fits(str(gguf_file), _num_elements(gguf_file) * dtype.itemsize, "cpu")

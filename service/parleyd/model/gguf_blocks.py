@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILE_NAME = "gguf_blocks.safetensors"
 BLOCK_SIZE = 32  # weights of a row that share a scale
@@ -66,22 +68,20 @@ def concatenated(parts: Sequence[Numbers | None]) -> Numbers | None:
 class GgufBlocks:
     """The blocks that a converted model's weights came from."""
 
-    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+    def __init__(self, path: Path) -> None:
         self.num_bytes = path.stat().st_size
         file: Any = safe_open(path, framework="pt")
-        self._file, kept = file, set(file.keys())
-        self._names = {id(weight): name for name, weight in model.named_parameters() if name in kept}
+        self._file, self._names = file, set(file.keys())
 
-    def numbers_of(self, weight: Tensor) -> Numbers | None:
-        """Those of one of the model's parameters, `[out, in]`; None where the file has it in another format."""
-        name = self._names.get(id(weight))
-        return None if name is None else _decode(self._file.get_tensor(name), weight.shape[1])
+    def numbers_of(self, name: str, width: int) -> Numbers | None:
+        """Those of the weights of this name, `[out, width]`; None where the file has them in another format."""
+        return _decode(self._file.get_tensor(name), width) if name in self._names else None
 
 
-def open_blocks(folder: Path, model: PreTrainedModel) -> GgufBlocks | None:
-    """The blocks of a model that was loaded from `folder`; None where it does not come from such a file."""
+def open_blocks(folder: Path) -> GgufBlocks | None:
+    """The blocks of the model in `folder`; None where it does not come from such a file."""
     path = folder / FILE_NAME
-    return GgufBlocks(path, model) if path.is_file() else None
+    return GgufBlocks(path) if path.is_file() else None
 
 
 def read_blocks(gguf_file: Path, model: PreTrainedModel) -> dict[str, Tensor]:

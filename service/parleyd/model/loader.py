@@ -1,4 +1,4 @@
-"""Loads the model that the settings name: find it, check it, load it, describe it. worker/load.py calls this."""
+"""Loads a model through transformers, and describes it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
 from parleyd.model import explain, generation_config
 from parleyd.model.checkpoint import Checkpoint
+from parleyd.model.files import ModelFiles, find_files
 from parleyd.model.gguf_blocks import GgufBlocks, open_blocks
-from parleyd.model.memory import check_device_map, check_fits
 from parleyd.model.quantization import quantization_config
 from parleyd.model.quiet import silence_transformers
-from parleyd.model.source import find_folder
-from parleyd.model.tokenizer import find_tokenizer
 
 _logger = logging.getLogger("parleyd.model")
 
@@ -39,20 +36,14 @@ class LoadedModel:
     blocks: GgufBlocks | None = None
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
-    """Loads what `settings` name, downloading or converting it first where needed; progress bars go to stderr.
+def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> LoadedModel:
+    """Loads what `settings` name. `files`: where they have been found already.
 
     Raises StartupError, its message one line that names what is wrong and what to do.
     """
     silence_transformers()
-    check_device_map(settings.device_map)
-    _check_attention(settings)
-    folder = find_folder(settings)
-    checkpoint = Checkpoint.open(folder, settings.allow_pickle)
-    defaults = generation_config.read_defaults(folder)
-    tokenizer_dir = find_tokenizer(folder, settings)
-    check_fits(settings.model, checkpoint.num_bytes(settings.dtype), settings.device_map)
-
+    files = files or find_files(settings)
+    folder, checkpoint, tokenizer_dir = files.folder, files.checkpoint, files.tokenizer_dir
     model = _load_weights(checkpoint, settings, quantization_config(settings, checkpoint))
     config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
@@ -67,20 +58,9 @@ def load_model(settings: ModelSettings) -> LoadedModel:
         device=str(model.device),
         engine=settings.engine,
         max_running=1,  # the engine that is built on it knows better
-        defaults=defaults,
+        defaults=files.defaults,
     )
-    return LoadedModel(model, info, open_blocks(folder, model))
-
-
-def _check_attention(settings: ModelSettings) -> None:
-    if settings.attn_implementation != "flash_attention_2":
-        return
-    # transformers would fetch a kernel from the Hub in its place, or fail only after the weights are read.
-    if not is_flash_attn_2_available():
-        raise StartupError(
-            "--attn-implementation flash_attention_2: FlashAttention 2 is not installed, or there is no GPU for it; "
-            "install the package flash-attn, or use sdpa"
-        )
+    return LoadedModel(model, info, open_blocks(folder))
 
 
 def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:

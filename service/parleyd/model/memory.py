@@ -30,6 +30,11 @@ def check_device_map(device_map: str) -> None:
         ) from error
 
 
+def is_on_cpu(device_map: str) -> bool:
+    """Whether that is where `device_map` puts a model here."""
+    return device_map == "cpu" or not torch.cuda.is_available()
+
+
 def check_fits(model: str, num_bytes: int, device_map: str) -> None:
     """Raises StartupError where weights of `num_bytes` are more than is free where `device_map` puts them."""
     place, free = _free(device_map)

@@ -17,6 +17,7 @@ from transformers.utils.import_utils import (
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
 from parleyd.model.checkpoint import Checkpoint
+from parleyd.model.memory import is_on_cpu
 
 # What transformers needs for each method, as packages are called, and whether that is here.
 _PACKAGES: dict[str, dict[str, Callable[[], bool]]] = {
@@ -43,7 +44,7 @@ def quantization_config(settings: ModelSettings, checkpoint: Checkpoint) -> Any 
             f"--quantization {wanted}: the weights of {settings.model} are quantised by {method} already; use auto"
         )
     _check_packages(f"--quantization {wanted}", wanted.partition("-")[0])
-    return _CONFIGS[wanted](_is_on_cpu(settings))
+    return _CONFIGS[wanted](is_on_cpu(settings.device_map))
 
 
 def _method_of(checkpoint: Checkpoint) -> str | None:
@@ -56,10 +57,6 @@ def _check_packages(what: str, method: str) -> None:
     missing = [name for name, is_available in _PACKAGES.get(method, {}).items() if not is_available()]
     if missing:
         raise StartupError(f"{what}: it needs {' and '.join(missing)}; run `pip install {' '.join(missing)}`")
-
-
-def _is_on_cpu(settings: ModelSettings) -> bool:
-    return settings.device_map == "cpu" or not torch.cuda.is_available()
 
 
 def _torchao_int8(is_on_cpu: bool) -> Any:

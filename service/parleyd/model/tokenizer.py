@@ -40,6 +40,9 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 def _convert(folder: Path, target: Path, settings: ModelSettings) -> None:
     from transformers import AutoTokenizer
 
+    from parleyd.model.quiet import silence_transformers
+
+    silence_transformers()
     _logger.info("converting the tokenizer of %s; this happens once", folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -9,9 +9,12 @@ from dataclasses import replace
 from parleyd.config import ModelSettings
 from parleyd.engine.build import build_engine
 from parleyd.engine.engine import Engine
+from parleyd.engine.obstacle import batching_obstacle
 from parleyd.errors import StartupError
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
-from parleyd.model.loader import load_model
+from parleyd.model import lean_start
+from parleyd.model.files import find_files
+from parleyd.model.gguf_blocks import open_blocks
 
 _logger = logging.getLogger("parleyd.worker")
 
@@ -21,12 +24,24 @@ _WARM_UP_PROMPT_TOKENS = 64
 def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     """Raises StartupError if the model cannot be loaded, or does not generate."""
     started = time.monotonic()
-    loaded = load_model(settings)
-    name, engine = build_engine(settings, loaded.model, loaded.info, loaded.blocks)
-    info = replace(loaded.info, engine=name, max_running=engine.max_running)
+    name, engine, info = _build(settings)
+    info = replace(info, engine=name, max_running=engine.max_running)
     _warm_up(engine, info)
     _logger.info("model ready on %s after %.1f s", info.device, time.monotonic() - started)
     return engine, info
+
+
+def _build(settings: ModelSettings) -> tuple[str, Engine, ModelInfo]:
+    files = find_files(settings)
+    if (recalled := lean_start.recall(settings, files)) is not None:
+        model, info = recalled
+        return *build_engine(settings, model, info, open_blocks(files.folder)), info
+    from parleyd.model.loader import load_model  # imports transformers' model code
+
+    loaded = load_model(settings, files)
+    if batching_obstacle(loaded.model) is None:
+        lean_start.remember(settings, files, loaded.model, loaded.info)
+    return *build_engine(settings, loaded.model, loaded.info, loaded.blocks), loaded.info
 
 
 def _warm_up(engine: Engine, info: ModelInfo) -> None:

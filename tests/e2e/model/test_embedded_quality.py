@@ -20,6 +20,7 @@ from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.choice import probe_batch
 from parleyd.kernels.compiled import CompiledKernels
 from parleyd.kernels.layout import StepLayout
+from parleyd.model.lean_model import LeanModel
 from parleyd.model.linear.by_rows import ByRows
 from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.loader import LoadedModel, load_model
@@ -55,10 +56,9 @@ def exact_perplexities() -> list[float]:
     loaded = load_model(ModelSettings())
     model = load_model(ModelSettings(dtype="float32")).model
     assert loaded.blocks is not None
-    theirs = dict(loaded.model.named_parameters())
     with torch.inference_mode():
         for name, parameter in model.named_parameters():
-            if (numbers := loaded.blocks.numbers_of(theirs[name])) is not None:
+            if (numbers := loaded.blocks.numbers_of(name, parameter.shape[-1])) is not None:
                 parameter.copy_(numbers.dequantised())
         texts = [text_ids(loaded, name) for name in TEXTS]
         return [perplexity(model(torch.tensor([ids])).logits[0], ids) for ids in texts]
@@ -66,7 +66,7 @@ def exact_perplexities() -> list[float]:
 
 def in_four_bits(loaded: LoadedModel, cache: PagedKVCache, compiled: CompiledKernels | None) -> LeanForward:
     """All layers in 4 bits, whatever the number of rows."""
-    forward = LeanForward(loaded.model, cache, blocks=loaded.blocks, compiled=compiled)
+    forward = LeanForward(LeanModel.of(loaded.model), cache, blocks=loaded.blocks, compiled=compiled)
     linears = [getattr(layer, name) for layer in forward._layers for name in ("qkv", "out", "gate_up", "down")]
     for linear in (*linears, forward._head):
         if isinstance(linear, ByRows):

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from parleyd.config import ModelSettings
-from parleyd.engine.build import batching_obstacle, build_engine, checked_stock_forward
+from parleyd.engine.build import build_engine
 from parleyd.engine.generate import GenerateEngine
-from parleyd.engine.lean_forward import can_run
-from parleyd.engine.model_runner import StockForward
+from parleyd.engine.obstacle import batching_obstacle
+from parleyd.engine.stock_forward import StockForward, checked_stock_forward
 from parleyd.errors import StartupError
 from parleyd.generation import FinishReason
 from parleyd.kernels.cache import PagedKVCache
+from parleyd.model.lean_model import can_be_lean
 from tests.support.tiny_models import (
     BLOCK_SIZE,
     FAMILIES,
@@ -137,7 +138,7 @@ def test_the_last_output_tells_why_and_what_was_cached() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tested_families_are_served_by_batching(family: str) -> None:
     model = make_model(family)
-    assert can_run(model) == (family in LEAN)
+    assert can_be_lean(model) == (family in LEAN)
     name, _ = build_engine(ModelSettings(), model, info_of(model))
     assert name == "batching"
 

@@ -21,6 +21,7 @@ from parleyd.kernels.compiled import CompiledKernels
 from parleyd.kernels.layout import StepLayout
 from parleyd.kernels.paged import Kernels
 from parleyd.model.gguf_blocks import GgufBlocks
+from parleyd.model.lean_model import LeanModel
 from parleyd.model.loader import load_model
 from tests.support.tiny_models import make_model
 from tests.unit.model.conftest import write_gguf
@@ -44,7 +45,7 @@ def make_forward(model: PreTrainedModel, blocks: GgufBlocks | None = None) -> tu
     head_dim = config.hidden_size // config.num_attention_heads
     shape = (config.num_hidden_layers, 16, BLOCK_SIZE, config.num_key_value_heads, head_dim)
     cache = PagedKVCache(shape, torch.bfloat16, "cpu", Kernels(paged_decode, max_row_tokens=64))
-    return LeanForward(model, cache, blocks=blocks, compiled=COMPILED), cache
+    return LeanForward(LeanModel.of(model), cache, blocks=blocks, compiled=COMPILED), cache
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Launched
 from parleyd.generation import Output
 from parleyd.kernels.cache import PagedKVCache
+from parleyd.model.lean_model import LeanModel
 from parleyd.sampling.sampler import Sampler, SamplingRow
 from tests.support import torch_kernels
 from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
@@ -104,7 +105,7 @@ def test_a_random_life_with_a_step_ahead_leaves_the_ledger_whole() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here they can be captured")
 def test_graphs_that_cannot_be_captured_are_done_without_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     cache = PagedKVCache((2, 8, 8, 2, 8), torch.float32, "cpu", torch_kernels.KERNELS)
-    forward = LeanForward(make_model("Llama"), cache)
+    forward = LeanForward(LeanModel.of(make_model("Llama")), cache)
     assert _graphed(forward, cache, 4, 64) is forward
     assert "no CUDA graphs: " in caplog.text
 

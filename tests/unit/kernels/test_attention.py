@@ -144,7 +144,7 @@ def test_the_triton_kernel_gives_a_row_the_same_bits_among_any_neighbours(triton
 
 def shape(**values: Any) -> AttentionShape:
     return AttentionShape(
-        **{"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": torch.float32,
+        **{"num_layers": 1, "num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": torch.float32,
            "device": torch.device("cpu"), "max_context_tokens": 500, **values}
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ def cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shape(**values: Any) -> AttentionShape:
     return AttentionShape(
-        **{"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "dtype": torch.bfloat16,
+        **{"num_layers": 1, "num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "dtype": torch.bfloat16,
            "device": torch.device("cpu"), "max_context_tokens": 500, **values}
     )  # fmt: skip
 

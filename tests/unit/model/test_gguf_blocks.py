@@ -23,6 +23,7 @@ from parleyd.model.loader import LoadedModel, load_model
 from tests.unit.model.conftest import write_gguf
 
 KINDS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0]
+QKV = [f"model.layers.0.self_attn.{which}_proj.weight" for which in "qkv"]
 
 
 def load(path: Path, kind: GGMLQuantizationType) -> LoadedModel:
@@ -36,18 +37,19 @@ def test_the_numbers_are_the_files_in_the_order_of_the_models_rows(tmp_path: Pat
     assert loaded.blocks is not None
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(tmp_path / "tiny.gguf")).tensors}
     for index, layer in enumerate(loaded.model.model.layers):
-        for name, module in (
-            ("attn_q", layer.self_attn.q_proj), ("attn_k", layer.self_attn.k_proj), ("attn_v", layer.self_attn.v_proj),
-            ("attn_output", layer.self_attn.o_proj), ("ffn_up", layer.mlp.up_proj), ("ffn_down", layer.mlp.down_proj),
+        for name, place in (
+            ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"), ("ffn_up", "mlp.up_proj"), ("ffn_down", "mlp.down_proj"),
         ):  # fmt: skip
-            numbers = loaded.blocks.numbers_of(module.weight)
+            weight = layer.get_submodule(place).weight
+            numbers = loaded.blocks.numbers_of(f"model.layers.{index}.{place}.weight", weight.shape[1])
             assert numbers is not None
             assert numbers.numbers.min() >= 0 and numbers.numbers.max() <= 15
-            assert torch.equal(numbers.dequantised().bfloat16(), module.weight)
+            assert torch.equal(numbers.dequantised().bfloat16(), weight)
             in_file = gguf.dequantize(tensors[f"blk.{index}.{name}.weight"].data, kind)
             ours = sorted(map(tuple, numbers.dequantised().tolist()))
             assert torch.allclose(torch.tensor(ours), torch.tensor(sorted(map(tuple, in_file.tolist()))), atol=1e-6)
-    assert loaded.blocks.numbers_of(loaded.model.model.embed_tokens.weight) is None
+    assert loaded.blocks.numbers_of("model.embed_tokens.weight", 32) is None
 
 
 @pytest.mark.parametrize("make", [four_bit_linear, compiled_block_linear])
@@ -60,7 +62,7 @@ def test_the_kernels_multiply_by_what_the_file_says(
     weight = loaded.model.model.layers[1].mlp.down_proj.weight
     if make is compiled_block_linear and not can_compile_blocks(weight):
         pytest.skip("this processor has no such instructions")
-    numbers = loaded.blocks.numbers_of(weight)
+    numbers = loaded.blocks.numbers_of("model.layers.1.mlp.down_proj.weight", weight.shape[1])
     assert numbers is not None
     bias = torch.randn(32).bfloat16()
     result = make(numbers, bias)(torch.eye(64, dtype=torch.bfloat16)).float() - bias.float()
@@ -73,7 +75,8 @@ def test_fused_layers_in_four_bits_agree_with_their_modules(tmp_path: Path) -> N
     attention = loaded.model.model.layers[0].self_attn
     x = torch.randn(3, 32).bfloat16()
     expected = torch.cat([module(x).detach() for module in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
-    linear = LinearMaker(packed=False, blocks=loaded.blocks).make(attention.q_proj, attention.k_proj, attention.v_proj)
+    maker = LinearMaker(dict(loaded.model.state_dict()), packed=False, blocks=loaded.blocks)
+    linear = maker.make(*QKV)
     assert isinstance(linear, by_rows.ByRows)
     assert torch.equal(linear(x), expected)  # nothing has been measured, so all widths take the stock kind
     linear.max_narrow_rows = 2
@@ -88,8 +91,8 @@ def test_fused_compiled_layers_agree_with_their_modules(tmp_path: Path) -> None:
         pytest.skip("this processor has no such instructions, or better ones")
     x = torch.randn(3, 32).bfloat16()
     expected = torch.cat([module(x).detach() for module in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
-    maker = LinearMaker(packed=True, blocks=loaded.blocks, compiled=True)
-    linear = maker.make(attention.q_proj, attention.k_proj, attention.v_proj)
+    maker = LinearMaker(dict(loaded.model.state_dict()), packed=True, blocks=loaded.blocks, compiled=True)
+    linear = maker.make(*QKV)
     maker.choose()  # there is nothing to choose
     assert isinstance(linear, CompiledLinear)
     assert torch.allclose(linear(x).float(), expected.float(), atol=0.02 * float(expected.abs().max()))

@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there_is_named(llama_folder: Path, device_map: str
 
 
 def test_flash_attention_that_is_not_installed_is_named(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parleyd.model.loader.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: False)
     message = startup_error(llama_folder, attn_implementation="flash_attention_2")
     assert message.startswith("--attn-implementation flash_attention_2: ")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,24 +25,27 @@ _logger = logging.getLogger("parleyd.model")
 
 
 class LinearMaker:
-    """`packed`: lay weights out for this CPU. `blocks`: also use the numbers that the weights came from. `compiled`:
-    with the products of `parleyd.cpu_kernels`, where this processor has the instructions."""
+    """Takes them out of `weights`, lest they be held twice.
 
-    def __init__(self, *, packed: bool, blocks: GgufBlocks | None, compiled: bool = False) -> None:
+    `packed`: lay weights out for this CPU. `blocks`: also use the numbers that the weights came from. `compiled`: with
+    the products of `parleyd.cpu_kernels`, where this processor has the instructions.
+    """
+
+    def __init__(
+        self, weights: dict[str, Tensor], *, packed: bool, blocks: GgufBlocks | None, compiled: bool = False
+    ) -> None:
+        self._weights = weights
         self._packed = packed
         self._blocks = blocks
         self._compiled = compiled
         self._by_rows: list[ByRows] = []
 
-    def make(self, *modules: Any, keep: bool = False) -> Linear:
-        """Linear modules of one input as one. Unless `keep`, they let their weights go, lest those be held twice."""
-        weight = torch.cat([module.weight.detach() for module in modules]) if len(modules) > 1 else modules[0].weight
-        weight = weight.detach()
-        bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
-        narrow = self._narrow(weight, bias, modules)
-        if not keep:
-            for module in modules:
-                module.weight = module.bias = None
+    def make(self, *names: str) -> Linear:
+        """The layers of one input with these weights, `[out, in]`, as one."""
+        weight = _joined([self._weights.pop(name) for name in names])
+        biases = [name.removesuffix("weight") + "bias" for name in names]
+        bias = _joined([self._weights.pop(name) for name in biases]) if biases[0] in self._weights else None
+        narrow = self._narrow(weight, bias, names)
         if isinstance(narrow, CompiledLinear) and are_fastest():
             return narrow
         if narrow is None:
@@ -65,13 +67,17 @@ class LinearMaker:
             return compiled_linear(weight, bias)
         return (packed_linear if self._packed and can_pack(weight) else plain_linear)(weight, bias)
 
-    def _narrow(self, weight: Tensor, bias: Tensor | None, modules: tuple[Any, ...]) -> Linear | None:
+    def _narrow(self, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]) -> Linear | None:
         """With the file's own numbers; None where it has none of these weights, or there is no kernel for them."""
         if self._blocks is None:
             return None
-        numbers = concatenated([self._blocks.numbers_of(module.weight) for module in modules])
+        numbers = concatenated([self._blocks.numbers_of(name, weight.shape[1]) for name in names])
         if numbers is None:
             return None
         if self._compiled and can_compile_blocks(weight):
             return compiled_block_linear(numbers, bias)
         return four_bit_linear(numbers, bias) if can_use_four_bits(weight) else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
