@@ -15,7 +15,7 @@ from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
 # Of each of the tests that draw messages, which share the time.
-_EXAMPLES_PER_SECOND = 8
+_EXAMPLES_PER_SECOND = 11
 
 settings.register_profile(
     "fuzz",
