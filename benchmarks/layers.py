@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the worker; must be there before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the worker; must be there before torch
 
 import torch
 from torch import Tensor

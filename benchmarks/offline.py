@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # As the worker process does, and before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import transformers
 from tqdm import tqdm
@@ -37,6 +37,8 @@ from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.worker.load import load
 
 _WARM_UP_SEED = 2**32
+# The engine's threads are bound to one each; peers that are started from here may use them all.
+_CPUS = os.sched_getaffinity(0)
 
 
 class OfflineEngine:
@@ -71,7 +73,13 @@ def run_peer(name: str, peers: Path, concurrency: int, number: int, new_tokens: 
     command += map(str, (concurrency, number, new_tokens))
     environ = {**os.environ, **peer.environ}
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, env=environ
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+        env=environ,
+        preexec_fn=lambda: os.sched_setaffinity(0, _CPUS),
     )
     return Run(**json.loads(done.stdout.splitlines()[-1]))
 

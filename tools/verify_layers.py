@@ -99,7 +99,14 @@ ROOMS = (
     ),
     Room(
         ("parleyd.worker",),
-        imports=("parleyd.engine", "parleyd.ipc", "parleyd.model", "parleyd.telemetry", *SETTINGS),
+        imports=(
+            "parleyd.cpu_kernels.openmp",
+            "parleyd.engine",
+            "parleyd.ipc",
+            "parleyd.model",
+            "parleyd.telemetry",
+            *SETTINGS,
+        ),
     ),
     Room(
         ("parleyd.gateway", "parleyd.rpc"),

@@ -17,6 +17,7 @@ import torch
 from numba import cfunc, config, types
 
 from parleyd.cpu_kernels.numbers import FAST
+from parleyd.cpu_kernels.openmp import openmp
 
 # Known to the linker as soon as `_openmp` has run.
 thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -68,13 +69,8 @@ def _compile(signature: Any, function: Callable[..., None]) -> Any:
 
 @cache
 def _openmp() -> ctypes.CDLL:
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    if not found:
-        raise OSError("torch brings no libgomp")
-    openmp = ctypes.CDLL(str(found[0]))
-    openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    openmp.GOMP_parallel.restype = None
+    library = openmp()
     for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
-        address = ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
         llvm.add_symbol(name, address)
-    return openmp
+    return library

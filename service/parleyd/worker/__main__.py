@@ -12,7 +12,7 @@ from parleyd.worker.process import run
 # OpenMP's threads wait by spinning. Where anything else uses the cores, that makes a forward pass tens of times slower:
 # spin briefly, then sleep. Must be set before torch is imported; what the operator sets stays.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 from parleyd.config import ModelSettings
+from parleyd.cpu_kernels.openmp import bind_threads
 from parleyd.engine.build import build_engine
 from parleyd.engine.engine import Engine
 from parleyd.engine.obstacle import batching_obstacle
@@ -26,6 +27,9 @@ def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     started = time.monotonic()
     name, engine, info = _build(settings)
     info = replace(info, engine=name, max_running=engine.max_running)
+    # Last: threads that are started by a bound one are bound to the same processor, as are those that read weights.
+    if info.device == "cpu" and settings.bind_threads:
+        bind_threads()
     _warm_up(engine, info)
     _logger.info("model ready on %s after %.1f s", info.device, time.monotonic() - started)
     return engine, info
