@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the worker; must be there before torch
+from parleyd.worker.openmp import openmp_variables
+
+os.environ.update(openmp_variables(os.environ))  # as in the worker; must be there before torch
 
 import torch
 from torch import Tensor

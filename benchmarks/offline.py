@@ -17,8 +17,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from parleyd.worker.openmp import openmp_variables
+
 # As the worker process does, and before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.update(openmp_variables(os.environ, "--no-bind-threads" not in " ".join(sys.argv)))
 
 import transformers
 from tqdm import tqdm
@@ -37,8 +39,6 @@ from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.worker.load import load
 
 _WARM_UP_SEED = 2**32
-# The engine's threads are bound to one each; peers that are started from here may use them all.
-_CPUS = os.sched_getaffinity(0)
 
 
 class OfflineEngine:
@@ -71,7 +71,8 @@ def run_peer(name: str, peers: Path, concurrency: int, number: int, new_tokens: 
     program = [str(peers / peer.environment / "bin" / "python"), "-m", f"benchmarks.peers.{peer.engine}"]
     command = [*program, "--model", peer.model(peers), "--offline"]
     command += map(str, (concurrency, number, new_tokens))
-    environ = {**os.environ, **peer.environ}
+    ours = ("GOMP_SPINCOUNT", "OMP_PROC_BIND")
+    environ = {name: value for name, value in os.environ.items() if name not in ours} | dict(peer.environ)
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -79,9 +80,14 @@ def run_peer(name: str, peers: Path, concurrency: int, number: int, new_tokens: 
         text=True,
         check=True,
         env=environ,
-        preexec_fn=lambda: os.sched_setaffinity(0, _CPUS),
+        preexec_fn=_use_all_processors,
     )
     return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _use_all_processors() -> None:
+    # The thread that peers are started from is bound to one of them.
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def main() -> int:

@@ -99,14 +99,7 @@ ROOMS = (
     ),
     Room(
         ("parleyd.worker",),
-        imports=(
-            "parleyd.cpu_kernels.openmp",
-            "parleyd.engine",
-            "parleyd.ipc",
-            "parleyd.model",
-            "parleyd.telemetry",
-            *SETTINGS,
-        ),
+        imports=("parleyd.engine", "parleyd.ipc", "parleyd.model", "parleyd.telemetry", *SETTINGS),
     ),
     Room(
         ("parleyd.gateway", "parleyd.rpc"),

@@ -82,7 +82,7 @@ class ModelSettings:
     lean_layers: bool = _option(True, "Run the Llama, Mistral and Qwen families without transformers' own modules.")
     cpu_kernels: bool = _option(True, "On a CPU, compute in bfloat16 with kernels compiled for it.")
     bind_threads: bool = _option(
-        True, "On a CPU, compute on one thread for each processor, bound to it, where there are as many."
+        True, "Bind the threads that compute on a CPU to a processor each, where there are as many."
     )
     packed_linear: bool = _option(True, "Lay bfloat16 weights out for the CPU at load.")
     four_bit_linear: bool = _option(

@@ -15,9 +15,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from parleyd.worker.openmp import openmp_variables
 from tests.support.requests import ask, reason_of
 from tests.support.served import ServedProcess, serve_until_exit
 
+CPUS = sorted(os.sched_getaffinity(0))
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -70,6 +72,28 @@ def test_a_killed_worker_is_replaced_and_the_gateways_death_ends_its_worker() ->
         while Path(f"/proc/{replacement}").exists():
             assert time.monotonic() < deadline, "the worker outlived its gateway"
             time.sleep(0.01)
+
+
+@pytest.mark.skipif("OMP_PROC_BIND" not in openmp_variables({}), reason="this machine has two threads a core")
+@pytest.mark.parametrize("arguments", [(), ("--engine", "generate")], ids=["batching", "generate"])
+def test_the_threads_that_compute_have_a_processor_each(arguments: tuple[str, ...]) -> None:
+    with ServedProcess(*arguments) as served:
+        served.wait_health()
+        served.stub.Generate(ask("Say hello.", max_new_tokens=4), timeout=60)
+        bound = [cpus for cpus in _affinities(served) if len(cpus) == 1]
+        assert sorted(set(map(tuple, bound))) == [(cpu,) for cpu in CPUS]
+
+
+def test_threads_are_left_to_the_kernel_where_that_is_wanted() -> None:
+    with ServedProcess("--no-bind-threads") as served:
+        served.wait_health()
+        assert all(cpus == CPUS for cpus in _affinities(served))
+
+
+def _affinities(served: ServedProcess) -> list[list[int]]:
+    """The processors of each thread of the worker."""
+    (worker,) = served.worker_pids()
+    return [sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir(f"/proc/{worker}/task")]
 
 
 def test_sigterm_right_after_the_port_is_bound_exits_0() -> None:

@@ -17,7 +17,6 @@ import torch
 from numba import cfunc, config, types
 
 from parleyd.cpu_kernels.numbers import FAST
-from parleyd.cpu_kernels.openmp import openmp
 
 # Known to the linker as soon as `_openmp` has run.
 thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -48,9 +47,12 @@ class Kernel:
         self._compiled = _compile("void(CPointer(int64))", function)
 
     def __call__(self, max_threads: int, *arguments: int) -> None:
-        """Returns when all threads have. `max_threads`: there is nothing to do for more."""
+        """Returns when all threads have, or the only one. `max_threads`: there is nothing to do for more.
+
+        It is all of them or one: of a smaller team libgomp ends the others, and starts them anew for the next.
+        """
         array = (ctypes.c_int64 * len(arguments))(*arguments)
-        self._parallel(self._compiled.address, array, min(torch.get_num_threads(), max_threads), 0)
+        self._parallel(self._compiled.address, array, torch.get_num_threads() if max_threads > 1 else 1, 0)
 
 
 def bits_of(value: float) -> int:
@@ -69,8 +71,13 @@ def _compile(signature: Any, function: Callable[..., None]) -> Any:
 
 @cache
 def _openmp() -> ctypes.CDLL:
-    library = openmp()
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    if not found:
+        raise OSError("torch brings no libgomp")
+    openmp = ctypes.CDLL(str(found[0]))
+    openmp.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    openmp.GOMP_parallel.restype = None
     for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
-        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        address = ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value
         llvm.add_symbol(name, address)
-    return library
+    return openmp

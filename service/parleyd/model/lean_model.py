@@ -76,8 +76,14 @@ def can_be_lean(model: PreTrainedModel) -> bool:
         and getattr(config, "hidden_act", None) == "silu"
         and all(parameter.device == model.device for parameter in model.parameters())
         and getattr(model, "hf_quantizer", None) is None  # its layers, or their weights, are not plain ones
-        and all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in decoder.layers)
+        and all(type(module) is torch.nn.Linear for layer in decoder.layers for module in _linears(layer))
     )
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 def lean_shape(model: PreTrainedModel) -> LeanShape:

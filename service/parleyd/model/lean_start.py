@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable
+import os
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from parleyd.config import ModelSettings
-from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
-from parleyd.model.cache import cache_key, cache_root, cached_folder
+from parleyd.model.cache import cache_key, cache_root
 from parleyd.model.files import ModelFiles
 from parleyd.model.lean_model import LeanModel, LeanShape, can_be_lean, lean_shape, lean_weights
 from parleyd.model.memory import is_on_cpu
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("parleyd.model")
 
-# Part of the cache's key: raise it with every change to what is remembered.
+# Part of the key: raise it with every change to what is remembered.
 _VERSION = 1
-_FILE = "model.json"
+_SMALL = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -45,71 +46,76 @@ class _Memory:
     names: tuple[str, ...]
 
 
-def recall(settings: ModelSettings, files: ModelFiles) -> tuple[LeanModel, ModelInfo] | None:
-    """The model as transformers would load it, if it has done so before; None where it has to do it now."""
-    if not _is_plain(settings, files):
-        return None
-    path = _folder(settings, files) / _FILE
-    try:
-        memory = msgspec.json.decode(path.read_bytes(), type=_Memory)
-    except (OSError, msgspec.DecodeError):
-        return None
-    info = replace(memory.info, tokenizer_dir=str(files.tokenizer_dir.resolve()))
-    return LeanModel(memory.shape, _read_weights(files, memory.names, getattr(torch, info.dtype))), info
-
-
-def remember(settings: ModelSettings, files: ModelFiles, model: PreTrainedModel, info: ModelInfo) -> None:
-    """Lets the next start recall a model that transformers has just loaded, if it can be."""
-    if not (_is_plain(settings, files) and model.device.type == "cpu" and can_be_lean(model)):
-        return
-    weights = lean_weights(model)
-    if not _are_as_in_files(weights, files):
-        return
-    memory = _Memory(info, lean_shape(model), tuple(weights))
-    folder = _folder(settings, files)
-    try:
-        cached_folder(folder.parent, folder.name, lambda into: _write(into / _FILE, memory))
-    except StartupError as error:  # it starts all the same
-        _logger.debug("the model is not remembered: %s", error)
-
-
-def _is_plain(settings: ModelSettings, files: ModelFiles) -> bool:
-    """Whether nothing is asked for that only transformers does."""
-    return (
+def place_of(settings: ModelSettings, files: ModelFiles) -> Path | None:
+    """The file in which the model is remembered, a new one whenever something about it changes; None where something
+    is asked for that only transformers does."""
+    is_plain = (
         settings.engine == "batching"
         and settings.lean_layers
         and settings.attn_implementation == settings.quantization == "auto"
         and not settings.trust_remote_code
         and not files.checkpoint.is_pickled
+        and not (files.folder / "adapter_config.json").exists()
         and is_on_cpu(settings.device_map)
     )
+    if not is_plain:
+        return None
+    described_by = [path for path in sorted(files.folder.glob("*.json")) if path.is_file()]
+    # Some tools set all files' times to the same.
+    contents = zlib.crc32(b"".join(path.read_bytes() for path in described_by if path.name in _SMALL))
+    version = (_VERSION, importlib.metadata.version("transformers"), settings.dtype, settings.device_map, contents)
+    key = cache_key(repr(version), *described_by, *files.checkpoint.weight_files)
+    return cache_root(settings.cache) / f"{files.folder.resolve().name}-{key}.lean.json"
 
 
-def _folder(settings: ModelSettings, files: ModelFiles) -> Path:
-    version = f"{_VERSION} {importlib.metadata.version('transformers')} {settings.dtype}"
-    described_by = sorted(files.folder.glob("*.json"))
-    key = cache_key(version, *described_by, *files.checkpoint.weight_files)
-    return cache_root(settings.cache) / f"{files.folder.resolve().name}-lean-{key}"
+def recall(place: Path, files: ModelFiles) -> tuple[LeanModel, ModelInfo] | None:
+    """The model as transformers would load it, if it has done so before; None where it has to do it now, be it to tell
+    what is wrong."""
+    try:
+        memory = msgspec.json.decode(place.read_bytes(), type=_Memory)
+        weights = dict(_read_weights(files, memory.names, getattr(torch, memory.info.dtype)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, MemoryError, RuntimeError, SafetensorError):
+        _logger.debug("%s is of no use", place, exc_info=True)
+        return None
+    info = replace(memory.info, tokenizer_dir=str(files.tokenizer_dir.resolve()))
+    return LeanModel(memory.shape, weights), info
 
 
-def _write(path: Path, memory: _Memory) -> None:
-    path.write_bytes(msgspec.json.encode(memory))
+def remember(place: Path, files: ModelFiles, model: PreTrainedModel, info: ModelInfo) -> None:
+    """Lets the next start recall a model that transformers has just loaded, if it can be."""
+    if model.device.type != "cpu" or not can_be_lean(model):
+        return
+    weights = lean_weights(model)
+    if not _are_as_in_files(weights, files):
+        return
+    temporary = place.with_suffix(f".{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.encode(_Memory(info, lean_shape(model), tuple(weights))))
+        temporary.replace(place)
+    except OSError as error:  # it starts all the same
+        _logger.debug("the model is not remembered: %s", error)
 
 
 def _are_as_in_files(weights: dict[str, Tensor], files: ModelFiles) -> bool:
+    """One by one, lest all be held twice."""
+    dtype = next(iter(weights.values())).dtype
     try:
-        read = _read_weights(files, weights, next(iter(weights.values())).dtype)
+        read = _read_weights(files, weights, dtype)
+        return all(weights[name].dtype == dtype and torch.equal(weights[name], weight) for name, weight in read)
     except KeyError:
         return False
-    return all(torch.equal(read[name], weight) for name, weight in weights.items())
 
 
-def _read_weights(files: ModelFiles, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_weights(files: ModelFiles, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Raises KeyError where the files do not have them all."""
     place: dict[str, Any] = {}
     with ExitStack() as stack:
         for path in files.checkpoint.weight_files:
             file: Any = stack.enter_context(safe_open(path, framework="pt"))
             place |= dict.fromkeys(file.keys(), file)
-        # Copies: what is only mapped would be read again whenever its pages were dropped.
-        return {name: place[name].get_tensor(name).to(dtype, copy=True) for name in names}
+        for name in names:
+            # A copy: what is only mapped would be read again whenever its pages were dropped.
+            yield name, place[name].get_tensor(name).to(dtype, copy=True)

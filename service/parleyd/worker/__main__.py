@@ -7,12 +7,8 @@ import sys
 from parleyd.config import ModelSettings
 from parleyd.engine.engine import Engine
 from parleyd.generation import ModelInfo
+from parleyd.worker.openmp import openmp_variables
 from parleyd.worker.process import run
-
-# OpenMP's threads wait by spinning. Where anything else uses the cores, that makes a forward pass tens of times slower:
-# spin briefly, then sleep. Must be set before torch is imported; what the operator sets stays.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
@@ -20,11 +16,30 @@ def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     # Collecting garbage among the million objects that imports make costs a fifth of the start. They stay
     # for good, so later collections need not look at them either.
     gc.disable()
-    from parleyd.worker.load import load
-
-    loaded = load(settings)
+    variables = openmp_variables(os.environ, settings.bind_threads)
+    os.environ.update(variables)
+    loaded = _load_unbound(settings) if "OMP_PROC_BIND" in variables else _load(settings)
     gc.freeze()
     gc.enable()
+    return loaded
+
+
+def _load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
+    from parleyd.worker.load import load
+
+    return load(settings)
+
+
+def _load_unbound(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
+    """Where OpenMP binds threads, this one is bound as torch is imported, and so is all that it starts from then on,
+    such as the threads that read the weights: not while it loads."""
+    all_processors = os.sched_getaffinity(0)
+    from parleyd.worker.load import load
+
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, all_processors)
+    loaded = load(settings)
+    os.sched_setaffinity(0, own)
     return loaded
 
 

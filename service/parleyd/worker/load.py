@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 
 from parleyd.config import ModelSettings
-from parleyd.cpu_kernels.openmp import bind_threads
 from parleyd.engine.build import build_engine
 from parleyd.engine.engine import Engine
 from parleyd.engine.obstacle import batching_obstacle
@@ -27,9 +26,6 @@ def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     started = time.monotonic()
     name, engine, info = _build(settings)
     info = replace(info, engine=name, max_running=engine.max_running)
-    # Last: threads that are started by a bound one are bound to the same processor, as are those that read weights.
-    if info.device == "cpu" and settings.bind_threads:
-        bind_threads()
     _warm_up(engine, info)
     _logger.info("model ready on %s after %.1f s", info.device, time.monotonic() - started)
     return engine, info
@@ -37,14 +33,15 @@ def load(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
 
 def _build(settings: ModelSettings) -> tuple[str, Engine, ModelInfo]:
     files = find_files(settings)
-    if (recalled := lean_start.recall(settings, files)) is not None:
+    place = lean_start.place_of(settings, files)
+    if place is not None and (recalled := lean_start.recall(place, files)) is not None:
         model, info = recalled
         return *build_engine(settings, model, info, open_blocks(files.folder)), info
     from parleyd.model.loader import load_model  # imports transformers' model code
 
     loaded = load_model(settings, files)
-    if batching_obstacle(loaded.model) is None:
-        lean_start.remember(settings, files, loaded.model, loaded.info)
+    if place is not None and batching_obstacle(loaded.model) is None:
+        lean_start.remember(place, files, loaded.model, loaded.info)
     return *build_engine(settings, loaded.model, loaded.info, loaded.blocks), loaded.info
 
 

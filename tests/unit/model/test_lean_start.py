@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from gguf import GGMLQuantizationType
 from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
+from parleyd.generation import ModelInfo
 from parleyd.model import lean_start
 from parleyd.model.files import find_files
 from parleyd.model.lean_model import LeanModel, lean_weights
@@ -51,15 +53,28 @@ def settings_of(model: Path, cache: Path, **settings: Any) -> ModelSettings:
 
 def first_start(settings: ModelSettings) -> LoadedModel:
     """As the worker's."""
+    assert recall(settings) is None
     files = find_files(settings)
-    assert lean_start.recall(settings, files) is None
     loaded = load_model(settings, files)
-    lean_start.remember(settings, files, loaded.model, loaded.info)
+    if (place := lean_start.place_of(settings, files)) is not None:
+        lean_start.remember(place, files, loaded.model, loaded.info)
     return loaded
 
 
+def recall(settings: ModelSettings) -> tuple[LeanModel, ModelInfo] | None:
+    files = find_files(settings)
+    place = lean_start.place_of(settings, files)
+    return None if place is None else lean_start.recall(place, files)
+
+
+def place_of(settings: ModelSettings) -> Path:
+    place = lean_start.place_of(settings, find_files(settings))
+    assert place is not None
+    return place
+
+
 def assert_recalled(settings: ModelSettings, loaded: LoadedModel) -> None:
-    recalled = lean_start.recall(settings, find_files(settings))
+    recalled = recall(settings)
     assert recalled is not None
     model, info = recalled
     assert info == loaded.info
@@ -112,11 +127,49 @@ def test_whatever_changes_is_read_anew(tmp_path: Path, change: str) -> None:
     settings = settings_of(folder, tmp_path / "cache")
     first_start(settings)
     if change.endswith(".json"):
+        before = (folder / change).stat()
         edit_json(folder / change, eos_token_id=7)
+        os.utime(folder / change, ns=(before.st_atime_ns, before.st_mtime_ns))
     else:
         (folder / change).touch()
     loaded = first_start(settings)
     assert_recalled(settings, loaded)
+
+
+def test_a_file_that_leads_nowhere_is_passed_over(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "Llama")
+    (folder / "lost.json").symlink_to(tmp_path / "nowhere")
+    settings = settings_of(folder, tmp_path / "cache")
+    assert_recalled(settings, first_start(settings))
+
+
+@pytest.mark.parametrize("broken", [b"", b'{"names":["\xff"]}', b'{"info": 1}'])
+def test_a_broken_memory_is_made_anew(tmp_path: Path, broken: bytes) -> None:
+    settings = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache")
+    first_start(settings)
+    place_of(settings).write_bytes(broken)
+    assert_recalled(settings, first_start(settings))
+
+
+def test_weights_that_cannot_be_read_are_left_to_transformers_to_explain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache")
+    first_start(settings)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("I/O error")
+
+    monkeypatch.setattr(lean_start, "safe_open", fail)
+    assert recall(settings) is None
+
+
+def test_with_an_adapter_it_is_another_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "Llama")
+    settings = settings_of(folder, tmp_path / "cache")
+    first_start(settings)
+    (folder / "adapter_config.json").write_text("{}")
+    assert recall(settings) is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +184,7 @@ def test_other_settings_are_not_answered_from_memory(tmp_path: Path, settings: d
     plain = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache")
     first_start(plain)
     other = replace(plain, **settings)
-    assert lean_start.recall(other, find_files(other)) is None
+    assert recall(other) is None
 
 
 def test_families_without_lean_layers_are_not_remembered(tmp_path: Path) -> None:
@@ -146,7 +199,7 @@ def test_weights_that_transformers_changes_as_it_loads_are_not_remembered(tmp_pa
     loaded = load_model(settings, files)
     with torch.no_grad():
         loaded.model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
-    lean_start.remember(settings, files, loaded.model, loaded.info)
+    lean_start.remember(place_of(settings), files, loaded.model, loaded.info)
     assert folders(tmp_path / "cache") == []
 
 

@@ -1,0 +1,52 @@
+"""What the worker adds to the environment before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parleyd.worker import openmp
+
+BOUND = {"GOMP_SPINCOUNT": "1000", "OMP_PROC_BIND": "true"}
+UNBOUND = {"GOMP_SPINCOUNT": "1000"}
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which the kernel tells of hyperthreads; there are none at first."""
+    path = tmp_path / "active"
+    path.write_text("0\n")
+    monkeypatch.setattr(openmp, "_HYPERTHREADING", path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("environ", "added"),
+    [
+        ({}, BOUND),
+        ({"OMP_NUM_THREADS": "2"}, UNBOUND),
+        ({"MKL_NUM_THREADS": "2"}, UNBOUND),
+        ({"OMP_PROC_BIND": "false"}, UNBOUND),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_PROC_BIND": "true"}),
+        ({"OMP_WAIT_POLICY": "passive"}, {"OMP_PROC_BIND": "true"}),
+    ],
+)
+@pytest.mark.usefixtures("machine")
+def test_what_the_operator_says_stays(environ: dict[str, str], added: dict[str, str]) -> None:
+    assert openmp.openmp_variables(environ) == added
+
+
+@pytest.mark.usefixtures("machine")
+def test_threads_are_not_bound_against_the_settings() -> None:
+    assert openmp.openmp_variables({}, bind_threads=False) == UNBOUND
+
+
+def test_with_two_threads_a_core_there_are_more_processors_than_threads(machine: Path) -> None:
+    machine.write_text("1\n")
+    assert openmp.openmp_variables({}) == UNBOUND
+
+
+def test_where_the_kernel_does_not_tell_nothing_is_bound(machine: Path) -> None:
+    machine.unlink()
+    assert openmp.openmp_variables({}) == UNBOUND
