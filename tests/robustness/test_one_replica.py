@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.robustness.failpoints import FAULTS, SLOW_READER_TIMEOUT_S, WORKER_TIMEOUT_S, Failpoint
+from tests.robustness.failpoints import FAULTS, SLOW_READER_TIMEOUT_S, WORKER_TIMEOUT_S, Failpoint, is_anyone_suspected
 from tests.robustness.traffic import Traffic
 from tests.robustness.validators import Belongings, assert_idle, assert_no_leaks, assert_no_orphans
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
@@ -18,6 +18,7 @@ from tests.support.requests import ask
 pytestmark = pytest.mark.timeout(0)
 
 _NUM_CLIENTS = 24
+_MAX_POLLS = 500
 
 
 @pytest.fixture
@@ -68,6 +69,10 @@ async def _traffic_under_faults(
         chance.shuffle(planned)
         while time.monotonic() < end or planned:
             failpoint = planned.pop() if planned else chance.choice(FAULTS)
+            for _ in range(_MAX_POLLS):
+                if not is_anyone_suspected(gateway):
+                    break
+                await asyncio.sleep(0.01)
             await failpoint(gateway, chance)
             dealt.append(failpoint.__name__)
             await asyncio.sleep(chance.uniform(0.2, 1.2))
