@@ -96,18 +96,19 @@ def multiply_share() -> Function:
     def apply(share, num_shares, x, codes, scales, packed, bias_at, num_bits, product, num_rows, num_outs, num_ins):
         num_groups = num_outs // LANES
         group_bytes = 2 * LANES * num_ins if num_bits == 16 else num_ins // BLOCK_SIZE * block_bytes(num_bits)
-        for group in range(num_groups * share // num_shares, num_groups * (share + 1) // num_shares):
-            weights, columns = packed + group * group_bytes, product + group * 2 * LANES
-            if num_bits == 4:
-                multiply_rows(4, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
-            elif num_bits == 8:
-                multiply_rows(8, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
-            else:
-                multiply_rows(16, weights, x, 0, num_ins, num_rows, columns, 2 * num_outs)
-            if bias_at:
-                bias = bfloat16_array(bias_at, (num_groups, LANES))
-                products = bfloat16_array(product, (num_rows, num_groups, LANES))
-                for row in range(num_rows):
+        first, end = num_groups * share // num_shares, num_groups * (share + 1) // num_shares
+        num_own, weights, columns = end - first, packed + first * group_bytes, product + first * 2 * LANES
+        if num_bits == 4:
+            multiply_rows(4, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
+        elif num_bits == 8:
+            multiply_rows(8, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
+        else:
+            multiply_rows(16, num_own, weights, x, 0, num_ins, num_rows, columns, 2 * num_outs)
+        if bias_at:
+            bias = bfloat16_array(bias_at, (num_groups, LANES))
+            products = bfloat16_array(product, (num_rows, num_groups, LANES))
+            for row in range(num_rows):
+                for group in range(first, end):
                     for lane in range(LANES):
                         summed = widened(products[row, group, lane]) + widened(bias[group, lane])
                         products[row, group, lane] = rounded(summed)

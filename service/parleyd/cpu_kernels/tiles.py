@@ -1,6 +1,6 @@
-"""The innermost loops of a matrix product: LANES columns of it, all rows, a tile of up to eight rows at a time.
+"""The innermost loops of a matrix product: LANES or twice as many columns of it, a tile of up to eight rows at a time.
 
-Each tile brings the weights of the LANES columns after these nearer while it computes: the processor by itself is late.
+Each tile brings the weights of the columns after these nearer while it computes: the processor by itself is late.
 Whatever the tile, a row's sums are taken in the same order: they do not depend on how many rows there are.
 """
 
@@ -20,6 +20,9 @@ SCALES_BYTES = 2 * 2 * LANES  # of LANES blocks, float16
 UNROLLED_INS = 8
 
 _MAX_ROWS = 8
+# From so many rows on, it is the processor and not memory that takes the time, and two groups of columns side by side
+# keep it busier: eight sums alone would wait for each other's additions.
+_MIN_ROWS_OF_PAIRS = 16
 
 
 @njit
@@ -31,6 +34,7 @@ def block_bytes(num_bits):
 class _Operands(NamedTuple):
     """Of `multiply_rows`, int64 values of the function that calls it."""
 
+    num_groups: Any
     weights: Any
     x: Any
     scales: Any
@@ -41,12 +45,12 @@ class _Operands(NamedTuple):
 
 
 @intrinsic(prefer_literal=True)
-def multiply_rows(context, num_bits, weights, x, scales, num_ins, num_rows, product, product_stride):
-    """Rows times LANES columns. `num_bits`: of a weight, a constant; 4 and 8 are whole numbers, 16 bfloat16.
+def multiply_rows(context, num_bits, num_groups, weights, x, scales, num_ins, num_rows, product, product_stride):
+    """Rows times groups of LANES columns. `num_bits`: of a weight, a constant; 4 and 8 are whole numbers, 16 bfloat16.
 
     Addresses: `weights`: as `products.pack…` lays them out; `x`: `[rows, in]`, bfloat16 for those weights, else int8;
     `scales`: of int8, float32 `[2, rows, in / BLOCK_SIZE]`: each block's, and the same times the block's sum;
-    `product`: where the first row's LANES columns belong, bfloat16, with `product_stride` bytes to the next row's.
+    `product`: where the first row's columns belong, bfloat16, with `product_stride` bytes to the next row's.
     """
     bits = num_bits.literal_value
 
@@ -58,78 +62,116 @@ def multiply_rows(context, num_bits, weights, x, scales, num_ins, num_rows, prod
 
 
 class _Product:
-    """Emits the loops over tiles and columns."""
+    """Emits the loops over columns and tiles. A tile's sums are in order of its rows, then of its groups of columns."""
 
     def __init__(self, builder: Any, num_bits: int, operands: _Operands) -> None:
         self._builder = builder
         self._emit = Emitter(builder)
         self._num_bits = num_bits
         self._operands = operands
+        num_ins = operands.num_ins
+        self._num_blocks = builder.udiv(num_ins, num_ins.type(BLOCK_SIZE))
+        zero = num_ins.type(0)
+        if num_bits == 16:
+            self._group_bytes = self._emit.at(zero, num_ins, 2 * LANES)
+        else:
+            self._group_bytes = self._emit.at(zero, self._num_blocks, block_bytes.py_func(num_bits))
 
     def emit(self) -> None:
+        """Pairs of groups where there are enough rows, then what is left, one by one."""
+        builder, num_groups, num_rows = self._builder, self._operands.num_groups, self._operands.num_rows
+        kind = num_rows.type
+        has_pairs = builder.icmp_unsigned(">=", num_rows, kind(_MIN_ROWS_OF_PAIRS))
+        num_paired = builder.select(has_pairs, builder.and_(num_groups, kind(-2)), kind(0))
+        for start, end, width in ((kind(0), num_paired, 2), (num_paired, num_groups, 1)):
+            with cgutils.for_range_slice(builder, start, end, kind(width)) as (group, _):
+                self._columns([builder.add(group, kind(index)) for index in range(width)])
+
+    def _columns(self, groups: list[Any]) -> None:
         """Tiles of the most rows, then those that are left, as a sum of powers of two."""
         builder, num_rows = self._builder, self._operands.num_rows
         kind, size = num_rows.type, _MAX_ROWS
         with cgutils.for_range(builder, builder.udiv(num_rows, kind(size))) as tiles:
-            self._tile(builder.mul(tiles.index, kind(size)), size)
+            self._tile(groups, builder.mul(tiles.index, kind(size)), size)
         while size := size // 2:
             with builder.if_then(builder.icmp_unsigned("!=", builder.and_(num_rows, kind(size)), kind(0))):
-                self._tile(builder.and_(num_rows, kind(-2 * size)), size)
+                self._tile(groups, builder.and_(num_rows, kind(-2 * size)), size)
 
-    def _tile(self, first_row: Any, size: int) -> None:
+    def _tile(self, groups: list[Any], first_row: Any, size: int) -> None:
+        emit, operands = self._emit, self._operands
         rows = [self._builder.add(first_row, first_row.type(index)) for index in range(size)]
-        products = (self._bfloat16 if self._num_bits == 16 else self._blocks)(rows)
-        for row, sums in zip(rows, products, strict=True):
-            self._emit.store_bfloat16(self._emit.at(self._operands.product, row, self._operands.product_stride), sums)
+        weights = [emit.at(operands.weights, group, self._group_bytes) for group in groups]
+        sums = iter((self._bfloat16 if self._num_bits == 16 else self._blocks)(weights, rows))
+        for row in rows:
+            for group in groups:
+                columns = emit.at(operands.product, group, 2 * LANES)
+                emit.store_bfloat16(emit.at(columns, row, operands.product_stride), next(sums))
 
-    def _bfloat16(self, rows: list[Any]) -> list[Any]:
+    def _bfloat16(self, weights: list[Any], rows: list[Any]) -> list[Any]:
         emit, builder, operands = self._emit, self._builder, self._operands
         row_bytes = builder.mul(operands.num_ins, operands.num_ins.type(2))
         inputs = [emit.at(operands.x, row, row_bytes) for row in rows]
 
         def add(index: Any, sums: list[Any]) -> list[Any]:
-            weights = emit.at(operands.weights, index, UNROLLED_INS // 2 * VECTOR_BYTES)
+            here = [emit.at(address, index, UNROLLED_INS // 2 * VECTOR_BYTES) for address in weights]
             for pair in range(UNROLLED_INS // 2):
-                emit.prefetch(emit.at(emit.at(weights, pair, VECTOR_BYTES), operands.num_ins, 2 * LANES))
-                columns = emit.load_ints(emit.at(weights, pair, VECTOR_BYTES))
-                for row, address in enumerate(inputs):
-                    x = emit.repeat_int(emit.at(emit.at(address, index, 2 * UNROLLED_INS), 4 * pair))
-                    sums[row] = emit.add_products_of_bfloat16(sums[row], columns, x)
+                columns = self._lines(here, pair)
+                # Each is used as soon as it is repeated: repeating all of them first takes half as long again.
+                x = (emit.repeat_int(emit.at(emit.at(row, index, 2 * UNROLLED_INS), 4 * pair)) for row in inputs)
+                earlier = iter(sums)
+                sums = [emit.add_products_of_bfloat16(next(earlier), column, one) for one in x for column in columns]
             return sums
 
-        return emit.sums(len(rows), builder.udiv(operands.num_ins, operands.num_ins.type(UNROLLED_INS)), add)
+        num_turns = builder.udiv(operands.num_ins, operands.num_ins.type(UNROLLED_INS))
+        return emit.sums(len(rows) * len(weights), num_turns, add)
 
-    def _blocks(self, rows: list[Any]) -> list[Any]:
+    def _blocks(self, weights: list[Any], rows: list[Any]) -> list[Any]:
         emit, builder, operands = self._emit, self._builder, self._operands
-        num_blocks = builder.udiv(operands.num_ins, operands.num_ins.type(BLOCK_SIZE))
-        scaled_sums = emit.at(operands.scales, builder.mul(operands.num_rows, num_blocks), 4)
+        num_bytes = block_bytes.py_func(self._num_bits)
+        scaled_sums = emit.at(operands.scales, builder.mul(operands.num_rows, self._num_blocks), 4)
 
         def add(index: Any, sums: list[Any]) -> list[Any]:
-            num_bytes = block_bytes.py_func(self._num_bits)
-            weights = emit.at(operands.weights, index, num_bytes)
-            for line in range(num_bytes // VECTOR_BYTES):
-                emit.prefetch(emit.at(emit.at(weights, line, VECTOR_BYTES), num_blocks, num_bytes))
-            scales, minima = emit.load_halves(weights), emit.load_halves(emit.at(weights, SCALES_BYTES // 2))
-            numbers = self._numbers(emit.at(weights, SCALES_BYTES))
-            for place, row in enumerate(rows):
-                block = builder.add(index, builder.mul(row, num_blocks))
-                dot = emit.ints(0)
-                for quad, vector in enumerate(numbers):
-                    codes = emit.repeat_int(emit.at(emit.at(operands.x, block, BLOCK_SIZE), 4 * quad))
-                    dot = emit.add_products_of_bytes(dot, vector, codes)
-                scale = emit.multiply(scales, emit.repeat_float(emit.at(operands.scales, block, 4)))
-                total = emit.add_product(sums[place], emit.to_floats(dot), scale)
-                sums[place] = emit.add_product(total, minima, emit.repeat_float(emit.at(scaled_sums, block, 4)))
-            return sums
+            here = [emit.at(address, index, num_bytes) for address in weights]
+            blocks = [builder.add(index, builder.mul(row, self._num_blocks)) for row in rows]
+            dots = self._dots(here, blocks)
+            of_columns = [[emit.load_halves(emit.at(one, place)) for place in (0, SCALES_BYTES // 2)] for one in here]
+            dot, earlier = iter(dots), iter(sums)
+            added = []
+            for block in blocks:
+                row_scale, row_sum = (
+                    emit.repeat_float(emit.at(one, block, 4)) for one in (operands.scales, scaled_sums)
+                )
+                for scale, minimum in of_columns:
+                    whole = emit.to_floats(next(dot))
+                    total = emit.add_product(next(earlier), whole, emit.multiply(scale, row_scale))
+                    added.append(emit.add_product(total, minimum, row_sum))
+            return added
 
-        return emit.sums(len(rows), num_blocks, add)
+        return emit.sums(len(rows) * len(weights), self._num_blocks, add)
 
-    def _numbers(self, address: Any) -> list[Any]:
-        """A block's: for each four columns a vector."""
+    def _dots(self, weights: list[Any], blocks: list[Any]) -> list[Any]:
+        """Of a block of each row and one of each group's columns, in whole numbers."""
+        emit, operands = self._emit, self._operands
+        dots = [emit.ints(0)] * (len(blocks) * len(weights))
+        self._prefetch(weights, 0)  # the scales
+        num_lines = BLOCK_SIZE // 4 * self._num_bits // 8
+        for line in range(num_lines):
+            vectors = self._lines(weights, SCALES_BYTES // VECTOR_BYTES + line)
+            # The low halves of its bytes are of four columns, the high ones of four that come after all low ones.
+            quads = [vectors] if self._num_bits == 8 else zip(*map(emit.nibbles, vectors), strict=True)
+            for half, columns in enumerate(quads):
+                place = 4 * (line + half * num_lines)
+                codes = (emit.repeat_int(emit.at(emit.at(operands.x, block, BLOCK_SIZE), place)) for block in blocks)
+                earlier = iter(dots)
+                dots = [emit.add_products_of_bytes(next(earlier), column, code) for code in codes for column in columns]
+        return dots
+
+    def _lines(self, weights: list[Any], index: int) -> list[Any]:
+        """A vector of each group's weights; brings nearer those of the groups after these."""
+        self._prefetch(weights, index)
+        return [self._emit.load_ints(self._emit.at(address, index, VECTOR_BYTES)) for address in weights]
+
+    def _prefetch(self, weights: list[Any], index: int) -> None:
         emit = self._emit
-        num_vectors = BLOCK_SIZE // 4 * self._num_bits // 8
-        vectors = [emit.load_ints(emit.at(address, index, VECTOR_BYTES)) for index in range(num_vectors)]
-        if self._num_bits == 8:
-            return vectors
-        low, high = zip(*map(emit.nibbles, vectors), strict=True)
-        return [*low, *high]
+        for address in weights:
+            emit.prefetch(emit.at(emit.at(address, index, VECTOR_BYTES), len(weights), self._group_bytes))
