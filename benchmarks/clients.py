@@ -89,4 +89,5 @@ def _to_proto(request: Request) -> chat_pb2.GenerateRequest:
         generation_config=generation_pb2.GenerationConfig(
             max_new_tokens=request.new_tokens, ignore_eos=True, do_sample=False
         ),
+        priority=request.priority,
     )

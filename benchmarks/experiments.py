@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -105,7 +106,7 @@ def interference(server: Server, duration_s: float = 20.0, streams: int = 8, arr
 
 
 def queue_cost(window_s: float = 8.0, streams: int = 64, num_queued: int = 10_000) -> list[Row]:
-    """Tokens/s of running streams with many requests queued behind them, over those with none, before and after."""
+    """Tokens/s of running streams with many requests queued behind them, over those with none before and after."""
     admin_port = _free_port()
     # One client may have eight ninths of the places.
     places, tokens = 2 * num_queued, 2 * num_queued * _MAX_PROMPT_TOKENS
@@ -129,34 +130,57 @@ def queue_cost(window_s: float = 8.0, streams: int = 64, num_queued: int = 10_00
 async def _queue_cost(
     target: str, admin_port: int, window_s: float, streams: int, num_queued: int
 ) -> tuple[float, float, float, float]:
-    running = Run()
-    async with _connected(target) as client:
-        endless = workload.fixed(_SEED, streams, 8000)
-        tasks = [asyncio.create_task(_count(running, client, request)) for request in endless]
-        while len(running.first_token_s) < streams:
-            await asyncio.sleep(0.1)
-        before = await _rate(running, window_s)
+    async with _connected(target) as client, AsyncExitStack() as stack:
+        running = _Streams(client, admin_port, streams, window_s)
+        before = await running.fresh_rate(0)
         started = time.perf_counter()
-        async with AsyncExitStack() as stack:
-            num_connections = -(-num_queued // _STREAMS_PER_CONNECTION)
-            queueing = [await stack.enter_async_context(_connected(target)) for _ in range(num_connections)]
-            waiting = workload.fixed(_SEED + 1, num_queued, 8)
-            queued_tasks = [
-                asyncio.create_task(_wait(queueing[index % num_connections], request))
-                for index, request in enumerate(waiting)
-            ]
-            await _until_queued(admin_port, num_queued)
-            seconds = time.perf_counter() - started
-            queued = await _rate(running, window_s)
-            for task in queued_tasks:
-                task.cancel()
-            await asyncio.gather(*queued_tasks, return_exceptions=True)
-            await _until_queued(admin_port, 0)
-        after = await _rate(running, window_s)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        num_connections = -(-num_queued // _STREAMS_PER_CONNECTION)
+        queueing = [await stack.enter_async_context(_connected(target)) for _ in range(num_connections)]
+        waiting = workload.fixed(_SEED + 1, num_queued, 8)
+        queued_tasks = [
+            asyncio.create_task(_wait(queueing[index % num_connections], request))
+            for index, request in enumerate(waiting)
+        ]
+        await _until_queued(admin_port, num_queued)
+        seconds = time.perf_counter() - started
+        queued = await running.fresh_rate(num_queued)
+        await _cancel(queued_tasks)
+        await _until_queued(admin_port, 0)
+        after = await running.fresh_rate(0)
+        await running.cancel()
     return before, queued, after, seconds
+
+
+class _Streams:
+    """Streams that run while others wait. Each window has new ones: with its context, a stream's pace changes."""
+
+    def __init__(self, client: GrpcClient, admin_port: int, number: int, window_s: float) -> None:
+        self._client = client
+        self._admin_port = admin_port
+        self._requests = [replace(request, priority=1) for request in workload.fixed(_SEED, number, 8000)]
+        self._window_s = window_s
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def fresh_rate(self, num_queued: int) -> float:
+        """Their tokens/s, with so many waiting behind them."""
+        run = Run()
+        fresh = [asyncio.create_task(_count(run, self._client, request)) for request in self._requests]
+        if self._tasks:
+            await _until_queued(self._admin_port, num_queued + len(fresh))
+            await self.cancel()
+        self._tasks = fresh
+        while len(run.first_token_s) < len(fresh):
+            await asyncio.sleep(0.1)
+        return await _rate(run, self._window_s)
+
+    async def cancel(self) -> None:
+        await _cancel(self._tasks)
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _until_queued(admin_port: int, number: int) -> None:

@@ -25,11 +25,15 @@ _ANSWER_RANGE, _ANSWER_MEDIAN, _ANSWER_SIGMA = (16, 512), 100, 0.8
 
 @dataclass(frozen=True)
 class Request:
-    """One conversation (role, content), the exact number of tokens wanted back, and when it arrives."""
+    """One conversation (role, content), the exact number of tokens wanted back, and when it arrives.
+
+    `priority`: for our service alone.
+    """
 
     messages: tuple[tuple[str, str], ...]
     new_tokens: int
     arrival_s: float = 0.0
+    priority: int = 0
 
 
 def fixed(seed: int, num_requests: int, new_tokens: int, prompt_tokens: int = _FIXED_PROMPT_TOKENS) -> list[Request]:

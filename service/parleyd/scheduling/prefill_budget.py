@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # A step with prompt tokens takes about this many times one without, at most, so that streams keep their pace.
-_MAX_SLOWDOWN = 1.5
+_MAX_SLOWDOWN = 1.3
 # Always granted, lest prompts wait for every stream to end.
 _MIN_TOKENS = 8
 # Granted while the answers under way are few beside those that it would let begin, or can bear it.

@@ -97,7 +97,7 @@ def test_tokens_are_granted_whatever_a_step_costs() -> None:
 
 def test_what_was_seen_beside_few_streams_serves_for_many() -> None:
     budget = exhausted()
-    assert budget(8, 1) == budget(64, 1) == 50
+    assert budget(8, 1) == budget(64, 1) == 30
 
 
 def test_many_short_prompts_go_first() -> None:
