@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
+from h2.events import Event, TrailersReceived
 
 from parley.v1 import chat_pb2
 from tests.integration.conftest import StartGateway
@@ -199,6 +200,11 @@ def unread_stream(target: str) -> RawConnection:
     return begin_raw_stream(target, "never read", window=0)
 
 
+def status_in(events: Iterable[Event]) -> bytes | None:
+    trailers = (dict(event.headers) for event in events if isinstance(event, TrailersReceived))
+    return next((headers[b"grpc-status"] for headers in trailers), None)
+
+
 def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> None:
     with unread_stream(single.target):
         eventually(lambda: single.gateway.doorkeeper.num_open == 1)
@@ -207,14 +213,34 @@ def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> 
         assert single.gateway.doorkeeper.num_open == 1  # still there, unread
 
 
-def test_a_client_that_never_reads_is_cut_off(start_gateway: StartGateway) -> None:
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_a_client_that_never_reads_is_cut_off(start_gateway: StartGateway, method: str) -> None:
     gateway = start_gateway(slow_reader_timeout=0.5)
-    with unread_stream(gateway.target):
-        eventually(lambda: gateway.gateway.doorkeeper.num_open == 1)
+    doorkeeper = gateway.gateway.doorkeeper
+    with RawConnection(gateway.target, window=0) as connection:
+        connection.call(method, ask("hello"))
+        eventually(lambda: doorkeeper.num_open == 1)
         time.sleep(0.2)
-        assert gateway.gateway.doorkeeper.num_open == 1
-        eventually(lambda: gateway.gateway.doorkeeper.num_open == 0)
+        assert doorkeeper.num_open == 1
+        eventually(lambda: doorkeeper.num_open == 0)
+        assert_answers(gateway)
+        assert doorkeeper.num_places == 1  # gRPC keeps what was written until it is read
+        connection.http2.increment_flow_control_window(2**20, 1)
+        connection.flush()
+        connection.receive_for(5, lambda: status_in(connection.events) is not None)
+        assert status_in(connection.events) == b"8"  # RESOURCE_EXHAUSTED
+        eventually(lambda: doorkeeper.num_places == 0)
     assert_answers(gateway)
+
+
+def test_an_answer_that_is_never_read_gives_its_place_back_when_its_client_is_gone(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(slow_reader_timeout=0.5)
+    doorkeeper = gateway.gateway.doorkeeper
+    with unread_stream(gateway.target):
+        eventually(lambda: doorkeeper.num_places == 1)
+        eventually(lambda: doorkeeper.num_open == 0)
+        assert doorkeeper.num_places == 1
+    eventually(lambda: doorkeeper.num_places == 0)
 
 
 def test_a_client_whose_host_vanished_is_let_go(start_gateway: StartGateway) -> None:

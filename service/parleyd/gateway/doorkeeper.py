@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from parleyd.errors import Draining, NotReady, QueueFull
 
@@ -22,14 +22,21 @@ class Doorkeeper:
         self._max_open = max_open
         self._is_ready = is_ready
         self._is_closed = False
-        self._num_open = 0
+        self._num_entered = 0
+        self._num_unread = 0
         self._by_client: Counter[str] = Counter()
         self._empty = asyncio.Event()
         self._empty.set()
 
     @property
     def num_open(self) -> int:
-        return self._num_open
+        """Those whose end is waited for."""
+        return self._num_entered - self._num_unread
+
+    @property
+    def num_places(self) -> int:
+        """How many are taken, by open calls and by answers that nobody reads."""
+        return self._num_entered
 
     def enter(self, client: str = "") -> None:
         """Raises Draining, NotReady or QueueFull; that one also where `client` has more than its share open."""
@@ -37,20 +44,30 @@ class Doorkeeper:
             raise Draining
         if not self._is_ready():
             raise NotReady
-        if self._by_client[client] >= _MAX_SHARE * (self._max_open - self._num_open):
-            raise QueueFull(self._num_open, _RETRY_S)
-        self._num_open += 1
+        if self._by_client[client] >= _MAX_SHARE * (self._max_open - self.num_places):
+            raise QueueFull(self._num_entered, _RETRY_S)
+        self._num_entered += 1
         self._by_client[client] += 1
         self._empty.clear()
 
     def leave(self, client: str = "") -> None:
         """One of the client's calls has ended."""
-        self._num_open -= 1
+        self._num_entered -= 1
         self._by_client[client] -= 1
         if not self._by_client[client]:
             del self._by_client[client]
-        if self._num_open == 0:
-            self._empty.set()
+        self._tell_if_empty()
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """While a call is over but for its last message, which gRPC keeps until the client reads it or goes away: the
+        call still has its place, lest one client fill our memory with such, but nobody waits for its end."""
+        self._num_unread += 1
+        self._tell_if_empty()
+        try:
+            yield
+        finally:
+            self._num_unread -= 1
 
     def close(self) -> None:
         """Refuses calls from now on."""
@@ -61,3 +78,7 @@ class Doorkeeper:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         return self._empty.is_set()
+
+    def _tell_if_empty(self) -> None:
+        if self.num_open == 0:
+            self._empty.set()

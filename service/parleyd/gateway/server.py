@@ -200,6 +200,7 @@ class Gateway:
             self.guard,
             self.doorkeeper.enter,
             self.doorkeeper.leave,
+            self.doorkeeper.unread,
             self._settings.server.slow_reader_timeout,
         )
         telemetry = TelemetryInterceptor(_CHAT_SERVICE, self.observer.call_ended, self.observer.load_report)

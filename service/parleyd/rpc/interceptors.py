@@ -10,13 +10,13 @@ import logging
 import re
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, Unauthenticated, Violation
+from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Unauthenticated, Violation
 from parleyd.rpc import status
 from parleyd.rpc.reader_watch import ReaderWatch
 from parleyd.security.caller import Caller, address_identity
@@ -45,7 +45,7 @@ class _Undecodable:
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps one service's handlers. `enter` gets the caller's identity as each call begins and may refuse it; `leave`
-    as it ends.
+    as it ends; `unread` lasts from when a client has stopped reading to when it reads on or goes away.
 
     Other services only have their callers' credentials checked, and health not even that.
     """
@@ -56,12 +56,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         guard: Guard,
         enter: Callable[[str], None],
         leave: Callable[[str], None],
+        unread: Callable[[], AbstractContextManager[None]] = nullcontext,
         slow_reader_timeout_s: float = 60.0,
     ) -> None:
         self._prefix = f"/{service}/"
         self._guard = guard
         self._enter = enter
         self._leave = leave
+        self._unread = unread
         self._readers = ReaderWatch(slow_reader_timeout_s)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
@@ -83,7 +85,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         safe = handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
         if handler.response_streaming:
             return safe._replace(unary_stream=self._stream(method, caller, handler.unary_stream))
-        return safe._replace(unary_unary=self._unary(method, caller, handler.unary_unary))
+        # On the wire a stream of one message, and the only kind that tells whether its client reads it.
+        unary = self._unary(method, caller, handler.unary_unary)
+        return safe._replace(response_streaming=True, unary_unary=None, unary_stream=unary)
 
     def _refusal(self, method: str, error: ParleyError) -> grpc.RpcMethodHandler[Any, Any]:
         async def refuse(requests: Any, context: Context) -> None:
@@ -95,14 +99,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(
         self, method: str, caller: Caller | None, behaviour: Callable[[Any, Context], Awaitable[Any]]
-    ) -> Callable[[Any, Context], Any]:
-        async def handle(request: Any, context: Context) -> Any:
-            async def run(call: Call) -> Any:
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        async def handle(request: Any, context: Context) -> None:
+            async def run(call: Call) -> None:
                 response = await behaviour(request, context)
                 await _send_headers(context, call)
-                return response
+                await self._readers.write(context, response)
 
-            return await self._guarded(method, caller, request, context, run)
+            await self._guarded(method, caller, request, context, run)
 
         return handle
 
@@ -131,8 +135,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         caller: Caller | None,
         request: Any,
         context: Context,
-        run: Callable[[Call], Awaitable[Any]],
-    ) -> Any:
+        run: Callable[[Call], Awaitable[None]],
+    ) -> None:
         caller = caller or self._guard.identify(context)
         call = _new_call(method, request, context, caller.identity)
         call.may_set_priority = caller.rules.priorities
@@ -141,9 +145,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._entered(caller, method, request):
                 if isinstance(request, _Undecodable):
                     raise InvalidRequest([Violation("", "the bytes are no message of this type")])
-                result = await run(call)
+                try:
+                    await run(call)
+                except SlowReader as error:
+                    with self._unread():
+                        await _abort(context, named_error(call, error), call)
             _logger.info("%s OK in %.3f s", method, call.elapsed())
-            return result
         except grpc.aio.AbortError:
             raise
         except grpc.aio.InternalError as error:
