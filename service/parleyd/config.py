@@ -141,6 +141,9 @@ class ServerSettings:
     admin_port: int | None = _option(
         None, "Port for /metrics, /healthz and /readyz over HTTP; 0 takes a free one.", minimum=0, maximum=65535
     )
+    admin_host: str = _option(
+        "127.0.0.1", "Address of the admin port, which has neither TLS nor credentials: others need --insecure."
+    )
     otlp_endpoint: str | None = _option(
         None,
         "Where traces go: an OpenTelemetry collector that speaks gRPC, such as http://localhost:4317.",

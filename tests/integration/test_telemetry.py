@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -23,7 +24,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client.parser import text_string_to_metric_families
 
 from parley.v1 import chat_pb2
+from parleyd.config import ServerSettings, Settings
 from parleyd.errors import StartupError
+from parleyd.gateway.server import Gateway
 from parleyd.rpc.load_report import OrcaLoadReport
 from parleyd.telemetry import admin
 from parleyd.telemetry.tracing import Tracing
@@ -138,6 +141,14 @@ def test_silent_connections_to_the_admin_port_take_a_bounded_number_of_threads(
             except OSError:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
+
+
+def test_an_admin_port_beyond_this_machine_must_be_asked_for() -> None:
+    async def build() -> None:
+        Gateway(Settings(server=ServerSettings(port=0, admin_port=0, admin_host="0.0.0.0")))
+
+    with pytest.raises(StartupError, match="--admin-host"):
+        asyncio.run(build())
 
 
 def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:

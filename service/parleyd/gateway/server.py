@@ -32,7 +32,7 @@ from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import ModelInfo
 from parleyd.rpc.interceptors import CallInterceptor
 from parleyd.rpc.telemetry import TelemetryInterceptor
-from parleyd.security.guard import Guard, check_address
+from parleyd.security.guard import Guard, check_address, check_admin_address
 from parleyd.telemetry.admin import AdminServer
 from parleyd.telemetry.metrics import Load
 from parleyd.text.chat_template import template_utils
@@ -91,6 +91,8 @@ class Gateway:
         self._chat = ChatService(self._prompts, self._grammars, runner, self.observer.item_ended)
         self.guard = Guard(settings.security, _RPCS)
         check_address(server.host, settings.security)
+        if server.admin_port is not None:
+            check_admin_address(server.admin_host, settings.security)
         self._server = self._build_server()
 
     async def start(self) -> str:
@@ -116,9 +118,9 @@ class Gateway:
         if server.admin_port is None:
             return None
         self._admin = AdminServer(
-            server.host, server.admin_port, self.observer.metrics.registry, lambda: self.health.is_serving
+            server.admin_host, server.admin_port, self.observer.metrics.registry, lambda: self.health.is_serving
         )
-        return f"{_bracketed(server.host)}:{self._admin.port}"
+        return f"{_bracketed(server.admin_host)}:{self._admin.port}"
 
     def load(self) -> Load:
         """The state now; may be asked from any thread."""

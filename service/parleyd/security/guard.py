@@ -106,6 +106,15 @@ def check_address(host: str, settings: SecuritySettings) -> None:
         )
 
 
+def check_admin_address(host: str, settings: SecuritySettings) -> None:
+    """The same for the admin port, which has no TLS."""
+    if not (settings.insecure or _is_loopback(host)):
+        raise StartupError(
+            f"--admin-host {host}: the admin port is plain text, and asks for no credentials; give --insecure where "
+            "something else protects it"
+        )
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from parleyd.config import SecuritySettings
 from parleyd.errors import StartupError
 from parleyd.security.caller import certificate_identity
-from parleyd.security.guard import Guard, check_address
+from parleyd.security.guard import Guard, check_address, check_admin_address
 from tests.support.certificates import Authority
 
 AUTHORITY = Authority()
@@ -86,6 +86,13 @@ def test_plain_text_beyond_this_machine_must_be_asked_for(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_plain_text_on_this_machine_needs_no_flag(host: str) -> None:
     check_address(host, SecuritySettings())
+    check_admin_address(host, SecuritySettings())
+
+
+def test_the_admin_port_is_plain_text_whatever_the_main_port_is() -> None:
+    with pytest.raises(StartupError, match="--admin-host 0.0.0.0: the admin port is plain text.*--insecure"):
+        check_admin_address("0.0.0.0", SecuritySettings(tls_cert="cert.pem", tls_key="key.pem"))
+    check_admin_address("0.0.0.0", SecuritySettings(insecure=True))
 
 
 @pytest.mark.parametrize(
