@@ -45,10 +45,14 @@ class Generation:
 class Runner:
     """See `run`."""
 
-    def __init__(self, admission: Admission, supervisor: Supervisor, worker: WorkerClient) -> None:
+    def __init__(
+        self, admission: Admission, supervisor: Supervisor, worker: WorkerClient, *, knows_clients: bool
+    ) -> None:
+        """`knows_clients`: identities are proven, so each client gets prefixes from the cache that are its own."""
         self._admission = admission
         self._supervisor = supervisor
         self._worker = worker
+        self._knows_clients = knows_clients
 
     async def run(self, generation: Generation) -> AsyncGenerator[AnswerDelta]:
         """The deltas of all choices as they come; each choice's last one has a finish reason.
@@ -98,6 +102,8 @@ class Runner:
             params=replace(generation.params, choice=choice),
             output_ids=generation.resumed_ids,
             priority=generation.priority,
+            # Or usage and timings would tell one client what another has sent.
+            cache_salt=call.identity if self._knows_clients else "",
         )
         # A slot is free again as soon as the worker is done: a reader that does not read holds up nobody.
         async with aclosing(self._worker.generate(request, slots.leave)) as steps:

@@ -87,9 +87,9 @@ class Gateway:
             # Beside those that run or wait: calls that are being checked, and answers that nobody reads.
             max_open=server.max_queue + (model.max_running or 0) + _MAX_OTHER_CALLS,
         )
-        runner = Runner(self.admission, self.supervisor, self.worker)
-        self._chat = ChatService(self._prompts, self._grammars, runner, self.observer.item_ended)
         self.guard = Guard(settings.security, _RPCS)
+        runner = Runner(self.admission, self.supervisor, self.worker, knows_clients=self.guard.is_on)
+        self._chat = ChatService(self._prompts, self._grammars, runner, self.observer.item_ended)
         check_address(server.host, settings.security)
         if server.admin_port is not None:
             check_admin_address(server.admin_host, settings.security)

@@ -90,7 +90,7 @@ def test_plain_text_on_this_machine_needs_no_flag(host: str) -> None:
 
 
 def test_the_admin_port_is_plain_text_whatever_the_main_port_is() -> None:
-    with pytest.raises(StartupError, match="--admin-host 0.0.0.0: the admin port is plain text.*--insecure"):
+    with pytest.raises(StartupError, match=r"--admin-host 0\.0\.0\.0: the admin port is plain text.*--insecure"):
         check_admin_address("0.0.0.0", SecuritySettings(tls_cert="cert.pem", tls_key="key.pem"))
     check_admin_address("0.0.0.0", SecuritySettings(insecure=True))
 
