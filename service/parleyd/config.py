@@ -103,7 +103,9 @@ class ServerSettings:
     )
     max_queue: int = _option(256, "Most requests that wait; 0 refuses whatever cannot start at once.", minimum=0)
     max_queue_tokens: int = _option(1_000_000, "Most prompt tokens that waiting requests have together.", minimum=1)
-    refuse_late: bool = _option(True, "Refuse at once what would wait beyond its deadline, by the queue's recent pace.")
+    refuse_late: bool = _option(
+        True, "Refuse at once what cannot have a first token by its deadline, as queue and prompts went of late."
+    )
     slow_reader_timeout: float = _option(
         60.0, "Seconds after which a client that reads nothing of its answer is cut off.", minimum=0.1
     )

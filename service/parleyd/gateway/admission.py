@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from parleyd.errors import DeadlineExceeded, ParleyError, QueueFull
 from parleyd.gateway.fair_queue import FairQueue, Ticket, Waiter
+from parleyd.gateway.first_tokens import FirstTokenTimes
 
 _MIN_RETRY_S = 0.1
 _MAX_RETRY_S = 60.0
@@ -24,10 +25,11 @@ class Slots:
     """
 
     def __init__(self, num_slots: int, num_sequences: int, release: Callable[[float], None]) -> None:
+        """`release` is called for each slot that is given up, with when it was given out."""
+        self.since = time.monotonic()
         self._num_held = num_slots
         self._num_sequences = num_sequences
         self._release = release
-        self._started = time.monotonic()
 
     def leave(self) -> None:
         """One sequence has ended; a slot that none of the others needs goes to the next in the queue."""
@@ -41,7 +43,7 @@ class Slots:
     def _release_down_to(self, num_slots: int) -> None:
         while self._num_held > num_slots:
             self._num_held -= 1
-            self._release(time.monotonic() - self._started)
+            self._release(self.since)
 
 
 class Admission:
@@ -59,8 +61,12 @@ class Admission:
         self._refuse_late = refuse_late
         self._running = 0
         self._queue = FairQueue()
+        self._first_tokens = FirstTokenTimes()
         self._mean_duration_s = 1.0
         self._num_durations = 0
+        # Of the slots that are held, how many, and the sum of the times when they were given out.
+        self._num_held = 0
+        self._since_sum = 0.0
 
     @property
     def num_running(self) -> int:
@@ -74,14 +80,22 @@ class Admission:
         """A slot for each sequence, after waiting for them.
 
         Raises QueueFull if there is no room to wait, at once or when the room goes to a client that has less of it;
-        DeadlineExceeded at once if the turn would certainly come too late.
+        DeadlineExceeded at once if the first token would certainly come too late.
         """
+        self._check_deadline(ticket)
         num_slots = min(ticket.num_sequences, self.max_running)
         if self._running + num_slots <= self.max_running and not self._queue:
             self._running += num_slots
         else:
             num_slots = await self._wait(ticket)
-        return Slots(num_slots, ticket.num_sequences, self._leave)
+        slots = Slots(num_slots, ticket.num_sequences, self._leave)
+        self._num_held += num_slots
+        self._since_sum += num_slots * slots.since
+        return slots
+
+    def first_token(self, num_prompt_tokens: int, seconds: float) -> None:
+        """Takes how long a first token has taken from when its request had its slots."""
+        self._first_tokens.observe(num_prompt_tokens, seconds)
 
     def refuse_waiting(self, error: ParleyError) -> None:
         """Ends every waiting request with an error."""
@@ -90,7 +104,6 @@ class Admission:
 
     async def _wait(self, ticket: Ticket) -> int:
         """The number of slots taken."""
-        self._check_deadline(ticket)
         self._make_room(ticket)
         waiter = self._queue.push(ticket)
         self._admit()  # it may outrank one that waits for more slots than are free
@@ -104,13 +117,27 @@ class Admission:
             raise
 
     def _check_deadline(self, ticket: Ticket) -> None:
-        if not self._refuse_late or ticket.deadline is None or self._num_durations < _MIN_SAMPLES:
+        if not self._refuse_late or ticket.deadline is None:
             return
+        expected_s = self._expected_wait_s(ticket) + self._first_tokens.at_best(ticket.num_prompt_tokens)
+        if time.monotonic() + _CERTAIN_SHARE * expected_s > ticket.deadline:
+            raise DeadlineExceeded("the deadline would pass before this request's first token")
+
+    def _expected_wait_s(self, ticket: Ticket) -> float:
+        if self._num_durations < _MIN_SAMPLES or (self._running < self.max_running and not self._queue):
+            return 0.0
         # A higher priority passes all that wait, and then waits for no more than one slot.
         num_ahead = 0 if ticket.priority > 0 else self._queue.num_ahead(ticket.client)
-        expected_s = self._mean_duration_s * num_ahead / self.max_running
-        if time.monotonic() + _CERTAIN_SHARE * expected_s > ticket.deadline:
-            raise DeadlineExceeded("the deadline would pass before this request's turn")
+        until_next_s = self._duration_s() - self._age_s()
+        return (self._duration_s() * num_ahead + until_next_s) / self.max_running
+
+    def _duration_s(self) -> float:
+        """For how long a slot is held: by recent requests, or by those that hold theirs now, if that is longer."""
+        return max(self._mean_duration_s, self._age_s())
+
+    def _age_s(self) -> float:
+        """For how long the slots that are held have been so, on average."""
+        return time.monotonic() - self._since_sum / self._num_held if self._num_held else 0.0
 
     def _make_room(self, ticket: Ticket) -> None:
         """Raises QueueFull unless there is room to wait, or a client has more than its share of places or tokens."""
@@ -125,7 +152,10 @@ class Admission:
             self._queue.remove(waiter)
             _refuse(waiter, self._queue_full(num_waiting))
 
-    def _leave(self, duration_s: float) -> None:
+    def _leave(self, since: float) -> None:
+        self._num_held -= 1
+        self._since_sum -= since
+        duration_s = time.monotonic() - since
         self._mean_duration_s += _DURATION_WEIGHT * (duration_s - self._mean_duration_s)
         self._num_durations += 1
         self._release(1)
@@ -146,7 +176,7 @@ class Admission:
 
     def _queue_full(self, num_waiting: int) -> QueueFull:
         """With the time after which a place should be free, by how long recent requests held their slots."""
-        expected_s = self._mean_duration_s * (num_waiting + 1) / self.max_running
+        expected_s = self._duration_s() * (num_waiting + 1) / self.max_running
         return QueueFull(num_waiting, min(max(expected_s, _MIN_RETRY_S), _MAX_RETRY_S))
 
 

@@ -111,6 +111,9 @@ class Runner:
                 if not has_prompt.is_set():
                     has_prompt.set()
                     generation.first_token_s = call.elapsed()
+                    self._admission.first_token(
+                        len(generation.prompt_ids), generation.first_token_s - generation.queue_s
+                    )
                     generation.cached_prompt_tokens = step.cached_prompt_tokens
                 delta = generation.answers[choice].push(step)
                 delta.index = choice

@@ -260,6 +260,61 @@ async def test_what_would_certainly_come_too_late_is_refused_at_once() -> None:
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 
+async def after_durations_of(seconds: float, monkeypatch: pytest.MonkeyPatch, max_running: int = 1) -> Admission:
+    """An admission whose requests have held their slots for so long each."""
+    admission, now = new_admission(max_running=max_running, max_queue=100), time.monotonic()
+    for _ in range(100):
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        slots = await admission.acquire(Ticket())
+        monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+        slots.release()
+    monkeypatch.undo()
+    return admission
+
+
+async def test_the_slot_that_comes_free_next_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = await after_durations_of(1.0, monkeypatch)
+    running = Holder(admission)
+    await settle()
+    with pytest.raises(DeadlineExceeded):
+        await Holder(admission, deadline=time.monotonic() + 0.3).task
+    hopeful = Holder(admission, deadline=time.monotonic() + 0.8)
+    await settle()
+    assert admission.num_waiting == 1
+    await running.release()
+    await hopeful.release()
+
+
+async def test_where_slots_are_free_a_first_token_still_takes_its_time() -> None:
+    admission = new_admission(max_running=4, max_queue=100)
+    for _ in range(10):
+        admission.first_token(100, 0.05)
+        admission.first_token(1000, 2.0)
+    with pytest.raises(DeadlineExceeded):
+        await admission.acquire(Ticket(num_prompt_tokens=1000, deadline=time.monotonic() + 0.5))
+    for ticket in (
+        Ticket(num_prompt_tokens=100, deadline=time.monotonic() + 0.5),
+        Ticket(num_prompt_tokens=1000, deadline=time.monotonic() + 1.5),
+    ):
+        (await admission.acquire(ticket)).release()
+    admission.first_token(1000, 0.1)  # the machine, or the cache, can do better
+    (await admission.acquire(Ticket(num_prompt_tokens=1000, deadline=time.monotonic() + 0.5))).release()
+    assert admission.num_running == 0
+
+
+async def test_requests_that_end_at_once_do_not_hide_those_that_hold_their_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    admission = await after_durations_of(0.01, monkeypatch, max_running=2)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    held = [await admission.acquire(Ticket()) for _ in range(2)]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 20)
+    assert admission._queue_full(3).retry_after_s == pytest.approx(20 * 4 / 2)
+    for slots in held:
+        slots.release()
+
+
 async def test_waiting_prompts_are_bounded_together() -> None:
     admission = new_admission(max_running=1, max_queue=10, max_queue_tokens=100)
     running = Holder(admission, num_prompt_tokens=1000)
