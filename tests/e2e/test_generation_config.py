@@ -38,10 +38,10 @@ def test_greedy_ids_with_penalties_and_biases_are_those_of_a_plain_loop(served: 
     while len(ids) < 12:
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *ids]]), logits_to_keep=1).logits[0, -1]
-        for token_id in {*prompt, *ids}:
-            logits[token_id] *= 1.2 if logits[token_id] < 0 else 1 / 1.2
         for token_id, bias in PENALISED["logit_bias"].items():
             logits[token_id] += bias
+        for token_id in {*prompt, *ids}:
+            logits[token_id] *= 1.2 if logits[token_id] < 0 else 1 / 1.2
         for token_id, count in Counter(ids).items():
             logits[token_id] -= 1.0 + 0.5 * count
         ids.append(int(logits.argmax()))

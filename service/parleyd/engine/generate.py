@@ -206,6 +206,8 @@ class GenerateEngine:
         config.max_new_tokens = max_new_tokens
         config.eos_token_id = stop_ids or None
         config.pad_token_id = config.pad_token_id or 0  # unused: a batch of one is never padded
+        # As a processor of ours they would come after the repetition penalty.
+        config.sequence_bias = _sequence_bias(config.sequence_bias, params)
         config.repetition_penalty = max(params.repetition_penalty, _MIN_REPETITION_PENALTY)
         config.do_sample = params.do_sample
         if params.do_sample:
@@ -227,8 +229,8 @@ class GenerateEngine:
                     prompt_length, params.min_new_tokens, masked_ids, device=str(self._model.device)
                 )
             )
-        if params.logit_bias or params.presence_penalty or params.frequency_penalty:
-            processors.append(_Additions(params, prompt_length))
+        if params.presence_penalty or params.frequency_penalty:
+            processors.append(_CountPenalties(params, prompt_length))
         if grammar is not None:
             processors.append(_Steered(grammar, prompt_length))
         if params.do_sample:
@@ -254,6 +256,15 @@ def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
     return config
 
 
+def _sequence_bias(own: Any, params: SamplingParams) -> list[list[Any]] | None:
+    """The request's biases on top of the model's own, which are of sequences; None where there are none at all."""
+    pairs = own.items() if isinstance(own, dict) else own or ()
+    biases = {tuple(token_ids): float(bias) for token_ids, bias in pairs}
+    for token_id, bias in params.logit_bias:
+        biases[(token_id,)] = biases.get((token_id,), 0.0) + float(bias)
+    return [[list(token_ids), bias] for token_ids, bias in biases.items()] or None
+
+
 class _Ended(StoppingCriteria):  # type: ignore[misc]
     """Ends `generate` at the next id of a sequence that was cancelled or has finished."""
 
@@ -265,17 +276,15 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)
 
 
-class _Additions(LogitsProcessor):  # type: ignore[misc]
-    """Adds the biases, and subtracts the presence and frequency penalties of the ids generated so far."""
+class _CountPenalties(LogitsProcessor):  # type: ignore[misc]
+    """Subtracts the presence and frequency penalties of the ids generated so far."""
 
     def __init__(self, params: SamplingParams, prompt_length: int) -> None:
         self._params = params
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        params, scores = self._params, scores.clone()
-        for token_id, bias in params.logit_bias:
-            scores[0, token_id] += bias
+        params = self._params
         counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[1])
         return scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
 

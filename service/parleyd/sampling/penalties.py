@@ -139,13 +139,15 @@ class PenaltyTable:
         self._rows, self._ends, self._num_masked_steps = self._upload(integers.reshape(-1, 3).T)
 
     def apply(self, logits: Tensor) -> None:
-        """Changes the logits in place, in transformers' order: repetition, mask, then what is added."""
+        """Changes the logits in place, in transformers' order: biases, repetition, mask.
+
+        Presence and frequency penalties, which it lacks, come last, where its `generate` puts a caller's processors.
+        """
         columns = self._columns.fit(max(self._widths))
         flat = columns.ids + self._rows[:, None] * self._vocab_size
-        x = logits.view(-1)[flat]
+        x = logits.view(-1)[flat] + columns.biases
         x = torch.where(columns.used, torch.where(x < 0, x * self._repetition, x / self._repetition), x)
         x.masked_fill_(columns.masked & (self._num_masked_steps[:, None] > 0), -math.inf)
-        x += columns.biases
         x -= self._presence * (columns.num_generated > 0)
         x -= self._frequency * columns.num_generated
         logits.view(-1)[flat] = x

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from parleyd.engine.engine import Engine
 from parleyd.engine.generate import GenerateEngine
@@ -53,12 +53,12 @@ def expected_ids(model: LlamaForCausalLM, params: SamplingParams) -> list[int]:
     while len(ids) < params.max_new_tokens and EOS not in ids:
         with torch.no_grad():
             logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, -1]
+        for token_id, bias in params.logit_bias:
+            logits[token_id] += bias
         for token_id in {*PROMPT, *ids}:
             logits[token_id] *= params.repetition_penalty ** (-1 if logits[token_id] > 0 else 1)
         if len(ids) < params.min_new_tokens:
             logits[EOS] = -torch.inf
-        for token_id, bias in params.logit_bias:
-            logits[token_id] += bias
         for token_id, count in Counter(ids).items():
             logits[token_id] -= params.presence_penalty + count * params.frequency_penalty
         ids.append(int(logits.argmax()))
@@ -72,6 +72,26 @@ def test_greedy_ids_with_penalties_and_biases_are_those_of_a_plain_loop(engine: 
     ids, _ = run(engine, **FIELDS[name])
     assert ids == expected
     assert run(engine, output=tuple(ids[:5]), **FIELDS[name])[0] == ids[5:]
+
+
+def test_biases_come_before_the_repetition_penalty_as_in_model_generate(engine: Engine) -> None:
+    """Of ids in the prompt, where the order tells."""
+    biases = {5: 3.0, 17: 3.0, 42: 3.0, 60: 2.0, 9: -4.0, EOS: 6.0}
+    config = GenerationConfig(
+        max_new_tokens=16, do_sample=False, eos_token_id=EOS, pad_token_id=0, min_new_tokens=6, repetition_penalty=1.5,
+        sequence_bias={(token_id,): bias for token_id, bias in biases.items()},
+    )  # fmt: skip
+    sequences = make_model("Llama").generate(torch.tensor([PROMPT]), generation_config=config)
+    params = {"logit_bias": tuple(biases.items()), "repetition_penalty": 1.5, "min_new_tokens": 6}
+    assert run(engine, **params)[0] == sequences[0, len(PROMPT) :].tolist()
+
+
+def test_biases_add_to_those_that_the_model_has_of_itself() -> None:
+    model = make_model("Llama")
+    model.generation_config = GenerationConfig(sequence_bias=[[[7], 2.0], [[8, 9], 1.0]])
+    engine = GenerateEngine(model, (EOS,), CONTEXT)
+    config = engine._config(SamplingParams(max_new_tokens=1, logit_bias=((7, 3.0), (9, 1.5))), 1, [])
+    assert config.sequence_bias == [[[7], 5.0], [[8, 9], 1.0], [[9], 1.5]]
 
 
 @pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "temperature": 2.0, "seed": 3}], ids=["greedy", "drawn"])

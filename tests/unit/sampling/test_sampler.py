@@ -55,11 +55,12 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
 def processed(logits: Tensor, params: Params, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
     """The logits of one row after transformers' processors, in transformers' order; the rest as OpenAI defines it."""
     ids = torch.tensor([[*prompt, *output]])
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(params.repetition_penalty)])
-    stop_ids = [EOS, *params.stop_token_ids]
-    processors.append(MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, stop_ids))
+    processors = LogitsProcessorList()
     if params.logit_bias:
         processors.append(SequenceBiasLogitsProcessor([[[id_], bias] for id_, bias in params.logit_bias]))
+    processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    stop_ids = [EOS, *params.stop_token_ids]
+    processors.append(MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, stop_ids))
     x = processors(ids, logits[None].clone())
     counts = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=len(logits)).float()
     x = x - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
@@ -89,6 +90,7 @@ COMBINATIONS: dict[str, dict[str, object]] = {
     "repetition": {"repetition_penalty": 2.0}, "repetition wanted": {"repetition_penalty": 0.5},
     "presence": {"presence_penalty": 2.0}, "frequency": {"frequency_penalty": -1.5},
     "bias": {"logit_bias": ((5, 4.0), (6, -100.0))}, "min_new_tokens": {"min_new_tokens": 50, "stop_token_ids": (4, 5)},
+    "repetition and bias": {"repetition_penalty": 1.5, "logit_bias": tuple((id_, 3.0) for id_ in range(30))},
     "everything": EVERYTHING,
 }  # fmt: skip
 
