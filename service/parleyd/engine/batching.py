@@ -23,6 +23,15 @@ from parleyd.scheduling.scheduler import Scheduler
 _logger = logging.getLogger("parleyd.engine")
 
 
+# Failures in a row after which the model's state counts as broken, not the requests as bad: a CPU has no error that
+# says so. One request can fail a step, and its retry the next; a new worker costs the others seconds.
+_MAX_FAILURES_IN_A_ROW = 3
+
+
+class BrokenStateError(RuntimeError):
+    """Steps fail one after the other, whatever is in them."""
+
+
 class _Submitted(NamedTuple):
     """A request in the inbox, and where its grammar starts."""
 
@@ -53,6 +62,7 @@ class BatchingEngine:
         self.progress = 0
         self._max_ahead = 1 if overlap else 0
         self._in_flight: deque[tuple[Batch, Launched]] = deque()
+        self._num_failures_in_a_row = 0
         self._scheduler = scheduler
         self._runner = runner
         self._grammars = grammars
@@ -78,9 +88,12 @@ class BatchingEngine:
         return self._scheduler.stats()
 
     def step(self) -> list[Output]:
-        """See Engine. Raises what broke the device, after which no further step can succeed."""
+        """See Engine. Raises what broke the device or the model's state: no further step can succeed."""
         outputs: list[Output] = []
         while not outputs:
+            # Not where the last of them fails: its requests' errors are delivered first.
+            if self._num_failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
+                raise BrokenStateError(f"{self._num_failures_in_a_row} steps failed one after the other")
             outputs += self._take_inbox()
             outputs += self._run_batch()
         return outputs
@@ -102,10 +115,12 @@ class BatchingEngine:
             raise
         except Exception as error:
             _logger.exception("a step of %d tokens failed", batch.num_tokens)
+            self._num_failures_in_a_row += 1
             while self._in_flight:
                 yield from self._commit()
             yield from self._scheduler.fail(batch, f"{type(error).__name__}: {error}")
             return
+        self._num_failures_in_a_row = 0
         if self._budget is not None:
             num_prefill_tokens = batch.num_tokens - batch.num_decodes
             self._budget.observe(batch.num_decodes, num_prefill_tokens, time.perf_counter() - started)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from parleyd.config import ModelSettings
+from parleyd.engine.batching import BrokenStateError
 from parleyd.engine.build import build_engine
 from parleyd.engine.generate import GenerateEngine
 from parleyd.engine.obstacle import batching_obstacle
@@ -123,6 +124,30 @@ def test_a_step_that_fails_fails_only_its_requests() -> None:
     (output,) = engine.step()
     assert output.key == 1 and output.error
     assert run(engine, request(2, (5, 6)))[2]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_that_fail_one_after_the_other_end_the_engine(monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    engine = make_engine(make_model("Llama"), overlap=overlap)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the weights are gone")
+
+    def fail(key: int) -> None:
+        engine.submit(request(key, (5, 6)))
+        (output,) = engine.step()
+        assert output.key == key and output.error == "RuntimeError: the weights are gone"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "launch", broken)
+        fail(1)
+        fail(2)
+    assert run(engine, request(3, (5, 6)))[3], "a step that succeeds makes the failures before it those of requests"
+    monkeypatch.setattr(engine._runner, "launch", broken)
+    for key in (4, 5, 6):
+        fail(key)
+    with pytest.raises(BrokenStateError, match="3 steps"):
+        engine.step()
 
 
 def test_the_last_output_tells_why_and_what_was_cached() -> None:
