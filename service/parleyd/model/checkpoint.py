@@ -81,6 +81,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
+    # transformers would take the decoder alone, and find that it lacks weights.
+    if config.get("is_encoder_decoder"):
+        raise StartupError(f"--model {folder}: an encoder-decoder, not a causal language model")
     # transformers would load the body of, say, a classifier and make up the head that is missing.
     names = [str(name) for name in config.get("architectures") or ()]
     if names and all("For" in name and not any(head in name for head in _CAUSAL_HEADS) for name in names):

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    BertModel,
+    LlamaForSequenceClassification,
+    T5Config,
+)
 
 from parleyd.model import memory
 from tests.unit.model.conftest import edit_json, startup_error
@@ -126,7 +133,10 @@ def test_a_model_without_a_language_head_is_refused(llama_folder: Path) -> None:
 
 def test_an_encoder_decoder_is_refused(llama_folder: Path) -> None:
     (llama_folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    assert startup_error(llama_folder).endswith("not a causal language model")
+    assert startup_error(llama_folder).endswith(": not a causal language model")
+    for config in (T5Config(), BartConfig(architectures=["BartForConditionalGeneration"])):
+        config.save_pretrained(llama_folder)
+        assert startup_error(llama_folder).endswith("an encoder-decoder, not a causal language model")
 
 
 def test_a_folder_without_a_tokenizer_is_named(llama_folder: Path) -> None:
