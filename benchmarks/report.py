@@ -18,6 +18,7 @@ from benchmarks.targets import TARGETS
 _LATENCIES = {"ttft": "time to first token", "itl": "inter-token latency"}
 _COLUMNS = {
     "server": "server",
+    "loop": "loop",
     "concurrency": "streams",
     "tokens_per_s": "tokens/s",
     "gb_per_s": "GB/s",
@@ -47,8 +48,10 @@ def write(result: Path) -> str:
         "## Targets",
         targets,
         "## Throughput and latency",
-        "Closed loop, greedy, prompts of 60 to 70 tokens unless told otherwise; our server is the first in each group.",
-        *(_throughput_table(rows, workload) for workload in ("fixed", "mixed")),
+        "Greedy; prompts of 60 to 70 tokens (fixed) or of many lengths (mixed). In a closed loop each stream asks "
+        "again as soon as it is answered; in an open one requests arrive at random, whether or not earlier ones are "
+        "answered, and only the warm-up has so many streams. Our server is the first in each group.",
+        *(throughput_table(rows, workload) for workload in ("fixed", "mixed")),
         *(f"![{plot.stem}]({plot.name})" for plot in plots),
         "## Everything else",
         *(f"- `{json.dumps(row)}`" for row in rows if "workload" not in row and "itl_curve_ms" not in row),
@@ -72,7 +75,8 @@ def targets_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines + (["", "Not measured:", *failed] if failed else []))
 
 
-def _throughput_table(rows: Sequence[Row], workload: str) -> str:
+def throughput_table(rows: Sequence[Row], workload: str) -> str:
+    """A workload's figures, one row for each server and load; empty where it was not measured."""
     chosen = [row for row in rows if row.get("workload") == workload]
     keys = [key for key in _COLUMNS if any(key in row for row in chosen)]
     if not chosen:

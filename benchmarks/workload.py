@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 _WORDS = ("river", "stone", "cloud", "engine", "garden", "winter", "letter", "signal", "copper", "island", "mirror")
 _QUESTION = "Write a long story about:"
 # Of the embedded model's chat template, its default system prompt and the question.
-_TEMPLATE_TOKENS = 40
+_TEMPLATE_TOKENS = 36
+# Of the template alone, around a system message and a question. Prompts that leave no room for the default system
+# prompt, the question and some words have one word as their system message, and at least one as their question.
+_SHORT_TEMPLATE_TOKENS, _FEWEST_WORDS = 14, 8
 _FIXED_PROMPT_TOKENS = 64
 _SHARED_PROMPT_TOKENS = 1000
 # The log-normal distributions: medians of ordinary chat traffic, cut off at both ends.
-_PROMPT_RANGE, _PROMPT_MEDIAN, _PROMPT_SIGMA = (50, 1500), 200, 1.0
+_PROMPT_RANGE, _PROMPT_MEDIAN, _PROMPT_SIGMA = (16, 1500), 200, 1.0
 _ANSWER_RANGE, _ANSWER_MEDIAN, _ANSWER_SIGMA = (16, 512), 100, 0.8
 
 
@@ -43,16 +46,17 @@ def fixed(seed: int, num_requests: int, new_tokens: int, prompt_tokens: int = _F
 
 
 def mixed(seed: int, num_requests: int) -> list[Request]:
-    """Prompts of 50 to 1,500 tokens and answers of 16 to 512, both log-normal."""
+    """Prompts of 16 to 1,500 tokens and answers of 16 to 512, both log-normal."""
     chance = random.Random(seed)
-    return [
-        _ask(
+    requests: dict[tuple[tuple[str, str], ...], Request] = {}
+    while len(requests) < num_requests:  # the shortest have so few words that some come twice
+        request = _ask(
             chance,
             _log_normal(chance, _PROMPT_MEDIAN, _PROMPT_SIGMA, _PROMPT_RANGE),
             _log_normal(chance, _ANSWER_MEDIAN, _ANSWER_SIGMA, _ANSWER_RANGE),
         )
-        for _ in range(num_requests)
-    ]
+        requests.setdefault(request.messages, request)
+    return list(requests.values())
 
 
 def shared_prefix(seed: int, num_users: int, new_tokens: int, *, is_shared: bool) -> list[Request]:
@@ -81,8 +85,12 @@ def _arrivals(chance: random.Random, per_s: float) -> Iterator[float]:
 
 
 def _ask(chance: random.Random, prompt_tokens: int, new_tokens: int) -> Request:
-    words = _words(chance, max(8, prompt_tokens - _TEMPLATE_TOKENS))
-    return Request((("user", f"{_QUESTION} {words}"),), new_tokens)
+    num_words = prompt_tokens - _TEMPLATE_TOKENS
+    if num_words >= _FEWEST_WORDS:
+        return Request((("user", f"{_QUESTION} {_words(chance, num_words)}"),), new_tokens)
+    # Each message begins with a space, so that its first word is one token too.
+    system, *words = (f" {word}" for word in chance.choices(_WORDS, k=max(2, prompt_tokens - _SHORT_TEMPLATE_TOKENS)))
+    return Request((("system", system), ("user", "".join(words))), new_tokens)
 
 
 def _words(chance: random.Random, number: int) -> str:

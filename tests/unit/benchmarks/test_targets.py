@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
+
 from benchmarks import workload
 from benchmarks.load import Clock, Run
-from benchmarks.report import targets_table
+from benchmarks.report import targets_table, throughput_table
 from benchmarks.summary import percentile, ratio
 from benchmarks.targets import TARGETS
 
@@ -57,6 +59,13 @@ def test_every_target_tells_its_command() -> None:
     assert len(re.findall(r"`python -m benchmarks\.suite --only [a-z-]+`", table)) == len(TARGETS)
 
 
+def test_the_table_tells_a_closed_loop_from_an_open_one() -> None:
+    rows = [cell("parley", 64, 5) | {"loop": loop} for loop in ("closed", "open, 2.0 a second")]
+    _, _, header, _, *lines = throughput_table(rows, "fixed").splitlines()
+    column = [cell_.strip() for cell_ in header.split("|")].index("loop")
+    assert [line.split("|")[column].strip() for line in lines] == ["closed", "open, 2.0 a second"]
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     assert ratio([100, 50, 10], [50, 25, 20]) == 2
 
@@ -82,3 +91,26 @@ def test_workloads_are_seeded_and_no_two_prompts_alike() -> None:
     assert arrivals == sorted(arrivals) and 35 < arrivals[-1] < 45
     cold, shared = (workload.shared_prefix(0, 16, 4, is_shared=value) for value in (False, True))
     assert [len({request.messages[0] for request in requests}) for requests in (cold, shared)] == [16, 1]
+
+
+def test_mixed_prompts_go_from_16_tokens_to_1500_and_no_two_are_alike() -> None:
+    requests = workload.mixed(0, 3000)
+    lengths = [num_tokens(request) for request in requests]
+    assert (min(lengths), max(lengths)) == (16, 1500)
+    assert len({request.messages for request in requests}) == 3000
+
+
+@pytest.mark.parametrize("prompt_tokens", [16, 17, 43, 44, 64, 1000])
+def test_prompts_have_the_length_that_is_asked_for(prompt_tokens: int) -> None:
+    assert {num_tokens(one) for one in workload.fixed(0, 20, 8, prompt_tokens)} == {prompt_tokens}
+
+
+def num_tokens(request: workload.Request) -> int:
+    """In the embedded model's chat template, where a word with a space or a line's end before it is one token.
+
+    22 of the default system prompt or 5 around another, 5 around the question and 3 before the answer; one is the colon
+    of the question, and one the line's end behind the first message.
+    """
+    has_system = request.messages[0][0] == "system"
+    words = " ".join(content.replace(":", " :") for _, content in request.messages).split()
+    return (6 if has_system else 22) + 5 + 3 + len(words)
