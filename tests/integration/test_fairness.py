@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from parley.v1 import chat_pb2
+from parley.v1 import chat_pb2, message_pb2
 from parleyd.config import SecuritySettings
 from parleyd.security.api_keys import entry_for, new_key
 from tests.integration.conftest import StartGateway
@@ -83,6 +83,22 @@ def test_a_batch_of_a_thousand_holds_up_nobody(start: Any) -> None:
     answer = gateway.stub.Generate(ask("hi"), timeout=20, metadata=bearer(ONE))
     assert answer.timings.queue.ToTimedelta().total_seconds() < 2.0
     outcomes.cancel()
+    gateway.wait_idle()
+
+
+def test_a_prompt_passes_the_huge_prompts_of_another_client(start: Any) -> None:
+    gateway, many = start(max_queue=8), Watched()
+    huge = chat_pb2.GenerateRequest(messages=[message_pb2.Message(role=message_pb2.ROLE_USER, content="a")] * 60_001)
+    calls = [gateway.stub.Generate.future(huge, timeout=100, metadata=bearer(MANY)) for _ in range(8)]
+    for call in calls:
+        call.add_done_callback(many.note)
+    while not many.num_done:
+        threading.Event().wait(0.002)
+    before = many.num_done
+    assert gateway.stub.Generate(ask("x" * 2500), timeout=60, metadata=bearer(ONE)).choices
+    assert many.num_done - before < 3  # the one amid its work, and what ended while the call was on its way
+    for call in calls:
+        assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
     gateway.wait_idle()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -11,6 +10,8 @@ from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, PromptTooLong, Violation
 from parleyd.gateway import convert, tools
 from parleyd.gateway.served_model import ServedModel
+from parleyd.gateway.turns import Turns
+from parleyd.telemetry.call import current_call
 
 # Two, so that one huge prompt does not hold up all others; more would only take cores from the model.
 _NUM_THREADS = 2
@@ -31,16 +32,17 @@ class Prompt(NamedTuple):
 
 
 class PromptBuilder:
-    """Makes prompt token ids out of conversations."""
+    """Makes prompt token ids out of conversations. Callers take turns: one large prompt of each at a time."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompt")
+        self._turns = Turns(self._executor)
 
     async def check(self, check: Callable[[_Request], _Result], request: _Request) -> _Result:
         """Runs a check of a request's fields: at once, unless the request is so large that it would take long."""
         if request.ByteSize() < _LARGE_BYTES:
             return check(request)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, check, request)
+        return await self.run(lambda: check(request))
 
     async def build(
         self, served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest
@@ -55,7 +57,7 @@ class PromptBuilder:
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         """Runs other work on a prompt's ids or text that may take long."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await self._turns.run(current_call.get().identity, work)
 
     def close(self) -> None:
         """Ends the threads."""

@@ -1,0 +1,146 @@
+"""Clients that share threads: one's work does not hold up another's, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from parleyd.gateway.turns import Turns
+
+_TIMEOUT_S = 10.0
+
+
+class Work:
+    """Work that lasts until `end` is set."""
+
+    def __init__(self, turns: Turns, client: str) -> None:
+        self.begun, self.end = threading.Event(), threading.Event()
+        self.task = asyncio.create_task(turns.run(client, self._work))
+
+    def _work(self) -> str:
+        self.begun.set()
+        assert self.end.wait(_TIMEOUT_S)
+        return "done"
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def turns(executor: ThreadPoolExecutor) -> Turns:
+    return Turns(executor)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(_TIMEOUT_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def until_idle(turns: Turns) -> None:
+    await until(lambda: len(turns) == 0)
+
+
+async def test_a_clients_second_work_waits_for_its_first_and_another_clients_does_not(turns: Turns) -> None:
+    mine = [Work(turns, "mine") for _ in range(3)]
+    await until(mine[0].begun.is_set)
+    assert await asyncio.wait_for(turns.run("other", lambda: 1), _TIMEOUT_S) == 1
+    assert not mine[1].begun.is_set()
+    for work, following in zip(mine, [*mine[1:], None], strict=True):
+        work.end.set()
+        assert await work.task == "done"
+        if following:
+            await until(following.begun.is_set)
+    await until_idle(turns)
+
+
+async def test_work_runs_in_its_clients_order(turns: Turns) -> None:
+    order: list[int] = []
+    await asyncio.gather(*(turns.run("mine", lambda number=number: order.append(number)) for number in range(20)))
+    assert order == list(range(20))
+
+
+async def test_what_fails_tells_why_and_passes_the_turn_on(turns: Turns) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await turns.run("mine", lambda: 1 // 0)
+    assert await turns.run("mine", lambda: 1) == 1
+
+
+async def test_cancelled_work_keeps_the_turn_until_its_thread_is_free(turns: Turns) -> None:
+    first, second = Work(turns, "mine"), Work(turns, "mine")
+    await until(first.begun.is_set)
+    first.task.cancel()
+    await asyncio.wait([first.task])
+    assert first.task.cancelled()
+    await asyncio.sleep(0.02)
+    assert not second.begun.is_set()
+    first.end.set()
+    await until(second.begun.is_set)
+    second.end.set()
+    assert await second.task == "done"
+
+
+async def test_who_stops_waiting_is_passed_over(turns: Turns) -> None:
+    works = [Work(turns, "mine") for _ in range(4)]
+    await until(works[0].begun.is_set)
+    for work in works[1:3]:
+        work.task.cancel()
+    works[0].end.set()
+    await until(works[3].begun.is_set)
+    works[3].end.set()
+    await works[3].task
+    assert not any(work.begun.is_set() for work in works[1:3])
+    await until_idle(turns)
+
+
+async def test_who_is_cancelled_just_as_the_turn_comes_gives_it_away(
+    turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (Work(turns, "mine") for _ in range(3))
+    await until(first.begun.is_set)
+    pass_on = turns._pass_on
+
+    def pass_on_and_cancel(client: str) -> None:
+        pass_on(client)
+        second.task.cancel()
+
+    monkeypatch.setattr(turns, "_pass_on", pass_on_and_cancel)
+    first.end.set()
+    await until(third.begun.is_set)
+    assert not second.begun.is_set()
+    third.end.set()
+    await third.task
+    await until_idle(turns)
+
+
+async def test_work_that_is_cancelled_before_a_thread_is_free_never_runs(turns: Turns) -> None:
+    held = [Work(turns, name) for name in "ab"]
+    await until(lambda: all(work.begun.is_set() for work in held))
+    late, next_one = Work(turns, "mine"), Work(turns, "mine")
+    await asyncio.sleep(0.01)
+    late.task.cancel()
+    for work in held:
+        work.end.set()
+    await until(next_one.begun.is_set)
+    next_one.end.set()
+    await next_one.task
+    assert not late.begun.is_set()
+
+
+async def test_after_a_shutdown_all_that_wait_are_told(executor: ThreadPoolExecutor, turns: Turns) -> None:
+    works = [Work(turns, "mine") for _ in range(3)]
+    await until(works[0].begun.is_set)
+    executor.shutdown(wait=False, cancel_futures=True)
+    works[0].end.set()
+    assert await works[0].task == "done"
+    for work in works[1:]:
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(work.task, _TIMEOUT_S)
