@@ -14,6 +14,8 @@ from parleyd.rpc.interceptors import named_error, request_id_of
 from parleyd.telemetry.call import Call, current_call
 
 MAX_REQUESTS = 1024
+# Beside as many as can run. They wait in the server's queue, so that a slot that gets free is taken at once.
+_NUM_SPARE = 16
 
 _Prepared = TypeVar("_Prepared")
 
@@ -23,11 +25,13 @@ async def answer_batch(
     prepare: Callable[[chat_pb2.GenerateRequest], Awaitable[_Prepared]],
     answer: Callable[[_Prepared], Awaitable[chat_pb2.GenerateResponse]],
     item_ended: Callable[[Call, str], None],
+    max_running: int,
 ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
     """Each item's outcome as it finishes. Items queue beside all other requests, those of higher priority first.
 
     `prepare` checks a request and makes its prompt; `answer` waits for a slot and generates. What they raise fails the
     item alone. `item_ended` is told of each item and its status code. Closing the generator cancels what is open.
+    While nobody takes outcomes, no more items begin than `max_running` and some: what waits for the reader is bounded.
     Raises InvalidRequest if the number of items is wrong.
     """
     if not 1 <= len(requests) <= MAX_REQUESTS:
@@ -36,6 +40,8 @@ async def answer_batch(
     # One item after the other: they join the queue in their order, other calls' prompts do not wait behind a thousand,
     # and what has not begun costs nothing.
     preparing = asyncio.Lock()
+    # For items that have begun and whose outcome is not taken. To have them wait once they are answered bounds nothing.
+    room = asyncio.Semaphore(max_running + _NUM_SPARE)
     outcomes: asyncio.Queue[chat_pb2.GenerateBatchResponse | None] = asyncio.Queue()
 
     async def serve(index: int) -> None:
@@ -62,6 +68,7 @@ async def answer_batch(
         try:
             async with asyncio.TaskGroup() as items:
                 for index in sorted(range(len(requests)), key=lambda index: -requests[index].priority):
+                    await room.acquire()
                     await preparing.acquire()
                     items.create_task(serve(index))
         finally:
@@ -71,6 +78,7 @@ async def answer_batch(
     try:
         while (outcome := await outcomes.get()) is not None:
             yield outcome
+            room.release()
         await service
     finally:
         service.cancel()

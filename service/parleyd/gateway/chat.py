@@ -76,7 +76,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.GenerateBatchRequest, context: Context
     ) -> AsyncGenerator[chat_pb2.GenerateBatchResponse]:
         """See chat.proto."""
-        async with aclosing(answer_batch(request.requests, self._prepare, self._respond, self._item_ended)) as outcomes:
+        outcomes = answer_batch(
+            request.requests, self._prepare, self._respond, self._item_ended, self._runner.max_running
+        )
+        async with aclosing(outcomes):
             async for outcome in outcomes:
                 yield outcome
 

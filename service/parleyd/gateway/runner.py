@@ -54,6 +54,11 @@ class Runner:
         self._worker = worker
         self._knows_clients = knows_clients
 
+    @property
+    def max_running(self) -> int:
+        """How many sequences can generate at once."""
+        return self._admission.max_running
+
     async def run(self, generation: Generation) -> AsyncGenerator[AnswerDelta]:
         """The deltas of all choices as they come; each choice's last one has a finish reason.
 
