@@ -12,6 +12,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
+from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask, reason_of, status_of, violated_fields
 
 Outcome = chat_pb2.GenerateBatchResponse
@@ -158,6 +159,22 @@ def test_who_does_not_read_a_batch_holds_up_nobody(start_gateway: StartGateway) 
     assert own.stub.Generate(ask("neighbour", priority=-1), timeout=20).choices
     assert len(list(call)) == 7
     channel.close()
+
+
+def test_items_wait_for_a_reader_who_takes_nothing_and_end_with_his_connection(start_gateway: StartGateway) -> None:
+    own = start_gateway(max_running=2, max_queue=100)
+
+    def num_answered() -> float:
+        return own.gateway.observer.metrics.batch_items.labels("OK")._value.get()
+
+    with RawConnection(own.target, window=0) as reader:
+        reader.call("GenerateBatch", chat_pb2.GenerateBatchRequest(requests=[ask("x" * 50)] * 100))
+        while num_answered() < 18:
+            time.sleep(0.002)
+        assert own.stub.Generate(ask("neighbour"), timeout=20).choices
+        time.sleep(0.5)
+        assert num_answered() < 25  # and not all: a few may be in gRPC's hands
+    own.wait_idle()
 
 
 @pytest.mark.parametrize(("drain_timeout", "reason"), [(20.0, None), (0.0, "DRAINING")])
