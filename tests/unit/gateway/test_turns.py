@@ -127,6 +127,7 @@ async def test_work_that_is_cancelled_before_a_thread_is_free_never_runs(turns: 
     late, next_one = Work(turns, "mine"), Work(turns, "mine")
     await asyncio.sleep(0.01)
     late.task.cancel()
+    await asyncio.wait([late.task])  # it is dropped by then
     for work in held:
         work.end.set()
     await until(next_one.begun.is_set)
