@@ -14,8 +14,8 @@ from tests.support.requests import ask
 from tests.support.watched_gateway import watched_gateway
 
 _LIMIT_MS = 10.0
-# What of ours blocks does so each time. A machine that stalls does not, nor does gRPC, of which one callback takes 12 to
-# 25 ms in most attempts on two slow cores.
+# What of ours blocks does so each time. A machine that stalls does not, nor does gRPC: one callback of its own takes 12
+# to 25 ms in most attempts on two slow cores.
 _ATTEMPTS = 6
 _NUM_STREAMS = 48
 _NUM_WAITING = 500
