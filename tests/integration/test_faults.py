@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from h2.events import Event, TrailersReceived
 
 from parley.v1 import chat_pb2
+from parleyd.gateway import worker_client
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
 from tests.support.raw_http2 import RawConnection, begin_raw_stream
@@ -344,6 +346,43 @@ def test_a_worker_that_hung_while_it_was_idle_is_replaced(start_gateway: StartGa
     assert gateway.gateway.supervisor.num_restarts == 0  # nobody waits for it
     assert_answers(gateway)
     assert gateway.gateway.supervisor.num_restarts == 1
+
+
+def test_a_worker_that_hangs_is_replaced_though_clients_have_little_patience(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker_timeout=1.0)
+    os.kill(worker_pid(gateway), signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while not gateway.gateway.supervisor.num_restarts:
+        assert time.monotonic() < deadline, "nobody noticed"
+        with suppress(grpc.RpcError):
+            gateway.stub.Generate(ask("ok"), timeout=0.2)
+        time.sleep(0.3)  # longer than the watchdog takes from one look to the next
+    assert_answers(gateway)
+
+
+def test_a_worker_is_not_replaced_for_requests_that_were_given_up_at_once(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker_timeout=0.5, max_running=4)
+    for timeout_s in (0.002, 0.004, 0.008, 0.016) * 3:
+        calls = [gateway.stub.Generate.future(ask("!wait"), timeout=timeout_s) for _ in range(4)]
+        assert all(call.code() == grpc.StatusCode.DEADLINE_EXCEEDED for call in calls)
+        time.sleep(0.05)
+    assert gateway.gateway.worker.num_submitted
+    time.sleep(1.0)
+    assert gateway.gateway.supervisor.num_restarts == 0
+
+
+def test_one_that_makes_no_token_does_not_keep_others_waiting_after_a_death(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_client, "_TRIAL_S", 0.5)
+    gateway = start_gateway(max_running=4)
+    silent = gateway.stub.GenerateStream(ask("!wait"))
+    eventually(lambda: gateway.gateway.worker.num_submitted == 1)
+    os.kill(worker_pid(gateway), signal.SIGKILL)
+    eventually(lambda: gateway.gateway.worker.num_submitted == 2)
+    for _ in range(2):
+        assert_answers(gateway)
+    silent.cancel()
 
 
 def test_those_that_came_with_a_poisoned_request_are_served(start_gateway: StartGateway) -> None:

@@ -52,6 +52,7 @@ class ScriptedEngine:
         self._num_generated = 0
         self._step_delay_s = step_delay_s
         self._changed = threading.Condition()
+        self._has_news = False
         self._running: dict[int, tuple[EngineRequest, Iterator[int]]] = {}
         self._counts: dict[int, int] = {}
 
@@ -59,6 +60,7 @@ class ScriptedEngine:
         with self._changed:
             self._running[request.key] = (request, itertools.islice(script(request), len(request.output_ids), None))
             self._counts[request.key] = len(request.output_ids)
+            self._has_news = True
             self._changed.notify()
 
     def abort(self, key: int) -> None:
@@ -72,7 +74,8 @@ class ScriptedEngine:
         outputs: list[Output] = []
         while not outputs:
             with self._changed:
-                self._changed.wait_for(lambda: self._running)
+                self._changed.wait_for(lambda: self._running or self._has_news)
+                self._has_news = False
                 self.progress += 1
                 outputs = [output for key in list(self._running) if (output := self._advance(key))]
             time.sleep(self._step_delay_s)

@@ -12,7 +12,7 @@ class Engine(Protocol):
 
     `submit` and `abort` may be called from another thread than `step`. At most `max_running` generate at once.
     `progress` changes whenever a piece of work is done, be it one without a token: work that is waiting while it stands
-    still means that the engine hangs.
+    still means that the engine hangs. It also changes once for each request submitted, though that be aborted by then.
     """
 
     max_running: int

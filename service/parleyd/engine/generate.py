@@ -145,6 +145,7 @@ class GenerateEngine:
             self._outputs.put(Output(key=sequence.request.key, error=f"{type(error).__name__}: {error}"))
         finally:
             del self._sequences[sequence.request.key]
+            self.progress += 1  # also for one that was aborted before its first layer
 
     def _call_model(self, sequence: _Sequence) -> None:
         request, params = sequence.request, sequence.request.params

@@ -155,13 +155,22 @@ class Supervisor:
         return info
 
     async def _watch(self, worker: Worker) -> None:
-        """Returns when the worker is gone; kills it if it does nothing for too long while there is work."""
-        num_quiet, num_seen = 0, -1
+        """Returns when the worker is gone; kills it if it does nothing for too long while there is work.
+
+        There is work while a request is open, and also when one has been submitted since the last sign of life, though
+        its client gave it up: a worker that gets on gives one for each. So clients of little patience, between whose
+        attempts nothing is open, do not keep it from being found out; an idle one, which gives none, is left alone.
+        """
+        num_quiet, num_signs, num_submitted = 0, -1, 0
         while not worker.gone.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(worker.gone.wait(), self._server.worker_timeout / _NUM_WATCHES)
-            is_quiet = worker.num_messages == num_seen and self._client.num_open > 0
-            num_quiet, num_seen = num_quiet + 1 if is_quiet else 0, worker.num_messages
+            if worker.num_signs != num_signs:
+                num_quiet, num_signs, num_submitted = 0, worker.num_signs, self._client.num_submitted
+            elif self._client.num_open or self._client.num_submitted != num_submitted:
+                num_quiet += 1
+            else:
+                num_quiet = 0
             if num_quiet == _NUM_WATCHES and worker.link is not None:
                 _logger.error("worker %d did nothing for %g s", worker.link.pid, self._server.worker_timeout)
                 worker.link.kill()

@@ -28,7 +28,8 @@ class Worker:
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.gone = asyncio.Event()
         self.link: WorkerLink | None = None
-        self.num_messages = 0
+        self.num_signs = 0  # of life: messages that only a worker sends that gets on
+        self._progress = -1
         self.stats = EngineStats()
         self._start = start
         self._command = command
@@ -59,7 +60,7 @@ class Worker:
         try:
             link.send(self._start)
             while (message := await link.receive()) is not None:
-                self.num_messages += 1
+                self.num_signs += not isinstance(message, Progress) or message.progress != self._progress
                 match message:
                     case Ready(info):
                         self.ready.set_result(info)
@@ -67,8 +68,8 @@ class Worker:
                         self.ready.set_exception(StartupError(text))
                     case Step(outputs):
                         self._on_outputs(outputs)
-                    case Progress(stats):
-                        self.stats = stats
+                    case Progress(stats, progress):
+                        self.stats, self._progress = stats, progress
         except Exception:  # such as bytes that are no message: nothing after them can be understood
             _logger.exception("worker %d cannot be understood", link.pid)
         finally:

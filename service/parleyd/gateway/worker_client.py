@@ -5,11 +5,13 @@ Outlives workers: when one dies, the next is given what its open requests still 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from parleyd.errors import EngineFault, ParleyError
@@ -25,6 +27,9 @@ _logger = logging.getLogger("parleyd.worker")
 _MAX_STRIKES = 2
 # From here on a request is not to blame for its worker's death: one token came out of its prefill, one out of a decode.
 _NUM_SETTLED = 2
+# So long a trial keeps others waiting: the prefill of most prompts is over by then, and clients with a deadline of some
+# ten seconds still get an answer. Twice as long for each trial that a request has outstayed.
+_TRIAL_S = 5.0
 
 
 @dataclass(eq=False)
@@ -38,7 +43,9 @@ class _OpenRequest:
     made_ids: array[int] = field(default_factory=lambda: array("i"))
     is_submitted: bool = False  # to the attached worker
     num_made: int = 0  # tokens that it has made
-    num_strikes: int = 0  # workers in a row that died when it alone could be to blame
+    num_strikes: int = 0  # workers in a row that died when nobody was likelier to be to blame
+    num_deaths: int = 0  # workers in a row that died before it had settled
+    num_outstayed: int = 0  # trials at whose end it had not settled
 
     @property
     def remainder(self) -> EngineRequest:
@@ -50,19 +57,25 @@ class WorkerClient:
     """Generates through whichever worker is attached; between two, requests wait.
 
     Requests that had not settled when a worker died are suspects. Each is tried while nobody else is unsettled, so that
-    another death tells who is to blame; newcomers and suspects take turns, so that neither keeps the others out.
+    another death tells who is to blame; newcomers and suspects take turns, so that neither keeps the others out. Nor
+    does one that makes no token: a trial that takes too long ends, and the next begins beside it. Of several that a
+    death finds unsettled, those are to blame that most deaths have found so.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self.num_handed_over = 0
+        self.num_submitted = 0  # to any worker
         self._metrics = metrics
         self._keys = itertools.count()
         self._link: WorkerLink | None = None
         self._open: dict[int, _OpenRequest] = {}
-        # Of these, by key: not submitted yet; submitted and not settled; suspects, submitted or not.
+        # Of these, by key: not submitted yet; suspects, not submitted yet; submitted and not settled; of the last,
+        # those for whose sake all others wait.
         self._newcomers: dict[int, _OpenRequest] = {}
-        self._unsettled: dict[int, _OpenRequest] = {}
         self._suspects: dict[int, _OpenRequest] = {}
+        self._unsettled: dict[int, _OpenRequest] = {}
+        self._on_trial: dict[int, _OpenRequest] = {}
+        self._trial_end: asyncio.TimerHandle | None = None
         self._is_suspects_turn = False
 
     @property
@@ -128,20 +141,25 @@ class WorkerClient:
     def detach(self) -> bool:
         """The worker is gone: its requests wait for the next. Returns whether one of them was found to be the cause.
 
-        A request is blamed if it had not settled. Where it is the only one so often that chance is no explanation, it
-        fails, so that the others can go on.
+        A request is suspected if it had not settled. Where it is the likeliest so often that chance is no explanation,
+        it fails, so that the others can go on.
         """
         self._link = None
-        blamed, self._unsettled = self._unsettled, {}
+        self._set_on_trial({})
+        unsettled, self._unsettled = self._unsettled, {}
         self.num_handed_over += sum(entry.is_submitted for entry in self._open.values())
         for entry in self._open.values():
             entry.is_submitted, entry.num_made = False, 0
-        self._suspects |= blamed
+        # The last comes first: what hung the worker may be the one that it was given before.
+        self._suspects |= dict(reversed(unsettled.items()))
         self._newcomers = {key: entry for key, entry in self._open.items() if key not in self._suspects}
         self._is_suspects_turn = False
-        if len(blamed) != 1:
+        likeliest = _likeliest(unsettled.values())
+        for entry in unsettled.values():
+            entry.num_deaths += 1
+        if len(likeliest) != 1:
             return False
-        (culprit,) = blamed.values()
+        (culprit,) = likeliest
         culprit.num_strikes += 1
         if culprit.num_strikes < _MAX_STRIKES:
             return False
@@ -156,7 +174,8 @@ class WorkerClient:
     def fail_all(self, error: ParleyError) -> None:
         """Ends every open request."""
         entries, self._open = self._open, {}
-        self._newcomers, self._unsettled, self._suspects = {}, {}, {}
+        self._newcomers, self._suspects, self._unsettled = {}, {}, {}
+        self._set_on_trial({})
         for entry in entries.values():
             entry.streamer.fail(error)
 
@@ -179,30 +198,58 @@ class WorkerClient:
 
     def _go_on(self) -> None:
         """Submits whoever's turn it is."""
-        if self._link is None:
+        if self._link is None or self._on_trial:
+            return  # while one is on trial, another death would leave a doubt about who is to blame
+        if self._suspects and (self._is_suspects_turn or not self._newcomers):
+            self._is_suspects_turn = False
+            suspect = min(self._suspects.values(), key=lambda entry: (entry.num_outstayed, entry.num_strikes))
+            del self._suspects[suspect.request.key]
+            self._set_on_trial({suspect.request.key: suspect})
+            self._submit(self._link, suspect)
             return
-        if self._suspects:
-            if self._unsettled:
-                return  # another death would leave a doubt about who is to blame
-            if self._is_suspects_turn or not self._newcomers:
-                self._is_suspects_turn = False
-                self._submit(self._link, min(self._suspects.values(), key=lambda entry: entry.num_strikes))
-                return
-            self._is_suspects_turn = True
         newcomers, self._newcomers = self._newcomers, {}
+        if self._suspects:
+            self._is_suspects_turn = True
+            self._set_on_trial(dict(newcomers))
         for entry in newcomers.values():
             self._submit(self._link, entry)
 
+    def _set_on_trial(self, entries: dict[int, _OpenRequest]) -> None:
+        """Begins a trial, and has it end in time; without entries, ends the one there is."""
+        self._on_trial = entries
+        if self._trial_end is not None:
+            self._trial_end.cancel()
+            self._trial_end = None
+        if entries:
+            limit_s = _TRIAL_S * 2 ** min(entry.num_outstayed for entry in entries.values())
+            self._trial_end = asyncio.get_running_loop().call_later(limit_s, self._end_trial)
+
+    def _end_trial(self) -> None:
+        """Others need wait no longer; those on trial stay, and stay unsettled."""
+        for entry in self._on_trial.values():
+            entry.num_outstayed += 1
+        self._set_on_trial({})
+        self._go_on()
+
     def _submit(self, link: WorkerLink, entry: _OpenRequest) -> None:
         entry.is_submitted = True
+        self.num_submitted += 1
         self._unsettled[entry.request.key] = entry
         link.send(Submit(entry.remainder))
 
     def _settle(self, entry: _OpenRequest) -> None:
-        entry.num_strikes = 0
+        entry.num_strikes, entry.num_deaths, entry.num_outstayed = 0, 0, 0
         del self._unsettled[entry.request.key]
-        self._suspects.pop(entry.request.key, None)
+        self._on_trial.pop(entry.request.key, None)
 
     def _forget(self, key: int) -> None:
-        for group in (self._open, self._newcomers, self._unsettled, self._suspects):
+        for group in (self._open, self._newcomers, self._suspects, self._unsettled, self._on_trial):
             group.pop(key, None)
+
+
+def _likeliest(unsettled: Iterable[_OpenRequest]) -> list[_OpenRequest]:
+    """Those whom earlier deaths speak against most."""
+    by_evidence: defaultdict[tuple[int, int], list[_OpenRequest]] = defaultdict(list)
+    for entry in unsettled:
+        by_evidence[entry.num_strikes, entry.num_deaths].append(entry)
+    return by_evidence[max(by_evidence)] if by_evidence else []

@@ -47,9 +47,14 @@ class Step(msgspec.Struct, tag=True, frozen=True):
 
 
 class Progress(msgspec.Struct, tag=True, frozen=True):
-    """Worker to gateway, now and then while it works: it is alive, even if a long prompt has made no token yet."""
+    """Worker to gateway, now and then while it works: it is alive, even if a long prompt has made no token yet.
+
+    `progress` is the engine's. At least one with a new number comes after each Submit, aborted or not; one with the
+    number of the last only tells that the stats have changed, as they do where a request joins others behind a hang.
+    """
 
     stats: EngineStats
+    progress: int
 
 
 class CheckGrammar(msgspec.Struct, tag=True, frozen=True):

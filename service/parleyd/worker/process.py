@@ -72,7 +72,7 @@ def _tell_progress(engine: Engine, sender: _Sender) -> None:
     while True:
         if (news := (engine.progress, engine.stats())) != told:
             told = news
-            sender.send(messages.Progress(news[1]))
+            sender.send(messages.Progress(stats=news[1], progress=news[0]))
         time.sleep(_PROGRESS_INTERVAL_S)
 
 

@@ -221,6 +221,17 @@ def test_an_aborted_request_that_has_not_begun_never_begins(engine: GenerateEngi
     assert 2 not in keys
 
 
+def test_progress_tells_also_of_a_request_that_was_aborted_before_it_began(engine: GenerateEngine) -> None:
+    go_on = threading.Event()
+    engine._executor.submit(go_on.wait)  # as if another were being generated
+    progress = engine.progress
+    engine.submit(request(1))
+    engine.abort(1)
+    go_on.set()
+    engine._executor.submit(lambda: None).result()
+    assert engine.progress == progress + 1
+
+
 def test_a_request_that_fails_fails_alone(engine: GenerateEngine) -> None:
     engine.submit(request(1, prompt=(VOCAB_SIZE + 5,)))
     (output,) = engine.step()

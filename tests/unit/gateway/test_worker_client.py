@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, cast
+from unittest.mock import patch
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from parleyd.errors import EngineFault
+from parleyd.gateway import worker_client
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WorkerLink
 from parleyd.generation import EngineRequest, EngineStats, FinishReason, Output, SamplingParams
@@ -81,10 +86,12 @@ _METRICS = Metrics(_no_load)
 
 
 class WorkersComeAndGo(RuleBasedStateMachine):
-    """Any order of arrivals, cancellations, steps, deaths; in the end everyone is served."""
+    """Any order of arrivals, cancellations, steps, deaths, trials that end; in the end everyone is served."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.no_end = patch.object(worker_client, "_TRIAL_S", 1e6)  # but by the rule below
+        self.no_end.start()
         self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
         self.client = WorkerClient(_METRICS)
@@ -92,6 +99,14 @@ class WorkersComeAndGo(RuleBasedStateMachine):
         self.readers: list[Reader] = []
         self.expected: dict[int, int] = {}  # key: ids dispatched
         self.poisoned: set[int] = set()
+        self.deaths: Counter[int] = Counter()  # key: deaths in a row that found it unsettled
+        self.outstayed: set[int] = set()  # keys whose trial by this worker has ended
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        async def call() -> None:
+            function(*arguments)
+
+        self.loop.run_until_complete(call())
 
     def _settle(self) -> None:
         for _ in range(4):
@@ -109,18 +124,32 @@ class WorkersComeAndGo(RuleBasedStateMachine):
     @rule()
     def attach(self) -> None:
         self.worker = Worker()
-        self.client.attach(cast(WorkerLink, self.worker))
+        self.outstayed.clear()
+        self._call(self.client.attach, self.worker)
+
+    @precondition(lambda self: self.client._on_trial)
+    @rule()
+    def end_trial(self) -> None:
+        self.outstayed |= self.client._on_trial.keys()
+        self._call(self.client._end_trial)
 
     @precondition(lambda self: self.worker is not None)
     @rule()
     def die(self) -> None:
         assert self.worker is not None
-        unsettled = {key for key in self.worker.open if self.worker.num_made[key] < 2}
+        unsettled = self._unsettled()
+        self.deaths.update(unsettled)
         self.worker = None
         if self.client.detach():
-            assert len(unsettled) == 1  # nobody is blamed while there is a doubt
-            self.poisoned |= unsettled
+            (culprit,) = unsettled - self.client._open.keys()
+            assert self.deaths[culprit] >= 2
+            assert len(unsettled) == 1 or self.outstayed  # nobody is blamed while there is a doubt
+            self.poisoned.add(culprit)
         self._settle()
+
+    def _unsettled(self) -> set[int]:
+        worker = self.worker
+        return set() if worker is None else {key for key in worker.open if worker.num_made[key] < 2}
 
     @precondition(lambda self: self.worker is not None and self.worker.open)
     @rule(data=st.data(), last=st.booleans())
@@ -133,7 +162,10 @@ class WorkersComeAndGo(RuleBasedStateMachine):
     def _dispatch(self, worker: Worker, keys: list[int], *, last: bool) -> None:
         for key in keys:
             self.expected[key] = worker.open[key] + 1
-        self.client.dispatch([worker.make(key, last=last) for key in keys])
+        self._call(self.client.dispatch, [worker.make(key, last=last) for key in keys])
+        for key in keys:
+            if worker.num_made[key] >= 2:
+                del self.deaths[key]
         self._settle()
 
     @precondition(lambda self: any(not reader.task.done() for reader in self.readers))
@@ -158,9 +190,10 @@ class WorkersComeAndGo(RuleBasedStateMachine):
     @invariant()
     def a_suspect_is_tried_alone(self) -> None:
         if self.worker is not None:
-            suspects = self.client._suspects.keys() & self.worker.open.keys()
-            assert not suspects or len(self.client._unsettled) == 1
-            assert self.client._suspects or self.worker.open.keys() == self.client._open.keys()
+            in_doubt = self._unsettled() - self.outstayed
+            assert len(in_doubt) == 1 or not self.deaths.keys() & in_doubt
+            is_anyone_waiting = self.worker.open.keys() != self.client._open.keys()
+            assert self.client._on_trial or not is_anyone_waiting
 
     def teardown(self) -> None:
         try:
@@ -170,6 +203,7 @@ class WorkersComeAndGo(RuleBasedStateMachine):
                 reader.task.cancel()
             self._settle()
             self.loop.close()
+            self.no_end.stop()
             asyncio.set_event_loop(None)
 
     def _serve_all(self) -> None:
@@ -192,3 +226,109 @@ class WorkersComeAndGo(RuleBasedStateMachine):
 
 WorkersComeAndGo.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestWorkersComeAndGo = WorkersComeAndGo.TestCase
+
+
+class World:
+    """A client, its readers, and a worker that dies when told to."""
+
+    def __init__(self) -> None:
+        self.client = WorkerClient(_METRICS)
+        self.worker = Worker()
+        self.readers: list[Reader] = []
+        self.client.attach(cast(WorkerLink, self.worker))
+
+    async def arrive(self) -> Reader:
+        """Returns once it is on its way to the worker, or waits."""
+        self.readers.append(reader := Reader(self.client))
+        await asyncio.sleep(0)
+        return reader
+
+    def is_at_work(self, reader: Reader) -> bool:
+        return reader.key in self.worker.open
+
+    def serve(self, *readers: Reader) -> None:
+        """Two tokens each."""
+        for last in (False, True):
+            self.client.dispatch([self.worker.make(reader.key, last=last) for reader in readers])
+
+    async def die(self) -> None:
+        self.client.detach()
+        self.worker = Worker()
+        self.client.attach(cast(WorkerLink, self.worker))
+        await asyncio.sleep(0.01)  # for a reader to see its error
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(worker_client, "_TRIAL_S", 1e6)
+    world = World()
+    yield world
+    for reader in world.readers:
+        reader.task.cancel()
+    await asyncio.gather(*(reader.task for reader in world.readers), return_exceptions=True)
+    assert not world.client._open and not world.client._on_trial
+
+
+async def test_a_suspect_that_makes_no_token_keeps_others_waiting_for_a_while_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_client, "_TRIAL_S", 0.05)
+    silent = await world.arrive()
+    await world.die()
+    newcomers = [await world.arrive(), await world.arrive()]
+    assert world.is_at_work(silent) and not any(map(world.is_at_work, newcomers))
+    await asyncio.sleep(0.1)
+    assert all(map(world.is_at_work, newcomers))
+    assert world.is_at_work(await world.arrive())  # nor does the next one wait
+    world.serve(*newcomers)
+    await asyncio.sleep(0.01)
+    assert all(reader.task.done() and reader.error is None for reader in newcomers)
+
+
+async def test_what_kills_late_is_to_blame_not_what_came_beside_it(world: World) -> None:
+    late = await world.arrive()
+    await world.die()
+    world.client._end_trial()
+    newcomer = await world.arrive()
+    await world.die()
+    assert late.error is not None
+    assert world.is_at_work(newcomer) and newcomer.error is None
+
+
+async def test_what_kills_late_is_found_also_if_newcomers_keep_coming(world: World) -> None:
+    late = await world.arrive()
+    for _ in range(3):
+        await world.arrive()
+        await world.die()
+        for _ in range(20):
+            await world.arrive()
+            if served := [reader for reader in world.readers if reader is not late and world.is_at_work(reader)]:
+                world.serve(*served)
+            elif world.client._on_trial:
+                world.client._end_trial()
+    assert late.error is not None
+    assert all(reader.error is None for reader in world.readers if reader is not late)
+
+
+async def test_what_kills_at_once_is_found_behind_one_that_makes_no_token(world: World) -> None:
+    poison, silent = await world.arrive(), await world.arrive()
+    for _ in range(4):
+        await world.die()
+        for _ in range(2):
+            if world.client._on_trial and not world.is_at_work(poison):
+                world.client._end_trial()
+    assert poison.error is not None
+    assert silent.error is None
+
+
+async def test_what_hangs_the_worker_is_tried_after_those_that_it_held_up(world: World) -> None:
+    hang, other = await world.arrive(), await world.arrive()
+    for _ in range(3):
+        await world.die()
+        if world.is_at_work(other) and not world.is_at_work(hang):
+            world.serve(other)
+        elif world.client._on_trial:
+            world.client._end_trial()
+        await world.arrive()  # and is held up
+    assert hang.error is not None
+    assert all(reader.error is None for reader in world.readers if reader is not hang)

@@ -10,7 +10,15 @@ import msgspec
 import pytest
 
 from parleyd.config import ModelSettings
-from parleyd.generation import EngineRequest, FinishReason, ModelInfo, Output, SamplingDefaults, SamplingParams
+from parleyd.generation import (
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    Output,
+    SamplingDefaults,
+    SamplingParams,
+)
 from parleyd.ipc import messages
 from parleyd.ipc.framing import frame, read_frame, read_frame_async, send_frame
 
@@ -31,7 +39,15 @@ def test_messages_to_the_worker_arrive_as_they_were(message: messages.ToWorker) 
     assert messages.decode_to_worker(messages.encode(message)) == message
 
 
-@pytest.mark.parametrize("message", [messages.Ready(INFO), messages.LoadFailed("why"), messages.Step(OUTPUTS)])
+@pytest.mark.parametrize(
+    "message",
+    [
+        messages.Ready(INFO),
+        messages.LoadFailed("why"),
+        messages.Step(OUTPUTS),
+        messages.Progress(EngineStats(num_running=1), 7),
+    ],
+)
 def test_messages_to_the_gateway_arrive_as_they_were(message: messages.ToGateway) -> None:
     assert messages.decode_to_gateway(messages.encode(message)) == message
 
