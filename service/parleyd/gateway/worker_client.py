@@ -45,7 +45,7 @@ class _OpenRequest:
     num_made: int = 0  # tokens that it has made
     num_strikes: int = 0  # workers in a row that died when nobody was likelier to be to blame
     num_deaths: int = 0  # workers in a row that died before it had settled
-    num_outstayed: int = 0  # trials at whose end it had not settled
+    num_outstayed: int = 0  # trials of its own at whose end it had not settled
 
     @property
     def remainder(self) -> EngineRequest:
@@ -150,8 +150,7 @@ class WorkerClient:
         self.num_handed_over += sum(entry.is_submitted for entry in self._open.values())
         for entry in self._open.values():
             entry.is_submitted, entry.num_made = False, 0
-        # The last comes first: what hung the worker may be the one that it was given before.
-        self._suspects |= dict(reversed(unsettled.items()))
+        self._suspects |= unsettled
         self._newcomers = {key: entry for key, entry in self._open.items() if key not in self._suspects}
         self._is_suspects_turn = False
         likeliest = _likeliest(unsettled.values())
@@ -226,8 +225,9 @@ class WorkerClient:
 
     def _end_trial(self) -> None:
         """Others need wait no longer; those on trial stay, and stay unsettled."""
-        for entry in self._on_trial.values():
-            entry.num_outstayed += 1
+        if len(self._on_trial) == len(self._unsettled):  # else those that were there before may hold it up
+            for entry in self._on_trial.values():
+                entry.num_outstayed += 1
         self._set_on_trial({})
         self._go_on()
 
