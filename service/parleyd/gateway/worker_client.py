@@ -27,9 +27,9 @@ _logger = logging.getLogger("parleyd.worker")
 _MAX_STRIKES = 2
 # From here on a request is not to blame for its worker's death: one token came out of its prefill, one out of a decode.
 _NUM_SETTLED = 2
-# So long a trial keeps others waiting: the prefill of most prompts is over by then, and clients with a deadline of some
-# ten seconds still get an answer. Twice as long for each trial that a request has outstayed.
-_TRIAL_S = 5.0
+# So long a trial keeps others waiting: the prefill of most prompts is over by then, and clients with a deadline of five
+# seconds still get an answer. Twice as long for each trial of its own that a request has outstayed.
+_TRIAL_S = 3.0
 
 
 @dataclass(eq=False)

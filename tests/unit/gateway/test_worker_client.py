@@ -322,7 +322,7 @@ async def test_what_kills_at_once_is_found_behind_one_that_makes_no_token(world:
 
 
 async def test_what_hangs_the_worker_is_tried_after_those_that_it_held_up(world: World) -> None:
-    hang, other = await world.arrive(), await world.arrive()
+    hang, _ = await world.arrive(), await world.arrive()
     for _ in range(4):
         await world.die()
         for _ in range(4):
@@ -334,3 +334,23 @@ async def test_what_hangs_the_worker_is_tried_after_those_that_it_held_up(world:
         await world.arrive()  # and is held up
     assert hang.error is not None
     assert all(reader.error is None for reader in world.readers if reader is not hang)
+
+
+@pytest.mark.parametrize("is_silent_first", [False, True])
+@pytest.mark.parametrize("num_trials", [0.5, 1.5, 2.5, 5])
+async def test_what_kills_after_any_time_is_found_beside_one_that_makes_no_token(
+    world: World, num_trials: float, is_silent_first: bool
+) -> None:
+    first, second = await world.arrive(), await world.arrive()
+    silent, poison = (first, second) if is_silent_first else (second, first)
+    for _ in range(12):
+        await world.die()
+        if poison.error is not None:
+            break
+        left_s = num_trials * worker_client._TRIAL_S
+        while world.client._on_trial:
+            limit_s = worker_client._TRIAL_S * 2 ** min(e.num_outstayed for e in world.client._on_trial.values())
+            if world.is_at_work(poison) and (left_s := left_s - limit_s) < 0:
+                break
+            world.client._end_trial()
+    assert poison.error is not None and silent.error is None
