@@ -1,7 +1,8 @@
 """All layers of a Llama-like decoder in one kernel, for steps whose rows all attend block by block.
 
 Between the parts of a layer the threads wait for each other, which takes a microsecond; by way of Python it would take
-ten, and at few rows that is as long as the work itself.
+ten, and at few rows that is as long as the work itself. At many rows that is nothing, but the layers together may take
+so long that one would take them for a hang: so there the kernel is called for each layer, and what is done is counted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, quantise_b
 from parleyd.cpu_kernels.threads import Kernel, barrier, bits_of, num_threads, thread_index
 from parleyd.cpu_kernels.tiles import BLOCK_SIZE
 
+# From so many rows on, a layer takes long beside a call of the kernel.
+_MANY_ROWS = 128
+
 
 class Layer(NamedTuple):
     """One decoder layer. `keys`, `values`: its part of the KV cache, `[blocks, kv_heads, block_size, head_dim]`."""
@@ -36,7 +40,7 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """Holds what the kernel needs to know of the layers."""
+    """Holds what the kernel needs to know of the layers. `num_layers_run` may be read from another thread."""
 
     def __init__(self, layers: Sequence[Layer], epsilon: float) -> None:
         self._layers = list(layers)  # whose memory the table points to
@@ -52,6 +56,7 @@ class Decoder:
         functions = add_and_normalise_row(), rotate, attend, gate_row(), quantise_blocks(), multiply_share()
         self._functions = [function.address for function in functions]
         self._kernel = _kernel()
+        self.num_layers_run = 0
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
         """Runs all layers on `x`, bfloat16 `[rows, hidden]`, which changes, and returns what is still to be added.
@@ -67,11 +72,16 @@ class Decoder:
         scores = torch.empty((torch.get_num_threads(), num_scores))
         delta = torch.empty_like(x)
         tensors = (x, delta, inputs, outputs, codes, scales, scores, self._table, cos, sin, slots, table, lengths)
-        self._kernel(
-            len(scores), *self._functions, *(tensor.data_ptr() for tensor in tensors),
-            len(self._layers), num_rows, hidden, self._num_heads, self._num_kv_heads, self._head_dim, self._width,
-            table.stride(0), scores.stride(0), self._scale, self._epsilon,
-        )  # fmt: skip
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        num_layers = len(self._layers)
+        num_at_once = 1 if num_rows >= _MANY_ROWS else num_layers
+        for start in range(0, num_layers, num_at_once):
+            self._kernel(
+                len(scores), *self._functions, *addresses, start, start + num_at_once, num_rows, hidden,
+                self._num_heads, self._num_kv_heads, self._head_dim, self._width, table.stride(0), scores.stride(0),
+                self._scale, self._epsilon,
+            )  # fmt: skip
+            self.num_layers_run += num_at_once
         return delta
 
 
@@ -93,13 +103,13 @@ def _kernel() -> Kernel:
     def run(arguments):
         (normalise, rotate, attend, gate, quantise, multiply,
          x, delta, inputs, outputs, codes, scales, scores, layers, cos, sin, slots, table, lengths,
-         num_layers, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_scores,
-         scale, epsilon) = carray(arguments, (30,))  # fmt: skip
+         start, end, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_scores,
+         scale, epsilon) = carray(arguments, (31,))  # fmt: skip
         thread, num = thread_index(), num_threads()
         own_scores = scores + 4 * thread * num_scores
         num_attended, num_outs = (num_heads - 2 * num_kv_heads) * head_dim, num_heads * head_dim
         functions, step = (quantise, multiply), (inputs, codes, scales, num_rows)
-        for index in range(num_layers):
+        for index in range(start, end):
             layer = int64_array(layers + 8 * index * _ROW, (_ROW,))
             input_norm, post_norm, keys, values = layer[0], layer[1], layer[2], layer[3]
             for row in range(thread, num_rows, num):

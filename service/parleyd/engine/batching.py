@@ -59,7 +59,7 @@ class BatchingEngine:
         """
         self.max_running = max_running
         self._budget = budget
-        self.progress = 0
+        self._num_steps = 0
         self._max_ahead = 1 if overlap else 0
         self._in_flight: deque[tuple[Batch, Launched]] = deque()
         self._num_failures_in_a_row = 0
@@ -68,6 +68,11 @@ class BatchingEngine:
         self._grammars = grammars
         self._compiling: set[int] = set()  # keys of requests that are not in the inbox yet, and may be aborted
         self._inbox: queue.SimpleQueue[_Submitted | int] = queue.SimpleQueue()
+
+    @property
+    def progress(self) -> int:
+        """See Engine."""
+        return self._num_steps + self._runner.progress
 
     def submit(self, request: EngineRequest) -> None:
         """See Engine. A request with a grammar enters the inbox once that is compiled."""
@@ -99,7 +104,7 @@ class BatchingEngine:
         return outputs
 
     def _run_batch(self) -> Iterator[Output]:
-        self.progress += 1
+        self._num_steps += 1
         batch = self._scheduler.schedule()
         if batch is not None:
             yield from self._launch(batch)

@@ -11,12 +11,18 @@ class Engine(Protocol):
     """Generates for the requests submitted to it.
 
     `submit` and `abort` may be called from another thread than `step`. At most `max_running` generate at once.
-    `progress` changes whenever a piece of work is done, be it one without a token: work that is waiting while it stands
-    still means that the engine hangs. It also changes once for each request submitted, though that be aborted by then.
     """
 
     max_running: int
-    progress: int
+
+    @property
+    def progress(self) -> int:
+        """Changes whenever a piece of work is done, at least once for each request, though that be aborted by then; and
+        never by what is asked for.
+
+        Work that waits while it stands still means that the engine hangs, so a piece is as small as a layer: those of a
+        long prompt may take minutes together. Read from another thread than the one that steps.
+        """
 
     def submit(self, request: EngineRequest) -> None:
         """Takes a request into the queue."""

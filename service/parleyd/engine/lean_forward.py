@@ -67,6 +67,12 @@ class LeanForward:
         self._head = linears.make(HEAD if HEAD in model.weights else EMBEDDING)
         linears.choose()
         self._decoder = _compiled_decoder(self._layers, cache, self._eps)
+        self._num_layers_run = 0  # but by the decoder
+
+    @property
+    def progress(self) -> int:
+        """See Forward."""
+        return self._num_layers_run + (self._decoder.num_layers_run if self._decoder is not None else 0)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward."""
@@ -88,6 +94,7 @@ class LeanForward:
             delta = layer.out(self._attend(index, layer, normalised, cos, sin, layout))
             normalised = ops.add_and_normalise(x, delta, layer.post_norm, eps)
             delta = layer.down(ops.gate(layer.gate_up(normalised)))
+            self._num_layers_run += 1
         assert delta is not None
         return delta
 

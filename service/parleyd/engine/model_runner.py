@@ -21,6 +21,10 @@ from parleyd.scheduling.request import Batch, Scheduled
 class Forward(Protocol):
     """A model's forward pass over the paged cache."""
 
+    @property
+    def progress(self) -> int:
+        """Rises as a pass of many rows goes through the layers. Read from another thread."""
+
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """`input_ids`, `positions`: `[rows]`; `sample_rows`: `[samples]`. Returns logits, `[samples, vocab]`."""
         ...
@@ -54,6 +58,11 @@ class ModelRunner:
         # What the step before has sampled, on the device: by key, its place in the tensor.
         self._sampled_places: dict[int, int] = {}
         self._sampled_ids = torch.empty(0, dtype=torch.int64, device=self._device)
+
+    @property
+    def progress(self) -> int:
+        """See Forward."""
+        return self._forward.progress
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:

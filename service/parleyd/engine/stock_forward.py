@@ -29,6 +29,7 @@ class StockForward:
         self._model = model
         self._cache = cache
         self._layout: StepLayout | None = None
+        self.progress = 0
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, self._attend)
         model.set_attn_implementation(_ATTENTION)
 
@@ -46,6 +47,7 @@ class StockForward:
     ) -> tuple[Tensor, None]:
         """What transformers calls. `query`: `[1, heads, rows, head_dim]`; the result has heads after rows."""
         assert self._layout is not None
+        self.progress += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return attend(self._cache, module.layer_idx, self._layout, query, key, value, scale)[None], None

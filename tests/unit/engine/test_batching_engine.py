@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -10,15 +11,19 @@ import pytest
 import torch
 
 from parleyd.config import ModelSettings
+from parleyd.engine import lean_forward, stock_forward
 from parleyd.engine.batching import BrokenStateError
 from parleyd.engine.build import build_engine
+from parleyd.engine.cuda_graphs import Capture
 from parleyd.engine.generate import GenerateEngine
 from parleyd.engine.obstacle import batching_obstacle
 from parleyd.engine.stock_forward import StockForward, checked_stock_forward
 from parleyd.errors import StartupError
 from parleyd.generation import FinishReason
 from parleyd.kernels.cache import PagedKVCache
+from parleyd.kernels.paged import NO_KERNELS
 from parleyd.model.lean_model import can_be_lean
+from tests.support import torch_kernels
 from tests.support.tiny_models import (
     BLOCK_SIZE,
     FAMILIES,
@@ -89,6 +94,30 @@ def test_packed_and_stock_layers_agree_in_bfloat16_until_the_first_near_tie() ->
         if two_best[length - 1, 0] - two_best[length - 1, 1] > 0.05 * logits.abs().max():
             (chosen,) = run(engine, request(1, ids[:length], max_new_tokens=1, ignore_eos=True))[1]
             assert chosen == int(logits[length - 1].argmax())
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("capture", [None, lambda run: run])
+def test_a_step_makes_progress_at_each_layer(
+    monkeypatch: pytest.MonkeyPatch, lean: bool, capture: Capture | None
+) -> None:
+    """That of a long prompt may take longer than a worker may do nothing."""
+    kernels = torch_kernels.KERNELS if capture else NO_KERNELS
+    engine = make_engine(make_model("Llama", num_hidden_layers=5), lean=lean, capture=capture, kernels=kernels)
+    seen: list[int] = []
+    owner, name = (lean_forward, "attend_to_written") if lean else (stock_forward, "attend")
+    attend: Callable[..., torch.Tensor] = getattr(owner, name)
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(engine.progress)
+        return attend(*arguments)
+
+    monkeypatch.setattr(owner, name, watched)
+    before = engine.progress
+    engine.submit(request(1, (5,) * 50, max_new_tokens=1))
+    assert engine.progress == before, "a request is no progress"
+    engine.step()
+    assert len(set(seen)) == len(seen) == 5
 
 
 def test_an_abort_frees_its_blocks_before_the_next_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
-from parleyd.cpu_kernels import layers, products
+from parleyd.cpu_kernels import decoder, layers, products
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.cpu_kernels.instructions import has_matrix_unit
 from parleyd.engine.lean_forward import LeanForward
@@ -28,8 +29,9 @@ from tests.unit.model.conftest import write_gguf
 
 COMPILED = CompiledKernels(paged_decode, layers)
 BLOCK_SIZE = 8
-# Two sequences that decode, and two short prompts, one of which goes on.
-STRETCHES = [(5, 1), (17, 1), (0, 4), (9, 3)]
+# Two sequences that decode, and two prompts, one of which goes on.
+FEW_ROWS = [(5, 1), (17, 1), (0, 4), (9, 3)]
+MANY_ROWS = [(5, 1), (17, 1), (0, 56), (9, 20)]
 
 pytestmark = [
     pytest.mark.usefixtures("two_threads"),
@@ -49,12 +51,12 @@ def make_forward(model: PreTrainedModel, blocks: GgufBlocks | None = None) -> tu
 
 
 @torch.inference_mode()
-def run(forward: LeanForward, cache: PagedKVCache) -> list[Tensor]:
+def run(forward: LeanForward, cache: PagedKVCache, stretches: list[tuple[int, int]]) -> list[Tensor]:
     """The logits of all rows, and what the step leaves in the cache."""
     torch.manual_seed(0)
     for tensor in (cache.keys, cache.values):
         tensor.copy_(torch.randn(tensor.shape))
-    batch = probe_batch(STRETCHES, BLOCK_SIZE, num_decodes=2)
+    batch = probe_batch(stretches, BLOCK_SIZE, num_decodes=2)
     layout = StepLayout.of(batch, cache)
     assert layout.paged_decode is not None
     rows, positions = torch.arange(batch.num_tokens), torch.frombuffer(batch.positions(), dtype=torch.int64)
@@ -63,11 +65,29 @@ def run(forward: LeanForward, cache: PagedKVCache) -> list[Tensor]:
 
 def assert_same_kernel_by_kernel(forward: LeanForward, cache: PagedKVCache) -> None:
     assert forward._decoder is not None
-    in_one = run(forward, cache)
-    assert float(in_one[0].abs().max()) > 0.1
+    in_one = [run(forward, cache, stretches) for stretches in (FEW_ROWS, MANY_ROWS)]
     forward._decoder = None
-    for ours, kernel_by_kernel in zip(in_one, run(forward, cache), strict=True):
-        assert torch.equal(ours, kernel_by_kernel)
+    for ours, stretches in zip(in_one, (FEW_ROWS, MANY_ROWS), strict=True):
+        assert float(ours[0].abs().max()) > 0.1
+        assert_same(ours, run(forward, cache, stretches))
+
+
+def assert_same(these: list[Tensor], those: list[Tensor]) -> None:
+    assert all(torch.equal(this, that) for this, that in zip(these, those, strict=True))
+
+
+def progress_at_calls(forward: LeanForward, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each call of the kernel from now on."""
+    assert forward._decoder is not None
+    seen: list[int] = []
+    call: Callable[..., None] = forward._decoder._kernel
+
+    def watched(*arguments: int) -> None:
+        seen.append(forward.progress)
+        call(*arguments)
+
+    monkeypatch.setattr(forward._decoder, "_kernel", watched)
+    return seen
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral"])
@@ -86,6 +106,25 @@ def test_with_a_files_blocks(tmp_path: Path, kind: GGMLQuantizationType) -> None
     loaded = load_model(ModelSettings(model=str(path), cache=str(tmp_path / "cache"), dtype="bfloat16"))
     assert loaded.blocks is not None
     assert_same_kernel_by_kernel(*make_forward(loaded.model, loaded.blocks))
+
+
+def test_a_step_of_many_rows_tells_progress_at_each_layer_and_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward, cache = make_forward(make_model("Llama", torch.bfloat16, hidden_size=64, num_hidden_layers=5))
+    seen = progress_at_calls(forward, monkeypatch)
+    layer_by_layer = run(forward, cache, MANY_ROWS)
+    assert seen == [0, 1, 2, 3, 4] and forward.progress == 5
+    monkeypatch.setattr(decoder, "_MANY_ROWS", 1000)
+    assert_same(layer_by_layer, run(forward, cache, MANY_ROWS))
+    assert seen[5:] == [5] and forward.progress == 10
+
+
+def test_a_step_of_few_rows_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, cache = make_forward(make_model("Llama", torch.bfloat16, hidden_size=64, num_hidden_layers=5))
+    seen = progress_at_calls(forward, monkeypatch)
+    run(forward, cache, FEW_ROWS)
+    assert seen == [0]
 
 
 def test_layers_that_it_does_not_know_are_run_kernel_by_kernel() -> None:
