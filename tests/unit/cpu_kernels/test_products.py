@@ -9,7 +9,7 @@ from torch import Tensor
 from parleyd.cpu_kernels import products
 
 SHAPES = ((16, 32), (48, 96), (160, 576))
-NUM_ROWS = (1, 2, 3, 8, 13, 64)
+NUM_ROWS = (1, 2, 3, 8, 13, 17, 64)
 # Rounding the product to bfloat16, of its largest number; and each input to 8 bits, of a block's largest.
 ROUNDING = 2.0**-8
 STEP = 1 / 127
@@ -63,14 +63,20 @@ def test_blocks(num_rows: int, num_outs: int, num_ins: int, num_bits: int) -> No
     assert error < 2 * STEP
 
 
-@pytest.mark.parametrize("num_rows", [1, 9])
-def test_a_bias_is_added_to_the_rounded_product(num_rows: int) -> None:
-    if not products.can_multiply_blocks(48, 96):
-        pytest.skip("this processor has no such instructions")
-    *parts, _ = blocks(48, 96, 4)
-    x, bias = torch.randn(num_rows, 96).bfloat16(), torch.randn(48).bfloat16()
-    without = products.multiply(x, products.pack_blocks(*parts, 4))
-    assert torch.equal(products.multiply(x, products.pack_blocks(*parts, 4, bias)), without + bias)
+@pytest.mark.parametrize("num_bits", [4, 8, 16])
+@pytest.mark.parametrize("num_rows", [1, 9, 17, 64])
+def test_a_bias_is_added_to_the_rounded_product(num_rows: int, num_bits: int) -> None:
+    # Of these columns each thread has two pairs of groups, and one group more.
+    if not (products.can_multiply_blocks(160, 96) and products.can_multiply_bfloat16(160, 96)):
+        pytest.skip("this processor has no such instructions, or better ones")
+    x, bias = torch.randn(num_rows, 96).bfloat16(), torch.randn(160).bfloat16()
+    if num_bits == 16:
+        weight = torch.randn(160, 96).bfloat16()
+        without, with_bias = products.pack_bfloat16(weight), products.pack_bfloat16(weight, bias)
+    else:
+        parts = blocks(160, 96, num_bits)[:3]
+        without, with_bias = products.pack_blocks(*parts, num_bits), products.pack_blocks(*parts, num_bits, bias)
+    assert torch.equal(products.multiply(x, with_bias), products.multiply(x, without) + bias)
 
 
 def test_inputs_of_zero_give_zero() -> None:
