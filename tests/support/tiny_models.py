@@ -37,11 +37,16 @@ LEAN = ("Llama", "Qwen2", "Qwen3", "Mistral")
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-    """Random weights, the same at each call."""
+    """Random weights, the same at each call. So are biases and those of norms, which a new model has all alike."""
     torch.manual_seed(0)
     made = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES.get(family, {}), **config})
-    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(made).to(dtype).eval()
-    return model
+    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(made)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype).eval()
 
 
 def make_engine(
