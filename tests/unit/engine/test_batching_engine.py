@@ -13,7 +13,7 @@ import torch
 
 from parleyd.config import ModelSettings
 from parleyd.engine import lean_forward, stock_forward
-from parleyd.engine.batching import BrokenStateError
+from parleyd.engine.batching import BatchingEngine, BrokenStateError
 from parleyd.engine.build import build_engine
 from parleyd.engine.cuda_graphs import Capture
 from parleyd.engine.generate import GenerateEngine
@@ -89,13 +89,17 @@ def test_chunks_and_preemption_change_no_id(family: str, lean: bool, limits: dic
         assert engine.stats().num_preemptions > 0
 
 
-def test_a_draw_depends_on_neither_neighbours_nor_preemption() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_draw_depends_on_neither_neighbours_nor_preemption(family: str) -> None:
     sampled = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 30}
     some = [request(key, prompt, seed=key, **sampled) for key, prompt in enumerate(prompts(12, seed=2))]
-    model = make_model("Llama")
-    alone = {one.key: run(make_engine(model), one)[one.key] for one in some}
-    assert run(make_engine(model), *some) == alone
-    tight = make_engine(model, num_blocks=40, context=160)
+
+    def engine(**limits: Any) -> BatchingEngine:
+        return make_engine(make_model(family), lean=family in LEAN, context=160, **limits)
+
+    alone = {one.key: run(engine(), one)[one.key] for one in some}
+    assert run(engine(), *some) == alone
+    tight = engine(**TIGHT)
     assert run(tight, *some) == alone
     assert tight.stats().num_preemptions > 0
 
