@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 from pathlib import Path
 
 import grpc
@@ -14,7 +16,7 @@ from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from tests.robustness.failpoints import kill_worker
 from tests.robustness.traffic import Outcomes
-from tests.robustness.validators import assert_idle
+from tests.robustness.validators import assert_idle, eventually
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask
 from tests.support.tiny_models import make_model
@@ -44,6 +46,24 @@ def test_no_kv_block_is_lost_whatever_ends_a_request(model_folder: Path, chance:
         assert_idle(gateway)
         engine = gateway.gateway.load().engine
         assert engine.num_generated_tokens > 0 and engine.num_blocks > 0
+
+
+def test_a_worker_that_is_killed_amid_a_prefill_changes_no_answer(model_folder: Path) -> None:
+    # A prompt of some 400 tokens takes fifty steps.
+    model = ModelSettings(model=str(model_folder), max_running=4, max_batch_tokens=8, kv_cache_memory=0.01)
+    request = ask("word " * 80, max_new_tokens=20, ignore_eos=True)
+    server = ServerSettings(port=0, drain_delay=0.0)
+    with GatewayThread(Settings(server=server, model=model), WORKER_COMMAND) as gateway:
+        client, pid = gateway.gateway.worker, gateway.gateway.supervisor.worker_pid
+        assert pid is not None
+        disturbed = gateway.stub.Generate.future(request, timeout=100)
+        eventually(lambda: any(entry.is_submitted for entry in list(client._open.values())), "nothing was submitted")
+        num_made = [entry.num_made for entry in list(client._open.values())]
+        os.kill(pid, signal.SIGKILL)
+        ids = list(disturbed.result().choices[0].token_ids)
+        assert (num_made, len(ids), gateway.gateway.supervisor.num_restarts) == ([0], 20, 1)
+        assert ids == list(gateway.stub.Generate(request, timeout=100).choices[0].token_ids)
+        assert_idle(gateway)
 
 
 async def _traffic(gateway: GatewayThread, chance: random.Random) -> Outcomes:
