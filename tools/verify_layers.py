@@ -107,6 +107,7 @@ ROOMS = (
             *STUBS,
             "grpc_health",
             "grpc_reflection",
+            "psutil",
             "parleyd.ipc",
             "parleyd.security",
             "parleyd.telemetry",

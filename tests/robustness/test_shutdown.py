@@ -5,9 +5,11 @@ All the while its wall clock jumps, which must change nothing.
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import grpc
 import psutil
 
-from parley.v1 import chat_pb2_grpc
+from parley.v1 import chat_pb2, chat_pb2_grpc
 from tests.robustness.validators import assert_no_orphans, eventually
 from tests.support.replica import Replica
 from tests.support.requests import ask, reason_of
@@ -111,6 +113,34 @@ def test_a_gateway_killed_while_its_worker_is_in_a_step_leaves_none(tokenizer_fo
         replica.kill()
         assert call.code() is grpc.StatusCode.UNAVAILABLE
     assert_no_orphans(tokenizer_folder)
+
+
+def test_no_call_is_cancelled_by_a_server_that_goes(tokenizer_folder: Path) -> None:
+    replica = Replica(tokenizer_folder, "--drain-delay", "0")
+    try:
+        codes = asyncio.run(_codes_while_it_goes(replica))
+    finally:
+        replica.stop()
+    print(codes)
+    assert codes.keys() == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+
+
+async def _codes_while_it_goes(replica: Replica, num_clients: int = 16) -> Counter[grpc.StatusCode]:
+    """How the calls end of clients that make one after the other, and none twice, while the replica is told to go."""
+    codes = Counter[grpc.StatusCode]()
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+
+    async def ask_on(stub: chat_pb2_grpc.ChatServiceStub) -> None:
+        while not going.done():
+            call = stub.CountTokens(chat_pb2.CountTokensRequest(messages=ask("x").messages))
+            code = await call.code()
+            codes[code] += 1
+            await asyncio.sleep(0 if code is grpc.StatusCode.OK else 0.001)
+
+    async with grpc.aio.insecure_channel(replica.address, options) as channel:
+        going = asyncio.create_task(asyncio.to_thread(lambda: (time.sleep(0.5), replica.terminate())))
+        await asyncio.gather(*(ask_on(chat_pb2_grpc.ChatServiceStub(channel)) for _ in range(num_clients)))
+    return codes
 
 
 def _assert_draining(reader: _Reader) -> None:

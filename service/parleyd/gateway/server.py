@@ -30,6 +30,7 @@ from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import ModelInfo
+from parleyd.rpc.connections import hang_up
 from parleyd.rpc.interceptors import CallInterceptor
 from parleyd.rpc.telemetry import TelemetryInterceptor
 from parleyd.security.guard import Guard, check_address, check_admin_address
@@ -42,8 +43,9 @@ _logger = logging.getLogger("parleyd")
 _DESCRIPTOR = chat_pb2.DESCRIPTOR.services_by_name["ChatService"]
 _CHAT_SERVICE = _DESCRIPTOR.full_name
 _RPCS = tuple(method.name for method in _DESCRIPTOR.methods)
-# For the last statuses to reach their clients, and for streams of other services, such as Health/Watch, to be cut.
+# For the last calls to end, and then for their statuses to be written.
 _STOP_GRACE_S = 1.0
+_LAST_WRITES_S = 0.2
 _MAX_OTHER_CALLS = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -94,6 +96,7 @@ class Gateway:
         if server.admin_port is not None:
             check_admin_address(server.admin_host, settings.security)
         self._server = self._build_server()
+        self._port = 0
 
     async def start(self) -> str:
         """Binds the port and starts answering. Returns HOST:PORT. Raises StartupError if the port cannot be bound."""
@@ -110,6 +113,7 @@ class Gateway:
                 f"cannot listen on {bracketed}:{port}: is the port in use, or the host not ours?"
             ) from error
         await self._server.start()
+        self._port = bound
         return f"{bracketed}:{bound}"
 
     def start_admin(self) -> str | None:
@@ -157,6 +161,8 @@ class Gateway:
         finally:
             shutdown.cancel()
             freshness.cancel()
+            await asyncio.sleep(_LAST_WRITES_S)
+            hang_up(self._port)
             await self._server.stop(_STOP_GRACE_S)
             supervision.cancel()
             await asyncio.gather(supervision, return_exceptions=True)
