@@ -14,13 +14,9 @@ from tests.support.requests import ask
 from tests.support.watched_gateway import watched_gateway
 
 _LIMIT_MS = 10.0
-# What of ours blocks does so each time. A machine that stalls does not, nor does gRPC: one callback of its own takes 12
-# to 25 ms in most attempts on two slow cores.
-_ATTEMPTS = 6
+_ATTEMPTS = 2  # a machine that stalls does so once
 _NUM_STREAMS = 48
 _NUM_WAITING = 500
-# At once. Of many more, gRPC itself ends all in one go, on whichever thread comes by: 30 ms for 500.
-_NUM_CANCELLED = 50
 # Far beyond any context. gRPC's own copying and decoding of the 4 MiB that a message may have takes 10 ms by itself.
 _LARGE_BYTES = 1024 * 1024
 
@@ -42,7 +38,7 @@ def test_no_callback_computes_for_more_than_10_ms(tokenizer_folder: Path) -> Non
 
 
 async def load(target: str) -> None:
-    """Streams that run, requests that wait and are cancelled by the dozen, huge prompts among them."""
+    """Streams that run, requests that wait and are cancelled all at once, huge prompts among them."""
     async with grpc.aio.insecure_channel(target, [("grpc.max_send_message_length", -1)]) as channel:
         stub = chat_pb2_grpc.ChatServiceStub(channel)
         running = [stub.GenerateStream(ask("!forever", max_new_tokens=4000)) for _ in range(_NUM_STREAMS)]
@@ -53,10 +49,8 @@ async def load(target: str) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await stub.Generate(request)
             assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        for number, call in enumerate((*waiting, *running)):
+        for call in (*waiting, *running):
             call.cancel()
-            if number % _NUM_CANCELLED == 0:
-                await asyncio.sleep(0.02)
         await asyncio.gather(*readers, return_exceptions=True)
         prompt = chat_pb2.CountTokensRequest(messages=ask("x" * 100_000).messages)
         assert (await stub.CountTokens(prompt)).prompt_tokens > 100_000
@@ -76,5 +70,5 @@ def large_requests() -> list[chat_pb2.GenerateRequest]:
 
 
 async def read(call: grpc.aio.UnaryStreamCall[chat_pb2.GenerateRequest, chat_pb2.GenerateStreamResponse]) -> None:
-    async for _ in call:
+    while await call.read() is not grpc.aio.EOF:
         pass

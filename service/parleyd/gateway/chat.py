@@ -27,6 +27,7 @@ from parleyd.gateway.grammar_checker import GrammarChecker
 from parleyd.gateway.prompt import Prompt, PromptBuilder
 from parleyd.gateway.runner import Generation, Runner
 from parleyd.gateway.served_model import ServedModel
+from parleyd.gateway.stream_responses import StreamResponses
 from parleyd.generation import SamplingParams
 from parleyd.telemetry.call import Call, current_call
 from parleyd.text.answer_parser import AnswerParser
@@ -62,9 +63,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             "model": self._served.name,
             "seed": generation.params.seed,
         }
+        responses = StreamResponses()
         async with aclosing(self._runner.run(generation)) as deltas:
             async for delta in deltas:
-                response = convert.to_stream_response(delta)
+                response = responses.make(delta)
                 if first:
                     response.MergeFrom(chat_pb2.GenerateStreamResponse(**first))
                     first = {}

@@ -163,18 +163,21 @@ def to_generation_config(params: SamplingParams, defaults: SamplingDefaults) -> 
     return config
 
 
-def to_stream_response(delta: AnswerDelta) -> chat_pb2.GenerateStreamResponse:
-    """One delta of a choice."""
-    return chat_pb2.GenerateStreamResponse(
-        index=delta.index,
-        content=delta.text.content,
-        reasoning_content=delta.text.reasoning_content,
-        tool_calls=tools.to_deltas(delta.text.tool_calls),
-        token_ids=delta.token_ids,
-        logprobs=delta.logprobs,
-        finish_reason=_FINISH_REASONS[delta.finish_reason],
-        stop_string=delta.stop_string or "",
-    )
+def fill_stream_response(response: chat_pb2.GenerateStreamResponse, delta: AnswerDelta) -> None:
+    """Puts one delta of a choice into an empty message. What a delta seldom has is left alone: this is done for each."""
+    text = delta.text
+    response.index = delta.index
+    response.content = text.content
+    response.token_ids.extend(delta.token_ids)
+    if text.reasoning_content:
+        response.reasoning_content = text.reasoning_content
+    if text.tool_calls:
+        response.tool_calls.extend(tools.to_deltas(text.tool_calls))
+    if delta.logprobs:
+        response.logprobs.extend(delta.logprobs)
+    if delta.finish_reason:
+        response.finish_reason = _FINISH_REASONS[delta.finish_reason]
+        response.stop_string = delta.stop_string or ""
 
 
 def to_choice(delta: AnswerDelta) -> chat_pb2.Choice:

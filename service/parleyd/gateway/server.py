@@ -162,7 +162,7 @@ class Gateway:
             shutdown.cancel()
             freshness.cancel()
             await asyncio.sleep(_LAST_WRITES_S)
-            hang_up(self._port)
+            await asyncio.to_thread(hang_up, self._port)
             await self._server.stop(_STOP_GRACE_S)
             supervision.cancel()
             await asyncio.gather(supervision, return_exceptions=True)
@@ -243,3 +243,5 @@ def _freeze() -> None:
     """What is there when serving begins stays for good. Looking for garbage in it takes the event loop 50 ms a time."""
     gc.collect()
     gc.freeze()
+    # Nor is much found in what belongs to open calls, 0.1 ms of each: not looked at after every 7,000 new objects.
+    gc.set_threshold(700, 10, 50)
