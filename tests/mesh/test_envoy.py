@@ -119,3 +119,16 @@ def test_a_stream_goes_on_when_its_replica_is_killed(envoy_of_replicas: Envoy, r
         content += "".join(map(str, stream))
         assert content == text
         assert envoy_of_replicas.busy_ports() == []
+
+
+def test_a_call_whose_replica_is_killed_is_made_again_at_the_other(
+    envoy_of_replicas: Envoy, replicas: list[Replica]
+) -> None:
+    text = "long enough to be killed in its middle " * 4
+    with grpc.insecure_channel(envoy_of_replicas.target) as channel:
+        call = chat_pb2_grpc.ChatServiceStub(channel).Generate.future(ask(text), timeout=60)
+        while not (ports := envoy_of_replicas.busy_ports()):
+            assert not call.done()
+        (serving,) = (replica for replica in replicas if [replica.port] == ports)
+        serving.kill()
+        assert call.result().choices[0].message.content == text
