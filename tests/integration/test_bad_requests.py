@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
+from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask, error_info_of, reason_of, violated_fields
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
@@ -119,6 +120,19 @@ def test_many_violations_fit_into_the_trailers(gateway: GatewayThread) -> None:
     fields = violated_fields(refusal(gateway, request))
     assert fields[0] == "messages[0].role"
     assert len(fields) > 20
+
+
+@pytest.mark.parametrize("character", ["x", "é", "数", "😀", "\x01"])
+@pytest.mark.parametrize("length", [50, 250])
+def test_no_refusal_has_more_trailers_than_clients_take(gateway: GatewayThread, character: str, length: int) -> None:
+    request = ask("x", model=character * 1000)
+    for i in range(200):
+        request.chat_template_kwargs[character * length + str(i)] = 1
+    with RawConnection(gateway.target) as connection:
+        connection.call("Generate", request)
+        trailers = connection.trailers() or {}
+    assert trailers["grpc-status"] == "3"
+    assert sum(len(key) + len(value) + 32 for key, value in trailers.items()) < 8 * 1024  # as RFC 9113 counts
 
 
 @pytest.mark.parametrize(("last", "role"), [("", "assistant"), ("x", "user")])

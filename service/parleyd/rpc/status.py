@@ -27,9 +27,11 @@ CODES: dict[Reason, grpc.StatusCode] = {
 }
 
 # All of a call's metadata must stay below the 8 KiB that gRPC clients accept by default, so texts and the list of
-# violations are cut. Three bytes of UTF-8 take nine in `grpc-message`, four thirds in `…-bin`.
+# violations are cut. Three bytes of UTF-8 take nine in `grpc-message`, four thirds in `…-bin`. The list may be
+# longer by one violation, and one more that counts the rest.
 _MAX_TEXT = 256
-_MAX_VIOLATIONS_BYTES = 3 * 1024
+_MAX_TEXT_BYTES = 512
+_MAX_VIOLATIONS_BYTES = 5 * 512
 
 
 def code_of(error: ParleyError) -> grpc.StatusCode:
@@ -76,5 +78,7 @@ def _pack(
     return packed
 
 
-def _shorten(text: str, limit: int = _MAX_TEXT) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _shorten(text: str) -> str:
+    if len(text) <= _MAX_TEXT and len(text.encode()) <= _MAX_TEXT_BYTES:
+        return text
+    return text[: _MAX_TEXT - 1].encode()[: _MAX_TEXT_BYTES - 3].decode(errors="ignore") + "…"
