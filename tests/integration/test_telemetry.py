@@ -1,9 +1,8 @@
-"""What operators see: metrics, probes, traces, load reports, logs."""
+"""What operators see: metrics, probes, traces, logs."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import subprocess
 import sys
@@ -25,12 +24,11 @@ from parley.v1 import chat_pb2
 from parleyd.config import ServerSettings, Settings
 from parleyd.errors import StartupError
 from parleyd.gateway.server import Gateway
-from parleyd.rpc.load_report import OrcaLoadReport
 from parleyd.telemetry import admin
 from parleyd.telemetry.tracing import Tracing
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
-from tests.support.raw_http2 import RawConnection, open_socket
+from tests.support.raw_http2 import open_socket
 from tests.support.requests import ask
 
 FOREVER = ask("!forever", max_new_tokens=4000)
@@ -155,24 +153,6 @@ def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:
     with pytest.raises(StartupError, match=f"{host}:{port}"):
         AdminServer(host, int(port), observed.gateway.observer.metrics.registry, lambda: True)
 
-
-def raw_trailers(target: str, request: chat_pb2.GenerateRequest) -> dict[str, str]:
-    """The trailers as a balancer sees them; gRPC's own client keeps load reports from its caller."""
-    with RawConnection(target) as connection:
-        connection.call("Generate", request)
-        return connection.trailers() or {}
-
-
-def test_answers_carry_a_load_report(observed: GatewayThread) -> None:
-    held = observed.stub.GenerateStream(ask("!forever", max_new_tokens=4000))
-    next(held)
-    trailers = raw_trailers(observed.target, ask("hello"))
-    value = trailers["endpoint-load-metrics-bin"]
-    report = OrcaLoadReport.FromString(base64.b64decode(value + "=" * (-len(value) % 4)))
-    assert 0 < report.application_utilization <= 1
-    assert report.rps_fractional > 0
-    assert report.named_metrics["queue_depth"] == 0
-    held.cancel()
 
 
 @pytest.fixture

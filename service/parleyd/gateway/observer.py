@@ -7,13 +7,30 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from parleyd.errors import StartupError
+from parleyd.errors import (
+    ClientLimit,
+    DeadlineExceeded,
+    Draining,
+    EngineFault,
+    NotReady,
+    ParleyError,
+    QueueFull,
+    StartupError,
+    WorkerLost,
+)
 from parleyd.rpc.load_report import OrcaLoadReport
 from parleyd.telemetry.call import Call, current_call
 from parleyd.telemetry.metrics import Load, Metrics
 
 if TYPE_CHECKING:
     from parleyd.telemetry.tracing import Tracing
+
+# What another replica might have spared the client, and so what a balancer should send fewer calls here for: bugs of
+# ours, a model that is not there, no room, and deadlines that the queue here makes impossible. Not what would be the
+# same anywhere (invalid requests, credentials), and not what clients do themselves: cancel, give too little time for a
+# whole answer, read nothing, or reach a limit of their own, although that is RESOURCE_EXHAUSTED as well.
+_FAULTS_HERE = (EngineFault, WorkerLost, NotReady, Draining, QueueFull, DeadlineExceeded)
+_CLIENTS_OWN = (ClientLimit,)
 
 
 class Observer:
@@ -30,8 +47,6 @@ class Observer:
     def call_ended(self, method: str, metadata: Mapping[str, Any], code: str) -> None:
         """Runs in the task that served the call."""
         self.metrics.calls.labels(method, code).inc()
-        if code not in ("OK", "CANCELLED"):
-            self._errors.count()
         if call := current_call.get(None):
             self.metrics.call_seconds.labels(method).observe(call.elapsed())
             if call.refusal:
@@ -45,15 +60,22 @@ class Observer:
         if call.refusal:
             self.metrics.refusals.labels(call.refusal).inc()
 
-    def load_report(self) -> bytes:
-        """A serialised ORCA report for the answer that is ready now; balancers weigh replicas by it."""
+    def load_report(self, error: ParleyError | None) -> bytes:
+        """A serialised ORCA report to go with the status of a call, which is counted in it: an answer, or `error`.
+
+        Balancers weigh replicas by it: answers per second ÷ (utilisation + errors per answer).
+        """
+        if error is None:
+            self._answers.count()
+        elif isinstance(error, _FAULTS_HERE) and not isinstance(error, _CLIENTS_OWN):
+            self._errors.count()
         load = self._load()
-        self._answers.count()
         report = OrcaLoadReport(
-            # At least the answer that the report goes with: a utilisation of 0 would mean that it is not known.
+            # At least one call, and one answer in a while, even if there was none: 0 would mean that it is not known,
+            # and balancers pass over the report, also that of a replica that refuses everything.
             application_utilization=max(load.utilisation, 1 / load.max_running),
             mem_utilization=load.kv_cache_usage,
-            rps_fractional=self._answers.per_second(),
+            rps_fractional=max(self._answers.per_second(), _Rate.LEAST),
             eps=self._errors.per_second(),
             named_metrics={"queue_depth": load.num_waiting, "kv_cache_usage": load.kv_cache_usage},
         )
@@ -78,13 +100,14 @@ class _Rate:
     """Events per second, those of the last seconds above all."""
 
     _SPAN_S = 10.0
+    LEAST = 1 / _SPAN_S  # of one event, just now
 
     def __init__(self) -> None:
         self._value = 0.0
         self._time = time.monotonic()
 
     def count(self) -> None:
-        self._value = self.per_second() + 1 / self._SPAN_S
+        self._value = self.per_second() + self.LEAST
 
     def per_second(self) -> float:
         now = time.monotonic()

@@ -208,10 +208,11 @@ class Gateway:
             self.guard,
             self.doorkeeper.enter,
             self.doorkeeper.leave,
+            self.observer.load_report,
             self.doorkeeper.unread,
             self._settings.server.slow_reader_timeout,
         )
-        telemetry = TelemetryInterceptor(_CHAT_SERVICE, self.observer.call_ended, self.observer.load_report)
+        telemetry = TelemetryInterceptor(_CHAT_SERVICE, self.observer.call_ended)
         server = grpc.aio.server(interceptors=[telemetry, interceptor], options=server_options(self._settings.server))
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)

@@ -1,4 +1,4 @@
-"""What every ChatService call goes through: credentials, request id, limits, errors to statuses, the log line.
+"""What every ChatService call goes through: credentials, request id, limits, statuses, trailers, the log line.
 
 Handlers raise ParleyErrors and know nothing of gRPC statuses; any other exception is a fault of ours.
 """
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Unauthenticated, Violation
 from parleyd.rpc import status
+from parleyd.rpc.load_report import LOAD_REPORT_KEY
 from parleyd.rpc.reader_watch import ReaderWatch
 from parleyd.security.caller import Caller, address_identity
 from parleyd.security.guard import Guard
@@ -45,7 +46,8 @@ class _Undecodable:
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps one service's handlers. `enter` gets the caller's identity as each call begins and may refuse it; `leave`
-    as it ends; `unread` lasts from when a client has stopped reading to when it reads on or goes away.
+    as it ends; `report` makes the load report that goes with its status, and gets the error that ended it, if any did;
+    `unread` lasts from when a client has stopped reading to when it reads on or goes away.
 
     Other services only have their callers' credentials checked, and health not even that.
     """
@@ -56,6 +58,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         guard: Guard,
         enter: Callable[[str], None],
         leave: Callable[[str], None],
+        report: Callable[[ParleyError | None], bytes],
         unread: Callable[[], AbstractContextManager[None]] = nullcontext,
         slow_reader_timeout_s: float = 60.0,
     ) -> None:
@@ -63,6 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._guard = guard
         self._enter = enter
         self._leave = leave
+        self._report = report
         self._unread = unread
         self._readers = ReaderWatch(slow_reader_timeout_s)
 
@@ -93,6 +97,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def refuse(requests: Any, context: Context) -> None:
             call = _new_call(method, None, context, address_identity(context))
             current_call.set(call)
+            # Without a load report: how busy we are is nothing to tell a stranger.
             await _abort(context, named_error(call, error), call)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -149,7 +154,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     await run(call)
                 except SlowReader as error:
                     with self._unread():
-                        await _abort(context, named_error(call, error), call)
+                        await self._fail(context, error, call)
+            context.set_trailing_metadata((self._load_trailer(None),))
             _logger.info("%s OK in %.3f s", method, call.elapsed())
         except grpc.aio.AbortError:
             raise
@@ -157,7 +163,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # The connection broke before gRPC could cancel us: as if it had.
             raise asyncio.CancelledError from error
         except Exception as error:
-            await _abort(context, named_error(call, error), call)
+            await self._fail(context, error, call)
+
+    async def _fail(self, context: Context, error: Exception, call: Call) -> NoReturn:
+        named = named_error(call, error)
+        await _abort(context, named, call, self._load_trailer(named))
+
+    def _load_trailer(self, error: ParleyError | None) -> tuple[str, bytes]:
+        return LOAD_REPORT_KEY, self._report(error)
 
     @contextmanager
     def _entered(self, caller: Caller, method: str, request: Any) -> Iterator[None]:
@@ -221,10 +234,10 @@ async def _send_headers(context: Context, call: Call) -> None:
     await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
 
 
-async def _abort(context: Context, error: ParleyError, call: Call) -> NoReturn:
+async def _abort(context: Context, error: ParleyError, call: Call, *further_trailers: tuple[str, bytes]) -> NoReturn:
     details = status.to_status(error, call.request_id)
-    trailers = ((status.DETAILS_KEY, details.SerializeToString()), (REQUEST_ID_KEY, call.request_id))
-    await context.abort(status.code_of(error), details.message, trailers)
+    trailers = (status.DETAILS_KEY, details.SerializeToString()), (REQUEST_ID_KEY, call.request_id)
+    await context.abort(status.code_of(error), details.message, (*trailers, *further_trailers))
 
 
 def _log_refusal(call: Call, error: ParleyError) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 
+# Of the trailing metadata that holds one, serialised.
+LOAD_REPORT_KEY = "endpoint-load-metrics-bin"
+
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _DOUBLES = {"mem_utilization": 2, "rps_fractional": 6, "eps": 7, "application_utilization": 9}
 _NAMED_METRICS = 8

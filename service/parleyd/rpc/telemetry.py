@@ -1,4 +1,4 @@
-"""What every ChatService call leaves behind: an observation when it ends, and a load report for weighted balancers."""
+"""What every ChatService call leaves behind: an observation when it ends."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ import grpc
 
 from parleyd.telemetry.call import current_call
 
-# https://github.com/cncf/xds: `xds.data.orca.v3.OrcaLoadReport`, serialised.
-LOAD_REPORT_KEY = "endpoint-load-metrics-bin"
-
 Context = grpc.aio.ServicerContext[Any, Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Observe = Callable[[str, Mapping[str, Any], str], None]
 
 
 class TelemetryInterceptor(grpc.aio.ServerInterceptor):
-    """Goes around all others. `observe` gets each call's method, metadata and status code, in the task that served it;
-    `report` makes the load report that answers carry in their trailing metadata."""
+    """Goes around all others. `observe` gets each call's method, metadata and code, in the task that served it."""
 
-    def __init__(self, service: str, observe: Observe, report: Callable[[], bytes]) -> None:
+    def __init__(self, service: str, observe: Observe) -> None:
         self._prefix = f"/{service}/"
         self._observe = observe
-        self._report = report
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
@@ -41,7 +36,6 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
             code = "UNKNOWN"
             try:
                 result = await behaviour(request, context)
-                context.set_trailing_metadata(((LOAD_REPORT_KEY, self._report()),))
                 code = "OK"
                 return result
             except asyncio.CancelledError:
