@@ -1,4 +1,4 @@
-"""What operators see: metrics, probes, traces, logs."""
+"""What operators see: metrics, probes, logs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import grpc
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
 from parley.v1 import chat_pb2
@@ -25,14 +21,12 @@ from parleyd.config import ServerSettings, Settings
 from parleyd.errors import StartupError
 from parleyd.gateway.server import Gateway
 from parleyd.telemetry import admin
-from parleyd.telemetry.tracing import Tracing
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
 from tests.support.raw_http2 import open_socket
 from tests.support.requests import ask
 
 FOREVER = ask("!forever", max_new_tokens=4000)
-TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
 
 
 @pytest.fixture
@@ -153,37 +147,6 @@ def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:
     with pytest.raises(StartupError, match=f"{host}:{port}"):
         AdminServer(host, int(port), observed.gateway.observer.metrics.registry, lambda: True)
 
-
-
-@pytest.fixture
-def spans(observed: GatewayThread) -> Iterator[InMemorySpanExporter]:
-    exporter = InMemorySpanExporter()
-    observed.gateway.observer._tracing = Tracing(SimpleSpanProcessor(exporter))
-    yield exporter
-
-
-def test_a_call_makes_spans_in_its_clients_trace(observed: GatewayThread, spans: InMemorySpanExporter) -> None:
-    parent = f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01"
-    observed.stub.Generate(ask("hello"), timeout=10, metadata=(("traceparent", parent),))
-    observed.wait_idle()
-    made: dict[str, ReadableSpan] = {span.name: span for span in spans.get_finished_spans()}
-    call = made["parley.v1.ChatService/Generate"]
-    assert call.context.trace_id == TRACE_ID and call.parent is not None and call.parent.span_id == PARENT_ID
-    stages = [made[name] for name in ("queue", "prefill", "decode")]
-    assert all(stage.parent is not None and stage.parent.span_id == call.context.span_id for stage in stages)
-    times = [time for stage in stages for time in (stage.start_time, stage.end_time)]
-    assert times == sorted(times) and call.start_time == times[0]
-
-
-def test_a_refused_call_makes_a_span_with_its_code(observed: GatewayThread, spans: InMemorySpanExporter) -> None:
-    with pytest.raises(grpc.RpcError):
-        observed.stub.Generate(ask("x", temperature=-1.0), timeout=10)
-    deadline = time.monotonic() + 10  # it is made after the client has its answer
-    while not spans.get_finished_spans() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    (span,) = spans.get_finished_spans()
-    assert span.attributes is not None and span.attributes["rpc.grpc.status"] == "INVALID_ARGUMENT"
-    assert not span.status.is_ok
 
 
 def test_logs_can_be_json() -> None:

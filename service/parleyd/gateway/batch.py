@@ -46,7 +46,7 @@ async def answer_batch(
 
     async def serve(index: int) -> None:
         request = requests[index]
-        call = replace(batch, request_id=request_id_of(request))
+        call = replace(batch, request_id=request_id_of(request), batch=batch, index=index)
         current_call.set(call)  # of this item's task
         try:
             try:

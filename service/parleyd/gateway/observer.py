@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from parleyd.errors import (
     ClientLimit,
@@ -44,7 +44,7 @@ class Observer:
         self._answers = _Rate()
         self._errors = _Rate()
 
-    def call_ended(self, method: str, metadata: Mapping[str, Any], code: str) -> None:
+    def call_ended(self, method: str, code: str) -> None:
         """Runs in the task that served the call."""
         self.metrics.calls.labels(method, code).inc()
         if call := current_call.get(None):
@@ -52,13 +52,15 @@ class Observer:
             if call.refusal:
                 self.metrics.refusals.labels(call.refusal).inc()
             if self._tracing:
-                self._tracing.record(call, metadata, code)
+                self._tracing.call_ended(call, code)
 
     def item_ended(self, call: Call, code: str) -> None:
         """An item of a batch has; the batch itself follows as a call."""
         self.metrics.batch_items.labels(code).inc()
         if call.refusal:
             self.metrics.refusals.labels(call.refusal).inc()
+        if self._tracing:
+            self._tracing.item_ended(call, code)
 
     def load_report(self, error: ParleyError | None) -> bytes:
         """A serialised ORCA report to go with the status of a call, which is counted in it: an answer, or `error`.

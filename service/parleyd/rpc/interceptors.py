@@ -25,6 +25,7 @@ from parleyd.security.guard import Guard
 from parleyd.telemetry.call import Call, current_call
 
 REQUEST_ID_KEY = "x-request-id"
+TRACE_CONTEXT_KEYS = ("traceparent", "tracestate")
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 # gRPC's own limit, which binds only clients that have acknowledged our settings; and what RFC 9113 adds for each entry.
@@ -203,7 +204,12 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _new_call(method: str, request: Any, context: Context, identity: str) -> Call:
     metadata = dict(context.invocation_metadata() or ())
-    call = Call(method, request_id_of(request, metadata.get(REQUEST_ID_KEY, "")), identity=identity)
+    call = Call(
+        method,
+        request_id_of(request, metadata.get(REQUEST_ID_KEY, "")),
+        identity=identity,
+        trace_context={key: value for key in TRACE_CONTEXT_KEYS if isinstance(value := metadata.get(key), str)},
+    )
     # At once: gRPC reckons it by the wall clock, which may jump.
     remaining_s = context.time_remaining()
     if remaining_s is not None:

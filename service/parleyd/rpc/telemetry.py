@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -12,11 +12,11 @@ from parleyd.telemetry.call import current_call
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
-Observe = Callable[[str, Mapping[str, Any], str], None]
+Observe = Callable[[str, str], None]
 
 
 class TelemetryInterceptor(grpc.aio.ServerInterceptor):
-    """Goes around all others. `observe` gets each call's method, metadata and code, in the task that served it."""
+    """Goes around all others. `observe` gets each call's method and status code, in the task that served it."""
 
     def __init__(self, service: str, observe: Observe) -> None:
         self._prefix = f"/{service}/"
@@ -46,6 +46,6 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
                 code = context.code().name
                 raise
             finally:
-                self._observe(method, dict(context.invocation_metadata() or ()), code)
+                self._observe(method, code)
 
         return handle

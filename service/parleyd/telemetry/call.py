@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # an extra, which not every server has
+    from opentelemetry.trace import Span
 
 
 @dataclass
 class Call:
-    """One RPC, or one item of a batch. `arrived` and `deadline` are on the monotonic clock, in seconds.
+    """One RPC, or one item of a batch. `arrived` and `deadline` are on the monotonic clock, in seconds; `arrived_ns` is
+    the wall clock's time of arrival, in nanoseconds.
 
-    `identity` names the caller, such as `key:billing`. What happened to it is None until it happens: `queue_s` and
-    `first_token_s` in seconds from arrival, `refusal` the reason of the error that ended it.
+    `identity` names the caller, such as `key:billing`; `trace_context` holds the headers of its W3C trace, if it sent
+    any. An item arrives with its `batch`, in which it has an `index`. What happened to it is None until it happens:
+    `queue_s` and `first_token_s` in seconds from arrival, `refusal` the reason of the error that ended it; `span` is
+    made by telemetry/tracing.py.
     """
 
     method: str
     request_id: str
     arrived: float = field(default_factory=time.monotonic)
+    arrived_ns: int = field(default_factory=time.time_ns)
     deadline: float | None = None
     identity: str = ""
+    trace_context: Mapping[str, str] = field(default_factory=dict)
+    batch: Call | None = None
+    index: int = 0
     may_set_priority: bool = False
     queue_s: float | None = None
     first_token_s: float | None = None
     refusal: str | None = None
+    span: Span | None = field(default=None, init=False)
 
     def elapsed(self) -> float:
         """Seconds since arrival."""
