@@ -21,7 +21,7 @@ from parleyd.gateway.worker_link import WORKER_COMMAND
 from tests.robustness.failpoints import FAULTS, SCRIPTED_FAULTS, WORKER_TIMEOUT_S, Failpoint, kill_worker
 from tests.robustness.known_answers import KnownAnswers
 from tests.robustness.traffic import Traffic
-from tests.robustness.validators import Belongings, assert_idle
+from tests.robustness.validators import Belongings, assert_idle, tasks_at_rest
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
@@ -35,10 +35,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         settings, command = _replica(Path(folder), arguments)
         with GatewayThread(settings, command) as gateway:
+            at_rest = tasks_at_rest(gateway)
             kind = KnownAnswers if arguments.real_model else Traffic
             traffic = kind(gateway.target, chance, arguments.clients)
             figures = asyncio.run(_soak(gateway, traffic, chance, arguments))
-            assert_idle(gateway)
+            assert_idle(gateway, at_rest)
     print(json.dumps(figures, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.robustness.failpoints import FAULTS, SLOW_READER_TIMEOUT_S, WORKER_TIMEOUT_S, Failpoint, is_anyone_suspected
 from tests.robustness.traffic import Traffic
-from tests.robustness.validators import Belongings, assert_idle, assert_no_leaks, assert_no_orphans
+from tests.robustness.validators import Belongings, assert_idle, assert_no_leaks, assert_no_orphans, tasks_at_rest
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
 from tests.support.requests import ask
 
@@ -43,6 +43,7 @@ def test_no_answer_is_lost_doubled_or_crossed_whatever_happens_to_the_worker(
     )
     command = scripted_command(tokenizer_folder, "--step-delay", "0.002", "--max-running", "16")
     with GatewayThread(settings, command) as gateway:
+        at_rest = tasks_at_rest(gateway)
         traffic = Traffic(gateway.target, chance, _NUM_CLIENTS)
         dealt = asyncio.run(_traffic_under_faults(gateway, traffic, chance, seconds))
         print(f"{traffic.num_begun} requests, {dict(traffic.outcomes.counts)}, {len(dealt)} faults: {sorted(dealt)}")
@@ -51,7 +52,7 @@ def test_no_answer_is_lost_doubled_or_crossed_whatever_happens_to_the_worker(
         assert traffic.outcomes.faults == []
         assert traffic.outcomes.num_ended == traffic.num_begun > 50
         assert num_handed_over > 0
-        assert_idle(gateway)
+        assert_idle(gateway, at_rest)
     assert_no_leaks(before)
     assert_no_orphans(tokenizer_folder)
 

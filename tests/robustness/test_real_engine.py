@@ -16,7 +16,8 @@ from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from tests.robustness.failpoints import kill_worker
 from tests.robustness.traffic import Outcomes
-from tests.robustness.validators import assert_idle, eventually
+from tests.robustness.validators import assert_idle, tasks_at_rest
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask
 from tests.support.tiny_models import make_model
@@ -39,11 +40,12 @@ def test_no_kv_block_is_lost_whatever_ends_a_request(model_folder: Path, chance:
     model = ModelSettings(model=str(model_folder), max_running=8, max_batch_tokens=64, kv_cache_memory=0.001)
     server = ServerSettings(port=0, drain_delay=0.0, max_queue=_NUM_REQUESTS)
     with GatewayThread(Settings(server=server, model=model), WORKER_COMMAND) as gateway:
+        at_rest = tasks_at_rest(gateway)
         outcomes = asyncio.run(_traffic(gateway, chance))
         assert outcomes.faults == []
         assert outcomes.num_ended == _NUM_REQUESTS
         assert gateway.gateway.supervisor.num_restarts == 1
-        assert_idle(gateway)
+        assert_idle(gateway, at_rest)
         engine = gateway.gateway.load().engine
         assert engine.num_generated_tokens > 0 and engine.num_blocks > 0
 
@@ -54,6 +56,7 @@ def test_a_worker_that_is_killed_amid_a_prefill_changes_no_answer(model_folder: 
     request = ask("word " * 80, max_new_tokens=20, ignore_eos=True)
     server = ServerSettings(port=0, drain_delay=0.0)
     with GatewayThread(Settings(server=server, model=model), WORKER_COMMAND) as gateway:
+        at_rest = tasks_at_rest(gateway)
         client, pid = gateway.gateway.worker, gateway.gateway.supervisor.worker_pid
         assert pid is not None
         disturbed = gateway.stub.Generate.future(request, timeout=100)
@@ -63,7 +66,7 @@ def test_a_worker_that_is_killed_amid_a_prefill_changes_no_answer(model_folder: 
         ids = list(disturbed.result().choices[0].token_ids)
         assert (num_made, len(ids), gateway.gateway.supervisor.num_restarts) == ([0], 20, 1)
         assert ids == list(gateway.stub.Generate(request, timeout=100).choices[0].token_ids)
-        assert_idle(gateway)
+        assert_idle(gateway, at_rest)
 
 
 async def _traffic(gateway: GatewayThread, chance: random.Random) -> Outcomes:

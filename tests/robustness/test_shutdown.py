@@ -18,7 +18,8 @@ import grpc
 import psutil
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
-from tests.robustness.validators import assert_no_orphans, eventually
+from tests.robustness.validators import assert_no_orphans
+from tests.support.eventually import eventually
 from tests.support.replica import Replica
 from tests.support.requests import ask, reason_of
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 import psutil
 
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
 
-_SETTLE_S = 10.0
+# A health watch that was cancelled, or a spare worker that has just begun to load.
+_REST_S = 0.5
 # Caches fill, such as the tokenizer's of words, and malloc keeps what it has had. What leaks with each request or fault
 # is more.
 _MAX_GROWTH_BYTES = 64 * 2**20
@@ -41,18 +43,36 @@ class Belongings:
         )
 
 
-def assert_idle(gateway: GatewayThread) -> None:
-    """No call, slot, queue place, request or KV block is left, in the gateway or the engine."""
+def tasks_at_rest(gateway: GatewayThread) -> Counter[str]:
+    """What the gateway's event loop holds all the time, call or no call."""
+    tasks = gateway.tasks()
+    deadline = time.monotonic() + _REST_S
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        tasks &= gateway.tasks()
+    return tasks
+
+
+def assert_idle(gateway: GatewayThread, at_rest: Counter[str]) -> None:
+    """No call, slot, queue place, request or KV block is left, in the gateway or the engine; and no task."""
     gateway.wait_idle()
     inner = gateway.gateway
     assert (inner.admission.num_running, inner.admission.num_waiting) == (0, 0)
     eventually(lambda: inner.load().engine.num_running == 0, "the engine still runs something")
     eventually(lambda: inner.load().engine.num_used_blocks == 0, "a KV block belongs to nobody")
+    assert_no_tasks_left(gateway, at_rest)
+
+
+def assert_no_tasks_left(gateway: GatewayThread, at_rest: Counter[str], timeout_s: float = 10.0) -> None:
+    """The gateway's event loop holds no more tasks than `tasks_at_rest` found."""
+    eventually(
+        lambda: gateway.tasks() <= at_rest, lambda: f"tasks are left: {dict(gateway.tasks() - at_rest)}", timeout_s
+    )
 
 
 def assert_no_leaks(before: Belongings) -> None:
     """All that was opened since has been closed."""
-    eventually(lambda: before.covers(Belongings()), f"from {before} to {Belongings()}")
+    eventually(lambda: before.covers(Belongings()), lambda: f"from {before} to {Belongings()}")
 
 
 def assert_no_orphans(marker: Path) -> None:
@@ -62,11 +82,3 @@ def assert_no_orphans(marker: Path) -> None:
         return [p.pid for p in psutil.process_iter(["cmdline"]) if str(marker) in (p.info["cmdline"] or [])]
 
     eventually(lambda: not orphans(), "a worker has no gateway any more")
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    """Waits for what takes a moment to come true."""
-    deadline = time.monotonic() + _SETTLE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)

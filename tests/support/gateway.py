@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from parley.v1 import chat_pb2_grpc
 from parleyd.config import ModelSettings, SecuritySettings, ServerSettings, Settings
 from parleyd.gateway.server import Gateway
+from tests.support.tasks import other_tasks
 
 T = TypeVar("T")
 
@@ -63,6 +65,7 @@ class GatewayThread:
         self.target = ""
         self.admin: str | None = None
         self.error: Exception | None = None
+        self._left: Counter[str] = Counter()
 
     def __enter__(self) -> GatewayThread:
         self._thread.start()
@@ -86,11 +89,16 @@ class GatewayThread:
         return grpc.secure_channel(self.target, credentials, [("grpc.use_local_subchannel_pool", 1)])
 
     def stop(self) -> None:
-        """Shuts down and waits."""
+        """Shuts down and waits; no task may be left then."""
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.gateway.begin_shutdown)
             self._thread.join(_TIMEOUT_S)
         assert not self._thread.is_alive()
+        assert not self._left, f"tasks outlived the gateway: {dict(self._left)}"
+
+    def tasks(self) -> Counter[str]:
+        """The tasks of the gateway's event loop, by the names of their coroutines."""
+        return self.run(other_tasks())
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine in the gateway's event loop."""
@@ -124,3 +132,4 @@ class GatewayThread:
             await self.gateway.serve()
         except Exception as error:
             self.error = error
+        self._left = await other_tasks()

@@ -6,10 +6,13 @@ import argparse
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from parleyd.config import Settings
 from parleyd.gateway.server import serve
 from tests.support.gateway import scripted_command, scripted_settings
+from tests.support.tasks import other_tasks
 
 _DAY_S = 86400.0
 
@@ -36,7 +39,14 @@ def main() -> None:
     )
     worker = ("--max-running", "16", "--step-delay", arguments.step_delay, "--load-delay", arguments.load_delay)
     command = scripted_command(arguments.folder, *worker)
-    asyncio.run(serve(settings, announce=lambda line: print(line, flush=True), worker_command=command))
+    asyncio.run(_serve(settings, command))
+
+
+async def _serve(settings: Settings, command: Sequence[str]) -> None:
+    """The process fails if any task outlives the gateway."""
+    await serve(settings, announce=lambda line: print(line, flush=True), worker_command=command)
+    left = await other_tasks()
+    assert not left, f"tasks outlived the gateway: {dict(left)}"
 
 
 if __name__ == "__main__":
