@@ -49,7 +49,7 @@ def test_every_call_answers_not_ready_while_the_model_loads(start_gateway: Start
 
 def test_a_model_that_cannot_be_loaded_ends_the_service_with_its_reason(start_gateway: StartGateway) -> None:
     gateway = start_gateway(worker=("--load-error", "no such model"), wait_ready=False)
-    gateway._thread.join(20)
+    gateway.thread.join(20)
     assert str(gateway.error) == "no such model"
 
 

@@ -25,6 +25,11 @@ _SHORT_STOP_S = 0.2
 # that reads from doing so.
 _UNREAD_S = 3.5
 SLOW_READER_TIMEOUT_S = 3.0
+# Of a client from which nothing comes any more: until the gateway asks whether it is there, and until it takes that for
+# no, which must be longer than a busy machine keeps one that is there from answering.
+KEEPALIVE_TIME_S = 1.0
+KEEPALIVE_TIMEOUT_S = 2.0
+_GRACE_S = 10.0
 _CALL_TIMEOUT_S = 60.0
 
 
@@ -117,6 +122,14 @@ async def stop_reading(gateway: GatewayThread, chance: random.Random) -> None:
     raw.close()
 
 
+async def half_open(gateway: GatewayThread, chance: random.Random) -> None:
+    """A client whose host vanishes in the middle of an answer: from it comes nothing more, not even that it is gone."""
+    raw = await asyncio.to_thread(begin_raw_stream, gateway.target, "!forever")
+    is_let_go = await asyncio.to_thread(raw.wait_closed, KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S + _GRACE_S)
+    assert is_let_go, "its connection is kept"
+    raw.close()
+
+
 # The orders of a scripted worker.
 SCRIPTED_FAULTS: tuple[Failpoint, ...] = (break_engine, poison)
 FAULTS: tuple[Failpoint, ...] = (
@@ -131,6 +144,7 @@ FAULTS: tuple[Failpoint, ...] = (
     vanish,
     send_garbage,
     stop_reading,
+    half_open,
 )
 
 

@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.gateway.worker_link import WORKER_COMMAND
-from tests.robustness.failpoints import FAULTS, SCRIPTED_FAULTS, WORKER_TIMEOUT_S, Failpoint, kill_worker
+from tests.robustness.failpoints import (
+    FAULTS,
+    KEEPALIVE_TIME_S,
+    KEEPALIVE_TIMEOUT_S,
+    SCRIPTED_FAULTS,
+    WORKER_TIMEOUT_S,
+    Failpoint,
+    kill_worker,
+)
 from tests.robustness.known_answers import KnownAnswers
 from tests.robustness.traffic import Traffic
 from tests.robustness.validators import Belongings, assert_idle, tasks_at_rest
@@ -62,9 +70,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _replica(folder: Path, arguments: argparse.Namespace) -> tuple[Settings, Sequence[str]]:
     if arguments.real_model:
-        server = ServerSettings(port=0, drain_delay=0.0, max_worker_restarts=20, worker_timeout=30.0)
+        server = ServerSettings(
+            port=0,
+            drain_delay=0.0,
+            max_worker_restarts=20,
+            worker_timeout=30.0,
+            keepalive_time=KEEPALIVE_TIME_S,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+        )
         return Settings(server=server, model=ModelSettings(dtype="float32", max_running=8)), WORKER_COMMAND
-    settings = scripted_settings(max_running=16, max_queue=100, max_worker_restarts=20, worker_timeout=WORKER_TIMEOUT_S)
+    settings = scripted_settings(
+        max_running=16,
+        max_queue=100,
+        max_worker_restarts=20,
+        worker_timeout=WORKER_TIMEOUT_S,
+        keepalive_time=KEEPALIVE_TIME_S,
+        keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+    )
     command = scripted_command(write_tiny_tokenizer(folder), "--step-delay", "0.01", "--max-running", "16")
     return settings, command
 

@@ -36,14 +36,20 @@ class Outcomes:
 
 
 class Traffic:
-    """Requests to one replica, one after the other from each of `num_clients` clients, until told to stop."""
+    """Requests to one replica, one after the other from each of `num_clients` clients, until told to stop.
 
-    def __init__(self, target: str, chance: random.Random, num_clients: int) -> None:
+    Each has a deadline, unless `timeout_s` is None.
+    """
+
+    def __init__(
+        self, target: str, chance: random.Random, num_clients: int, timeout_s: float | None = _TIMEOUT_S
+    ) -> None:
         self.outcomes = Outcomes()
         self.num_begun = 0
         self._target = target
         self._chance = chance
         self._num_clients = num_clients
+        self._timeout_s = timeout_s
 
     async def run(self, is_over: Callable[[int], bool]) -> None:
         """Each client begins new requests until `is_over` says so of the number begun; returns when all have ended."""
@@ -71,13 +77,13 @@ class Traffic:
         return f"{self._chance.randrange(10**9)} " * self._chance.randint(1, 15)
 
     async def _unary(self, stub: chat_pb2_grpc.ChatServiceStub, text: str) -> None:
-        response = await stub.Generate(ask(text), timeout=_TIMEOUT_S)
+        response = await stub.Generate(ask(text), timeout=self._timeout_s)
         (choice,) = response.choices
         self.outcomes.expect("unary", choice.message.content == text and choice.finish_reason == _STOP, choice)
 
     async def _stream(self, stub: chat_pb2_grpc.ChatServiceStub, text: str) -> None:
         content, ids, ends = "", list[int](), 0
-        async for response in stub.GenerateStream(ask(text), timeout=_TIMEOUT_S):
+        async for response in stub.GenerateStream(ask(text), timeout=self._timeout_s):
             content += response.content
             ids += response.token_ids
             ends += response.finish_reason == _STOP
@@ -86,7 +92,7 @@ class Traffic:
 
     async def _choices(self, stub: chat_pb2_grpc.ChatServiceStub, text: str) -> None:
         request = ask(text, do_sample=True, num_return_sequences=3)
-        response = await stub.Generate(request, timeout=_TIMEOUT_S)
+        response = await stub.Generate(request, timeout=self._timeout_s)
         contents = [choice.message.content for choice in response.choices]
         self.outcomes.expect("choices", contents == [text] * 3, contents)
 
@@ -94,13 +100,13 @@ class Traffic:
         texts = [f"{text}{i}" for i in range(5)]
         contents = {}
         async for item in stub.GenerateBatch(
-            chat_pb2.GenerateBatchRequest(requests=[ask(one) for one in texts]), timeout=_TIMEOUT_S
+            chat_pb2.GenerateBatchRequest(requests=[ask(one) for one in texts]), timeout=self._timeout_s
         ):
             contents[item.index] = item.response.choices[0].message.content if item.HasField("response") else item.error
         self.outcomes.expect("batch", contents == dict(enumerate(texts)), contents)
 
     async def _cancelled(self, stub: chat_pb2_grpc.ChatServiceStub, _: str) -> None:
-        call = stub.GenerateStream(ask("!forever", max_new_tokens=4000), timeout=_TIMEOUT_S)
+        call = stub.GenerateStream(ask("!forever", max_new_tokens=4000), timeout=self._timeout_s)
         if self._chance.random() < 0.7:
             await call.read()
         call.cancel()
@@ -108,7 +114,7 @@ class Traffic:
 
     async def _failing(self, stub: chat_pb2_grpc.ChatServiceStub, _: str) -> None:
         try:
-            await stub.Generate(ask("!fail"), timeout=_TIMEOUT_S)
+            await stub.Generate(ask("!fail"), timeout=self._timeout_s)
         except grpc.RpcError as error:
             self.outcomes.expect("failing", reason_of(error) == "INTERNAL", (error.code(), error.details()))
         else:

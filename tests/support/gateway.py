@@ -59,7 +59,7 @@ class GatewayThread:
         self._command = command
         self._wait_ready = wait_ready
         self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="gateway")
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="gateway")
         self.loop: asyncio.AbstractEventLoop
         self.gateway: Gateway
         self.target = ""
@@ -68,7 +68,7 @@ class GatewayThread:
         self._left: Counter[str] = Counter()
 
     def __enter__(self) -> GatewayThread:
-        self._thread.start()
+        self.thread.start()
         assert self._started.wait(_TIMEOUT_S)
         self.channel = self.connect(self._credentials)
         self.stub = chat_pb2_grpc.ChatServiceStub(self.channel)
@@ -90,10 +90,10 @@ class GatewayThread:
 
     def stop(self) -> None:
         """Shuts down and waits; no task may be left then."""
-        if self._thread.is_alive():
+        if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.gateway.begin_shutdown)
-            self._thread.join(_TIMEOUT_S)
-        assert not self._thread.is_alive()
+            self.thread.join(_TIMEOUT_S)
+        assert not self.thread.is_alive()
         assert not self._left, f"tasks outlived the gateway: {dict(self._left)}"
 
     def tasks(self) -> Counter[str]:

@@ -135,6 +135,19 @@ class RawConnection:
             except TimeoutError:
                 return
 
+    def wait_closed(self, timeout_s: float) -> bool:
+        """Whether the server closes the connection in this time; whatever it sends before is dropped."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_closed and (left := deadline - time.monotonic()) > 0:
+            self.socket.settimeout(left)
+            try:
+                self.is_closed = not self.socket.recv(65536)
+            except TimeoutError:
+                break
+            except ConnectionError:
+                self.is_closed = True
+        return self.is_closed
+
     def saw(self, kind: type[h2.events.Event]) -> bool:
         """Whether an event of this kind has come."""
         return any(isinstance(event, kind) for event in self.events)

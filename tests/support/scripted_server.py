@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from parleyd.config import Settings
 from parleyd.gateway.server import serve
 from tests.support.gateway import scripted_command, scripted_settings
 from tests.support.tasks import other_tasks
-
-_DAY_S = 86400.0
+from tests.support.wall_clock import jumping_clock
 
 
 def main() -> None:
@@ -27,9 +25,6 @@ def main() -> None:
     parser.add_argument("--load-delay", default="0")
     parser.add_argument("--clock-jumps", action="store_true", help="time.time is a day off, now and then")
     arguments = parser.parse_args()
-    if arguments.clock_jumps:
-        true_time = time.time
-        time.time = lambda: true_time() + random.choice((-_DAY_S, 0.0, _DAY_S))
     settings = scripted_settings(
         port=arguments.port,
         max_running=16,
@@ -39,7 +34,8 @@ def main() -> None:
     )
     worker = ("--max-running", "16", "--step-delay", arguments.step_delay, "--load-delay", arguments.load_delay)
     command = scripted_command(arguments.folder, *worker)
-    asyncio.run(_serve(settings, command))
+    with jumping_clock() if arguments.clock_jumps else nullcontext():
+        asyncio.run(_serve(settings, command))
 
 
 async def _serve(settings: Settings, command: Sequence[str]) -> None:
