@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.robustness.validators import Belongings
+from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
+from tests.support.requests import ask
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 SECONDS = float(os.environ.get("ROBUSTNESS_SECONDS", "6"))
@@ -31,6 +34,14 @@ def chance() -> random.Random:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_tokenizer(tmp_path_factory.mktemp("robustness"))
+
+
+@pytest.fixture
+def before(tokenizer_folder: Path) -> Belongings:
+    """What this process holds once gRPC has been used, which keeps some of what it opens."""
+    with GatewayThread(scripted_settings(), scripted_command(tokenizer_folder)) as gateway:
+        gateway.stub.Generate(ask("hello"), timeout=10)
+    return Belongings()
 
 
 @pytest.fixture

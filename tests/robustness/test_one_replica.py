@@ -26,21 +26,12 @@ from tests.robustness.failpoints import (
 from tests.robustness.traffic import Traffic
 from tests.robustness.validators import Belongings, assert_idle, assert_no_leaks, assert_no_orphans, tasks_at_rest
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
-from tests.support.requests import ask
 from tests.support.wall_clock import jumping_clock
 
 pytestmark = pytest.mark.timeout(0)
 
 _NUM_CLIENTS = 24
 _MAX_POLLS = 500
-
-
-@pytest.fixture
-def before(tokenizer_folder: Path) -> Belongings:
-    """What this process holds once gRPC has been used, which keeps some of what it opens."""
-    with GatewayThread(scripted_settings(), scripted_command(tokenizer_folder)) as gateway:
-        gateway.stub.Generate(ask("hello"), timeout=10)
-    return Belongings()
 
 
 @pytest.mark.parametrize("spare_worker", [False, True])

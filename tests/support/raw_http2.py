@@ -68,7 +68,7 @@ class RawConnection:
             self.http2.local_settings = h2.settings.Settings(client=True, initial_values=initial)
         self.events: list[h2.events.Event] = []
         self.is_closed = False
-        self._answers_pings = answers_pings
+        self.answers_pings = answers_pings
         self.http2.initiate_connection()
         self.flush()
 
@@ -120,7 +120,7 @@ class RawConnection:
             data = b""
         events: list[h2.events.Event] = self.http2.receive_data(data) if data else []
         self.events += events
-        if self._answers_pings:
+        if self.answers_pings:
             self.flush()
         self.is_closed = not data
         return events
@@ -200,9 +200,12 @@ class RawConnection:
 
 
 def begin_raw_stream(target: str, text: str, window: int | None = None) -> RawConnection:
-    """A client that asks for a long stream and does nothing more, not even answer pings."""
-    connection = RawConnection(target, window=window, answers_pings=False)
+    """A client that asks for a long stream and, the connection settled, does nothing more, not even answer pings."""
+    connection = RawConnection(target, window=window)
     connection.call("GenerateStream", ask(text, max_new_tokens=4000))
+    # A connection whose settings are never acknowledged is not kept for long, whatever else becomes of it.
+    connection.receive_for(10, lambda: connection.saw(h2.events.RemoteSettingsChanged))
+    connection.answers_pings = False
     return connection
 
 

@@ -80,8 +80,8 @@ def _environ() -> dict[str, str]:
 
 
 def serve_until_exit(
-    arguments: Sequence[str], timeout_s: float = 120.0, **options: Any
+    arguments: Sequence[str], timeout_s: float = 120.0, prefix: Sequence[str] = (), **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """`parleyd` with these arguments, run to its end."""
-    command = [sys.executable, "-m", "parleyd", *arguments]
+    """`parleyd` with these arguments, behind the command `prefix`, run to its end."""
+    command = [*prefix, sys.executable, "-m", "parleyd", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)

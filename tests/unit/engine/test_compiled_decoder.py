@@ -24,8 +24,8 @@ from parleyd.kernels.paged import Kernels
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.lean_model import LeanModel
 from parleyd.model.loader import load_model
+from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import make_model
-from tests.unit.model.conftest import write_gguf
 
 COMPILED = CompiledKernels(paged_decode, layers)
 BLOCK_SIZE = 8

@@ -20,7 +20,7 @@ from parleyd.model.linear.four_bit import four_bit_linear
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
 from parleyd.model.loader import LoadedModel, load_model
-from tests.unit.model.conftest import write_gguf
+from tests.support.tiny_gguf import write_gguf
 
 KINDS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0]
 QKV = [f"model.layers.0.self_attn.{which}_proj.weight" for which in "qkv"]

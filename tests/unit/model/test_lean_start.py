@@ -21,9 +21,10 @@ from parleyd.model import lean_start
 from parleyd.model.files import find_files
 from parleyd.model.lean_model import LeanModel, lean_weights
 from parleyd.model.loader import LoadedModel, load_model
+from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import FAMILIES, LEAN, SIZES
 from tests.support.tiny_tokenizer import VOCAB_SIZE, write_tiny_tokenizer
-from tests.unit.model.conftest import edit_json, folders, write_gguf
+from tests.unit.model.conftest import edit_json, folders
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

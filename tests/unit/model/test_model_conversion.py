@@ -19,8 +19,9 @@ from parleyd.model.embedded import find_embedded_model
 from parleyd.model.loader import load_model
 from parleyd.text.chat_template import ChatTemplate
 from parleyd.text.tokenizer import Tokenizer
+from tests.support.tiny_gguf import CONTEXT, write_gguf
 from tests.support.tiny_tokenizer import IM_END, IM_END_ID, IM_START_ID
-from tests.unit.model.conftest import CONTEXT, folders, startup_error, write_gguf
+from tests.unit.model.conftest import folders, startup_error
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from parleyd.config import ModelSettings
 from parleyd.generation import ModelInfo, SamplingDefaults
 from parleyd.model.loader import LoadedModel, load_model
+from tests.support.tiny_gguf import CONTEXT
 from tests.support.tiny_tokenizer import IM_END_ID, VOCAB_SIZE, write_tiny_tokenizer
-from tests.unit.model.conftest import CONTEXT, EMBEDDING_ROWS, edit_json, write_llama
+from tests.unit.model.conftest import EMBEDDING_ROWS, edit_json, write_llama
 
 
 def load(folder: Path, **settings: Any) -> LoadedModel:
