@@ -82,7 +82,7 @@ test-mesh: $(INSTALLED) ## run the tests behind a real Envoy, and those of gRPC-
 
 .PHONY: test-robustness
 test-robustness: $(INSTALLED) ## run traffic under faults for SECONDS=600, from a random seed that it prints
-	@ROBUSTNESS_SEED=$${ROBUSTNESS_SEED:-$$(date +%s)} ROBUSTNESS_SECONDS=$$(( $(SECONDS) / 4 )) \
+	@ROBUSTNESS_SEED=$${ROBUSTNESS_SEED:-$$(date +%s)} ROBUSTNESS_SECONDS=$$(( $(SECONDS) * 2 / 9 )) \
 		$(BIN)/python -m pytest tests/robustness -s $(ARGS)
 
 .PHONY: test-gpu
