@@ -11,10 +11,12 @@ import grpc
 import pytest
 
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
+from tests.support.requests import ask
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 from tests.support.tools import Families
 
 StartGateway = Callable[..., GatewayThread]
+FOREVER = ask("!forever", max_new_tokens=4000)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +61,20 @@ def start_gateway(tokenizer_folder: Path) -> Iterator[StartGateway]:
         yield start
 
 
+@pytest.fixture
+def single(start_gateway: StartGateway) -> Iterator[GatewayThread]:
+    """A gateway whose engine takes one request at a time, slowly; it must end idle."""
+    gateway = start_gateway(worker=("--step-delay", "0.005"), max_running=1, max_queue=2)
+    yield gateway
+    gateway.wait_idle()
+
+
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Families]:
     with ExitStack() as stack:
         yield Families(tmp_path_factory.mktemp("families"), stack)
+
+
+def assert_answers(gateway: GatewayThread) -> None:
+    """A request of one's own comes through."""
+    assert gateway.stub.Generate(ask("ok"), timeout=10).choices[0].message.content == "ok"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
-from tests.integration.conftest import StartGateway
+from tests.integration.conftest import FOREVER, StartGateway
 from tests.support.gateway import GatewayThread
 from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask, reason_of, status_of, violated_fields
 
 Outcome = chat_pb2.GenerateBatchResponse
-FOREVER = ask("!forever", max_new_tokens=4000)
 
 
 def batch(gateway: GatewayThread, requests: Sequence[chat_pb2.GenerateRequest], timeout: float = 30) -> list[Outcome]:
@@ -34,14 +33,6 @@ def reason_in(status: status_pb2.Status) -> str:
     assert status.details[0].Unpack(info)
     assert info.domain == "parley.v1"
     return info.reason
-
-
-@pytest.fixture
-def single(start_gateway: StartGateway) -> Iterator[GatewayThread]:
-    """A gateway that runs one request at a time and lets two wait; it must end idle."""
-    gateway = start_gateway(worker=("--step-delay", "0.002"), max_running=1, max_queue=2)
-    yield gateway
-    gateway.wait_idle()
 
 
 def test_every_item_is_answered_as_it_would_be_alone(gateway: GatewayThread) -> None:

@@ -6,43 +6,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
-from h2.events import Event, TrailersReceived
 
 from parley.v1 import chat_pb2
 from parleyd.gateway import worker_client
-from tests.integration.conftest import StartGateway
+from tests.integration.conftest import FOREVER, StartGateway, assert_answers
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
-from tests.support.raw_http2 import RawConnection, begin_raw_stream
 from tests.support.requests import ask, reason_of, retry_delay_of
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-FOREVER = ask("!forever", max_new_tokens=4000)
-
-
-@pytest.fixture
-def single(start_gateway: StartGateway) -> Iterator[GatewayThread]:
-    """A gateway whose engine takes one request at a time, slowly; it must end idle."""
-    gateway = start_gateway(worker=("--step-delay", "0.005"), max_running=1, max_queue=2)
-    yield gateway
-    gateway.wait_idle()
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
-
-
-def assert_answers(gateway: GatewayThread) -> None:
-    assert gateway.stub.Generate(ask("ok"), timeout=10).choices[0].message.content == "ok"
 
 
 def worker_pid(gateway: GatewayThread) -> int:
@@ -185,72 +163,6 @@ def test_higher_priority_leaves_the_queue_sooner(single: GatewayThread) -> None:
     low.result(10), high.result(10)
     eventually(lambda: len(finished) == 2)
     assert finished == ["high", "low"]
-
-
-def test_a_reader_that_stops_reading_holds_up_nobody_and_gets_every_id(start_gateway: StartGateway) -> None:
-    gateway = start_gateway(max_running=2)
-    slow = gateway.stub.GenerateStream(FOREVER)
-    first = next(slow)
-    for i in range(20):
-        assert gateway.stub.Generate(ask(f"{i}"), timeout=10).choices[0].message.content == str(i)
-    ids = [*first.token_ids, *(i for response in slow for i in response.token_ids)]
-    assert ids == (list(b"all work and no play ") * 200)[:4000]
-
-
-def unread_stream(target: str) -> RawConnection:
-    """A stream whose client grants no HTTP/2 window, so that nothing of the answer can be written."""
-    return begin_raw_stream(target, "never read", window=0)
-
-
-def status_in(events: Iterable[Event]) -> bytes | None:
-    trailers = (dict(event.headers) for event in events if isinstance(event, TrailersReceived))
-    return next((headers[b"grpc-status"] for headers in trailers), None)
-
-
-def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> None:
-    with unread_stream(single.target):
-        eventually(lambda: single.gateway.doorkeeper.num_open == 1)
-        for _ in range(3):
-            assert_answers(single)
-        assert single.gateway.doorkeeper.num_open == 1  # still there, unread
-
-
-@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
-def test_a_client_that_never_reads_is_cut_off(start_gateway: StartGateway, method: str) -> None:
-    gateway = start_gateway(slow_reader_timeout=0.5)
-    doorkeeper = gateway.gateway.doorkeeper
-    with RawConnection(gateway.target, window=0) as connection:
-        connection.call(method, ask("hello"))
-        eventually(lambda: doorkeeper.num_open == 1)
-        time.sleep(0.2)
-        assert doorkeeper.num_open == 1
-        eventually(lambda: doorkeeper.num_open == 0)
-        assert_answers(gateway)
-        assert doorkeeper.num_places == 1  # gRPC keeps what was written until it is read
-        connection.http2.increment_flow_control_window(2**20, 1)
-        connection.flush()
-        connection.receive_for(5, lambda: status_in(connection.events) is not None)
-        assert status_in(connection.events) == b"8"  # RESOURCE_EXHAUSTED
-        eventually(lambda: doorkeeper.num_places == 0)
-    assert_answers(gateway)
-
-
-def test_an_answer_that_is_never_read_gives_its_place_back_when_its_client_is_gone(start_gateway: StartGateway) -> None:
-    gateway = start_gateway(slow_reader_timeout=0.5)
-    doorkeeper = gateway.gateway.doorkeeper
-    with unread_stream(gateway.target):
-        eventually(lambda: doorkeeper.num_places == 1)
-        eventually(lambda: doorkeeper.num_open == 0)
-        assert doorkeeper.num_places == 1
-    eventually(lambda: doorkeeper.num_places == 0)
-
-
-def test_a_client_whose_host_vanished_is_let_go(start_gateway: StartGateway) -> None:
-    gateway = start_gateway(keepalive_time=1, keepalive_timeout=1)
-    with begin_raw_stream(gateway.target, "!wait"):  # answers no ping, and says nothing more
-        eventually(lambda: gateway.gateway.worker.num_open == 1)
-        gateway.wait_idle()
-    assert_answers(gateway)
 
 
 def test_killing_the_worker_pauses_open_streams_and_queued_requests(single: GatewayThread) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import ssl
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from parleyd.config import SecuritySettings
 from parleyd.telemetry.logging import _RequestFilter
 from tests.integration.conftest import StartGateway
 from tests.support.certificates import Authority, Certificate
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
 from tests.support.raw_http2 import open_socket
 from tests.support.requests import ask
@@ -110,19 +110,12 @@ def served_name(gateway: GatewayThread) -> str:
     return str(name.value)
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_new_certificate_is_served_while_streams_go_on(start: Callable[..., GatewayThread], tmp_path: Path) -> None:
     gateway = start(mutual=False)
     stream = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=4000), timeout=60)
     next(stream)
     server_certificate(name="renewed").write(tmp_path, "server")
-    until(lambda: served_name(gateway) == "renewed")
+    eventually(lambda: served_name(gateway) == "renewed")
     for _ in range(3):
         next(stream)
     assert can_call(gateway, credentials(None))
@@ -136,17 +129,17 @@ def test_a_broken_new_certificate_is_logged_and_the_old_one_stays(
     gateway = start()
     whole = (tmp_path / "server.pem").read_bytes()
     (tmp_path / "server.pem").write_bytes(whole[:100])
-    until(lambda: "server.pem holds no certificate" in caplog.text)
+    eventually(lambda: "server.pem holds no certificate" in caplog.text)
     assert "what was read before stays in use" in caplog.text
     assert can_call(gateway, credentials(CLIENT))
     # A key without its certificate is what a renewal looks like from inside.
     renewed = server_certificate(name="renewed")
     (tmp_path / "server.pem").write_bytes(whole)
     (tmp_path / "server.key").write_bytes(renewed.key)
-    until(lambda: "is not the key of --tls-cert" in caplog.text)
+    eventually(lambda: "is not the key of --tls-cert" in caplog.text)
     assert can_call(gateway, credentials(CLIENT))
     (tmp_path / "server.pem").write_bytes(renewed.cert)
-    until(lambda: served_name_with(gateway, CLIENT, tmp_path) == "renewed")
+    eventually(lambda: served_name_with(gateway, CLIENT, tmp_path) == "renewed")
 
 
 def served_name_with(gateway: GatewayThread, shown: Certificate, folder: Path) -> str:
@@ -165,7 +158,7 @@ def test_a_new_client_ca_shuts_out_the_old_ones_clients(start: Callable[..., Gat
     stream = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=4000), timeout=60)
     next(stream)
     (tmp_path / "ca.pem").write_bytes(STRANGER.cert)
-    until(lambda: can_call(gateway, credentials(STRANGER.issue("client"))))
+    eventually(lambda: can_call(gateway, credentials(STRANGER.issue("client"))))
     assert not can_call(gateway, credentials(CLIENT))
     next(stream)
     stream.cancel()
