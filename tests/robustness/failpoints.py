@@ -124,10 +124,9 @@ async def stop_reading(gateway: GatewayThread, chance: random.Random) -> None:
 
 async def half_open(gateway: GatewayThread, chance: random.Random) -> None:
     """A client whose host vanishes in the middle of an answer: from it comes nothing more, not even that it is gone."""
-    raw = await asyncio.to_thread(begin_raw_stream, gateway.target, "!forever")
-    is_let_go = await asyncio.to_thread(raw.wait_closed, KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S + _GRACE_S)
+    with await asyncio.to_thread(begin_raw_stream, gateway.target, "!forever") as raw:
+        is_let_go = await asyncio.to_thread(raw.wait_closed, KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S + _GRACE_S)
     assert is_let_go, "its connection is kept"
-    raw.close()
 
 
 # The orders of a scripted worker.
