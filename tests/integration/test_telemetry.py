@@ -148,7 +148,6 @@ def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:
         AdminServer(host, int(port), observed.gateway.observer.metrics.registry, lambda: True)
 
 
-
 def test_logs_can_be_json() -> None:
     script = """
 import logging

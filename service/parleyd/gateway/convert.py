@@ -164,7 +164,7 @@ def to_generation_config(params: SamplingParams, defaults: SamplingDefaults) -> 
 
 
 def fill_stream_response(response: chat_pb2.GenerateStreamResponse, delta: AnswerDelta) -> None:
-    """Puts one delta of a choice into an empty message. What a delta seldom has is left alone: this is done for each."""
+    """Puts one delta of a choice into an empty message. What few deltas have is left alone: it takes time."""
     text = delta.text
     response.index = delta.index
     response.content = text.content
