@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
 import time
 from bisect import insort
@@ -12,6 +13,8 @@ from operator import attrgetter
 
 # Who names no deadline is taken to be this patient, so that those who do cannot keep them out for ever.
 _PATIENCE_S = 300.0
+# Of clients that have nothing in the queue, those that have had most are remembered.
+_MAX_IDLE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,11 @@ class FairQueue:
 
     def __len__(self) -> int:
         return self._num_waiters
+
+    @property
+    def num_clients(self) -> int:
+        """How many are known: those that wait, and the greediest of those that have waited."""
+        return len(self._clients)
 
     def push(self, ticket: Ticket) -> Waiter:
         """Takes a ticket into the queue."""
@@ -135,13 +143,21 @@ class FairQueue:
         return rank[0], max(client.finished, self._virtual_time), rank
 
     def _forget_idle_clients(self) -> None:
-        """Those that have nothing here and have had no more than the others."""
-        if len(self._clients) > 2 * self._num_waiters + 64:
-            self._clients = {
-                name: client
-                for name, client in self._clients.items()
-                if client.waiters or client.finished > self._virtual_time
-            }
+        """All that have nothing here, but for those that have had most, and more than the others.
+
+        The virtual time does not pass them all: it stands still while each request is a new client's.
+        """
+        if len(self._clients) <= 2 * (self._num_waiters + _MAX_IDLE):
+            return
+        ahead = {
+            name: client.finished
+            for name, client in self._clients.items()
+            if not client.waiters and client.finished > self._virtual_time
+        }
+        remembered = set(heapq.nlargest(_MAX_IDLE, ahead, key=ahead.__getitem__))
+        self._clients = {
+            name: client for name, client in self._clients.items() if client.waiters or name in remembered
+        }
 
 
 def _num_prompt_tokens(waiters: list[Waiter]) -> int:

@@ -1,0 +1,38 @@
+"""What the queue remembers of clients that have nothing in it."""
+
+from __future__ import annotations
+
+from parleyd.gateway.fair_queue import FairQueue, Ticket
+
+_NUM_CLIENTS = 5000
+
+
+async def serve_strangers(queue: FairQueue) -> None:
+    for number in range(_NUM_CLIENTS):
+        queue.push(Ticket(client=f"stranger {number}"))
+        queue.pop()
+
+
+async def test_clients_that_come_once_are_forgotten() -> None:
+    queue = FairQueue()
+    await serve_strangers(queue)
+    assert queue.num_clients < _NUM_CLIENTS / 5
+    assert len(queue) == queue.num_prompt_tokens == 0
+
+
+async def test_what_the_greediest_has_had_is_not_forgotten_for_them() -> None:
+    queue = FairQueue()
+    queue.push(Ticket(client="greedy", num_sequences=16))
+    queue.pop()
+    await serve_strangers(queue)
+    queue.push(Ticket(client="greedy"))
+    modest = queue.push(Ticket(client="modest"))
+    assert queue.pop() is modest
+
+
+async def test_who_waits_is_not_forgotten() -> None:
+    queue = FairQueue()
+    patient = queue.push(Ticket(client="patient", priority=-1, num_prompt_tokens=7))
+    await serve_strangers(queue)
+    assert queue.pop() is patient
+    assert len(queue) == queue.num_prompt_tokens == 0
