@@ -156,7 +156,7 @@ class BatchingEngine:
             return self._scheduler.submit(request)
         if request.key not in self._compiling:  # aborted
             return None
-        self._compiling.remove(request.key)
+        self._compiling.discard(request.key)  # an abort between the two is in the inbox, behind this
         try:
             return self._scheduler.submit(request, compiled.result())
         except GrammarError as error:

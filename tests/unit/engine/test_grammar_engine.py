@@ -157,6 +157,21 @@ def test_a_request_that_is_aborted_while_its_grammar_compiles_never_runs(engine:
     assert engine.stats().num_running == engine.stats().num_waiting == 0
 
 
+def test_an_abort_at_the_moment_that_a_grammar_is_compiled_ends_the_request_alone(engine: BatchingEngine) -> None:
+    class Compiling(set[int]):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            if key == 0 and found:
+                engine.abort(0)  # as the thread that receives does
+            return found
+
+    engine._compiling = Compiling()
+    engine.submit(ask_engine(0, to_grammar("regex", "[a-z]*")))
+    answers = run_all(engine, [ask_engine(1, to_grammar("choice", '["ok"]'))])
+    assert text_of(answers[1]) == "ok"
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+
 def test_a_sequence_with_a_grammar_is_not_scheduled_ahead_of_its_id(info: ModelInfo) -> None:
     scheduler = Scheduler(KVLedger(64, 16), max_running=4, max_batch_tokens=64, max_context_tokens=256)
     grammar = to_grammar("regex", "[a-z]*")
