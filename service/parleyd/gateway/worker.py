@@ -42,7 +42,8 @@ class Worker:
 
     async def stop(self) -> None:
         """Ends the process and waits until it has ended."""
-        self._life.cancel()
+        if not self.gone.is_set():  # else it is about to end
+            self._life.cancel()
         with suppress(asyncio.CancelledError):
             await self._life
 

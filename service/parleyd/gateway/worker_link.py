@@ -6,6 +6,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from parleyd.ipc import messages
 from parleyd.ipc.framing import frame, read_frame_async
@@ -32,15 +33,19 @@ class WorkerLink:
         """Starts a worker. Its last argument is the file descriptor of its end of the socket pair."""
         ours, theirs = socket.socketpair()
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                # Stdout belongs to the gateway's one line; whatever a library prints in the worker goes to stderr.
-                stdout=_STDERR_FD,
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
+            reader, writer = await asyncio.open_connection(sock=ours)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    str(theirs.fileno()),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # Stdout belongs to the gateway's one line; whatever a library prints in the worker goes to stderr.
+                    stdout=_STDERR_FD,
+                )
+            except BaseException:
+                writer.close()
+                raise
         return cls(process, reader, writer)
 
     @property
@@ -58,14 +63,22 @@ class WorkerLink:
         return None if payload is None else messages.decode_to_gateway(payload)
 
     def kill(self) -> None:
-        """Ends the process without a word, also one that is stopped."""
-        self._process.kill()
+        """Ends the process without a word, also one that is stopped, and the connection, whoever else holds it."""
+        self._writer.transport.abort()
+        with suppress(ProcessLookupError):  # it has ended by itself
+            self._process.kill()
 
     async def stop(self) -> int:
-        """Ends the process, kindly at first (it exits when its socket closes). Returns its exit code."""
+        """Ends the process, kindly at first (it exits when its socket closes), and at once where this is cancelled.
+
+        Returns its exit code.
+        """
         self._writer.close()
         try:
             return await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
         except TimeoutError:
-            self._process.kill()
+            self.kill()
             return await self._process.wait()
+        except asyncio.CancelledError:
+            self.kill()
+            raise

@@ -1,10 +1,17 @@
-"""What the gateway makes of a worker's messages."""
+"""What the gateway makes of a worker's messages, and of its end."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import sys
 
+import psutil
+import pytest
+
 from parleyd.config import ModelSettings
+from parleyd.gateway import worker_link
 from parleyd.gateway.worker import Worker
 from parleyd.generation import EngineStats
 from parleyd.ipc.messages import Start
@@ -19,12 +26,58 @@ for num_waiting, progress in ((0, 0), (0, 1), (1, 1), (2, 1), (1, 2)):
     send_frame(ours, encode(Progress(EngineStats(num_waiting=num_waiting), progress)))
 """
 
+# Two processes that hold the socket.
+_PAIR = "import os, time; os.fork(); time.sleep(60)"
+# Closes its socket, and lives on.
+_LINGERER = "import os, sys, time; os.close(int(sys.argv[1])); time.sleep(60)"
+_TIMEOUT_S = 20.0
+
+
+def start(script: str) -> Worker:
+    return Worker(
+        Start(ModelSettings(model="x")), command=(sys.executable, "-c", script), on_outputs=lambda outputs: None
+    )
+
 
 async def test_a_queue_that_grows_behind_a_hang_is_no_sign_of_life() -> None:
-    worker = Worker(
-        Start(ModelSettings(model="x")), command=(sys.executable, "-c", _SCRIPT), on_outputs=lambda outputs: None
-    )
+    worker = start(_SCRIPT)
     await worker.gone.wait()
     await worker.ended()
     assert worker.num_signs == 3
     assert worker.stats == EngineStats(num_waiting=1)
+
+
+async def test_a_worker_that_has_ended_can_be_killed_though_another_process_holds_its_socket() -> None:
+    worker = start(_PAIR)
+    async with asyncio.timeout(_TIMEOUT_S):
+        while not (worker.link and (heirs := psutil.Process(worker.link.pid).children())):
+            await asyncio.sleep(0.01)
+        try:
+            os.kill(worker.link.pid, signal.SIGKILL)
+            while psutil.pid_exists(worker.link.pid):
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert not worker.gone.is_set()
+            worker.link.kill()
+            await worker.gone.wait()
+            await worker.ended()
+        finally:
+            heirs[0].kill()
+
+
+@pytest.mark.parametrize("is_cut_short", [False, True])
+async def test_a_worker_that_outlives_its_socket_is_ended(monkeypatch: pytest.MonkeyPatch, is_cut_short: bool) -> None:
+    monkeypatch.setattr(worker_link, "_STOP_TIMEOUT_S", _TIMEOUT_S if is_cut_short else 0.2)
+    worker = start(_LINGERER)
+    async with asyncio.timeout(_TIMEOUT_S):
+        await worker.gone.wait()
+        assert worker.link is not None
+        process = psutil.Process(worker.link.pid)
+        stopping = asyncio.create_task(worker.stop())
+        if is_cut_short:
+            await asyncio.sleep(0.1)
+            assert process.is_running()
+            stopping.cancel()
+        await asyncio.wait([stopping])
+        while process.is_running():
+            await asyncio.sleep(0.01)
