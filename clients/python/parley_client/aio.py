@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -103,14 +103,9 @@ class AsyncClient:
         reader = BatchReader(batch)
         call = self._chat.GenerateBatch(batch, **args)
         try:
-            async for response in call:
-                yield reader.read(response)
-        except grpc.RpcError as error:
-            raise status.from_rpc_error(error) from error
-        except asyncio.CancelledError as error:
-            if _is_about_this_task():
-                raise
-            raise Cancelled("the client was closed") from error
+            with _typed_errors():
+                async for response in call:
+                    yield reader.read(response)
         finally:
             call.cancel()
         reader.check_ended()
@@ -143,7 +138,7 @@ class AsyncClient:
         """Waits until the server is there and its model is loaded. As `Client.wait_until_ready`."""
         wait = ReadinessWait(timeout)
         while not await self._watch_until_serving(wait):
-            await asyncio.sleep(RETRY_DELAY_S)
+            await self._pause(RETRY_DELAY_S)
 
     async def _watch_until_serving(self, wait: ReadinessWait) -> bool:
         call = self._health.Watch(
@@ -153,11 +148,12 @@ class AsyncClient:
             wait_for_ready=True,
         )
         try:
-            async for response in call:
-                if wait.saw(HealthStatus.from_proto(response)):
-                    return True
-        except grpc.RpcError as error:
-            wait.saw_error(status.from_rpc_error(error))
+            with _typed_errors():
+                async for response in call:
+                    if wait.saw(HealthStatus.from_proto(response)):
+                        return True
+        except ParleyError as error:
+            wait.saw_error(error)
         finally:
             call.cancel()
         return False
@@ -174,19 +170,28 @@ class AsyncClient:
                 delay_s = patience.delay_before_again(error)
                 if delay_s is None:
                     raise
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._closed.wait(), delay_s)
-                raise Cancelled("the client was closed")
+            await self._pause(delay_s)
 
     async def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
-        try:
+        with _typed_errors():
             return await method(message, **args)
-        except grpc.RpcError as error:
-            raise status.from_rpc_error(error) from error
-        except asyncio.CancelledError as error:
-            if _is_about_this_task():
-                raise
-            raise Cancelled("the client was closed") from error
+
+    async def _pause(self, delay_s: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), delay_s)
+            raise Cancelled("the client was closed")
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise status.from_rpc_error(error) from error
+    except asyncio.CancelledError as error:
+        if _is_about_this_task():
+            raise
+        raise Cancelled("the client was closed") from error
 
 
 def _is_about_this_task() -> bool:

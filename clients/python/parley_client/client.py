@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -176,11 +175,12 @@ class Client:
 
         Raises:
             DeadlineExceeded: it is not, after that time.
+            Cancelled: the client was closed.
             Unimplemented: the server has no health service.
         """
         wait = ReadinessWait(timeout)
         while not self._watch_until_serving(wait):
-            time.sleep(RETRY_DELAY_S)
+            self._pause(RETRY_DELAY_S)
 
     def _watch_until_serving(self, wait: ReadinessWait) -> bool:
         call = self._health.Watch(
@@ -209,8 +209,11 @@ class Client:
                 delay_s = patience.delay_before_again(error)
                 if delay_s is None:
                     raise
-            if self._closed.wait(delay_s):
-                raise Cancelled("the client was closed")
+            self._pause(delay_s)
+
+    def _pause(self, delay_s: float) -> None:
+        if self._closed.wait(delay_s):
+            raise Cancelled("the client was closed")
 
     def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
         future = method.future(message, **args)

@@ -10,9 +10,11 @@ import threading
 import traceback
 
 import pytest
+from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2
-from parley_client import AsyncClient, Cancelled, Client, user
+from parley_client import AsyncClient, Cancelled, Client, aio, user
+from parley_client import client as blocking
 
 QUESTION = [user("Hello?")]
 
@@ -188,6 +190,46 @@ async def test_closing_the_async_client_does_not_pass_for_the_cancellation_of_a_
         await client.close()
         with pytest.raises(Cancelled):
             await waiting
+
+
+@pytest.mark.parametrize("moment", ["in a watch", "between two"])
+async def test_closing_the_async_client_ends_the_wait_for_readiness(server, monkeypatch, moment):
+    monkeypatch.setattr(aio, "RETRY_DELAY_S", 20)
+    waiting_began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def watch(request, context):
+        yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+        loop.call_soon_threadsafe(waiting_began.set)
+        if moment == "in a watch":
+            server.hold(context)
+
+    server.script["Watch"] = watch
+    async with AsyncClient(server.target) as client:
+        waiting = asyncio.create_task(client.wait_until_ready())
+        await waiting_began.wait()
+        if moment == "between two":
+            await asyncio.to_thread(server.has_seen_the_end)
+            await asyncio.sleep(0.1)
+        await client.close()
+        with pytest.raises(Cancelled):
+            await asyncio.wait_for(waiting, 10)
+
+
+@pytest.mark.parametrize("moment", ["in a watch", "between two"])
+def test_closing_the_client_ends_the_wait_for_readiness(server, monkeypatch, moment):
+    monkeypatch.setattr(blocking, "RETRY_DELAY_S", 20)
+
+    def watch(request, context):
+        yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+        threading.Timer(0.2, client.close).start()
+        if moment == "in a watch":
+            server.hold(context)
+
+    server.script["Watch"] = watch
+    client = Client(server.target)
+    with pytest.raises(Cancelled):
+        client.wait_until_ready(timeout=60)
 
 
 async def test_breaking_out_of_an_async_iteration_cancels_the_rpc(server):
