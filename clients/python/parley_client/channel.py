@@ -94,4 +94,5 @@ class CallDefaults:
 
     def patience(self, timeout: float | None) -> Patience:
         """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together."""
-        return Patience(self.args(timeout), self.max_resumes, self.contact)
+        limit = self.timeout if timeout is None else timeout
+        return Patience(self.args, limit, self.max_resumes, self.contact)

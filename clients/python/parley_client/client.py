@@ -277,9 +277,11 @@ class Stream(Iterator[Piece]):
         try:
             if self._cancelled.wait(delay_s):
                 return
-            self._call = self._method(self._resumption.request(), **self._resumption.call_args())
-        except ValueError as closed:
-            raise Cancelled("the client was closed") from closed
+            args = self._resumption.call_args()
+            try:
+                self._call = self._method(self._resumption.request(), **args)
+            except ValueError as closed:
+                raise Cancelled("the client was closed") from closed
         except BaseException:
             self.cancel()
             raise

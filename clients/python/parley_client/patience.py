@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from parley_client.errors import ParleyError, QueueFull, Unavailable
@@ -21,13 +21,21 @@ class Contact:
 class Patience:
     """Failures in a row of one call and those that follow it, which share its timeout."""
 
-    def __init__(self, args: Mapping[str, Any], max_failures: int, contact: Contact) -> None:
-        """`args`: of each call, with the `timeout` in seconds of all together. `max_failures`: in a row."""
+    def __init__(
+        self,
+        args: Callable[[float | None], dict[str, Any]],
+        timeout: float | None,
+        max_failures: int,
+        contact: Contact,
+    ) -> None:
+        """`args`: makes those of a call with a timeout. `timeout`: of all together, in seconds; None is no limit.
+
+        `max_failures`: in a row.
+        """
         self._args = args
         self._max_failures = max_failures
         self._contact = contact
         self._failures = 0
-        timeout = args.get("timeout")
         self._deadline = None if timeout is None else time.monotonic() + timeout
 
     def note_progress(self) -> None:
@@ -57,7 +65,7 @@ class Patience:
 
     def call_args(self) -> dict[str, Any]:
         """Keyword arguments of the next call."""
-        return dict(self._args) if self._deadline is None else {**self._args, "timeout": self._remaining_s()}
+        return self._args(None if self._deadline is None else self._remaining_s())
 
     def _remaining_s(self) -> float:
         return float("inf") if self._deadline is None else max(0.0, self._deadline - time.monotonic())

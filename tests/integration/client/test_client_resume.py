@@ -64,6 +64,18 @@ def breaks(server):
     return script
 
 
+@pytest.mark.parametrize("insecure", [False, True])
+def test_each_part_of_a_stream_shows_the_key_of_its_time(connect, server, breaks, insecure):
+    keys = iter(["first", "second"])
+    breaks(1)
+    with connect(server.target, max_attempts=1, api_key=lambda: next(keys), insecure=insecure) as client:
+        stream = client.stream(QUESTION)
+        next(stream)
+        assert server.metadata["authorization"] == "Bearer first"
+        assert len(list(stream)) == len(TEXTS) - 1
+        assert server.metadata["authorization"] == "Bearer second"
+
+
 @pytest.mark.parametrize("lengths", [(1,), (3,), (1, 1, 1), (1, 0, 0, 2)])
 def test_a_stream_that_breaks_is_one_stream_to_its_caller(connect, server, breaks, lengths):
     with connect(server.target, max_attempts=1) as client:

@@ -8,7 +8,7 @@ from parley.v1 import chat_pb2
 from parley_client import Cancelled, Stream
 from parley_client.patience import Contact, Patience
 
-NO_PATIENCE = Patience({}, 0, Contact())
+NO_PATIENCE = Patience(lambda timeout: {}, None, 0, Contact())
 
 
 class InterruptedCall:
