@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2
-from parleyd.gateway import worker_client
+from parleyd.gateway import spare_worker, worker_client
 from tests.integration.conftest import FOREVER, StartGateway, assert_answers
 from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
@@ -318,6 +318,22 @@ def test_a_spare_worker_takes_over_at_once(start_gateway: StartGateway) -> None:
         eventually(lambda pid=spare_pid: gateway.gateway.supervisor.worker_pid == pid, timeout_s=0.9)
         next(running)
     running.cancel()
+
+
+def test_a_spare_worker_that_hangs_as_it_loads_is_replaced(
+    start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spare_worker, "_RETRY_S", 0.01)
+    marker = tmp_path / "marker"
+    gateway = start_gateway(worker=("--hang-if", str(marker)), spare_worker=True, worker_timeout=0.5)
+    supervisor = gateway.gateway.supervisor
+    eventually(lambda: supervisor.spare_pid is not None)
+    marker.touch()
+    assert supervisor.spare_pid is not None
+    os.kill(supervisor.spare_pid, signal.SIGKILL)
+    eventually(lambda: not marker.exists())  # the next one hangs
+    eventually(lambda: supervisor.spare_pid is not None)
+    assert supervisor.num_restarts == 0
 
 
 def test_a_worker_that_keeps_dying_is_given_up(start_gateway: StartGateway, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from parleyd.errors import StartupError, WorkerLost
 from parleyd.gateway.worker import Worker
@@ -17,8 +17,10 @@ _RETRY_S = 10.0
 class SpareWorker:
     """At most one, kept alive from `start` until it is taken."""
 
-    def __init__(self, start_worker: Callable[[], Worker]) -> None:
+    def __init__(self, start_worker: Callable[[], Worker], load: Callable[[Worker], Awaitable[object]]) -> None:
+        """`load` waits until a worker is ready, and ends one that hangs. Raises StartupError or WorkerLost."""
         self._start_worker = start_worker
+        self._load = load
         self._worker: Worker | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -49,7 +51,7 @@ class SpareWorker:
         while True:
             self._worker = self._start_worker()
             try:
-                await self._worker.load()
+                await self._load(self._worker)
                 _logger.info("a spare worker is ready")
             except (StartupError, WorkerLost) as error:
                 _logger.error("the spare worker: %s", error)

@@ -59,7 +59,7 @@ class Supervisor:
         self._state = State.LOADING
         self._changed = asyncio.Event()
         self._worker: Worker | None = None
-        self._spare = SpareWorker(self._start_worker) if server.spare_worker else None
+        self._spare = SpareWorker(self._start_worker, self._load) if server.spare_worker else None
         self._info: ModelInfo | None = None
         self._slowest_load_s = 0.0
         self._losses = 0  # workers lost since one last made a token

@@ -106,11 +106,6 @@ class Sequence:
         """Prompt and output, with the ids that are being sampled right now."""
         return len(self.token_ids) + self.num_pending
 
-    @property
-    def num_output_tokens(self) -> int:
-        """Known ids after the prompt, those delivered before the request came here included."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
     def append(self, token_id: int) -> None:
         """Takes a sampled id, which may finish the sequence."""
         self.token_ids.append(token_id)
