@@ -91,6 +91,7 @@ export class Client {
   readonly #timeoutMs: number | undefined;
   readonly #maxResumes: number;
   readonly #contact: Contact = { isMade: false };
+  #isClosed = false;
 
   /** `target`: where the server listens, "HOST:PORT" or any other gRPC target. */
   constructor(target = "localhost:50051", options: ClientOptions = {}) {
@@ -108,8 +109,9 @@ export class Client {
     this.#maxResumes = options.maxResumes ?? DEFAULT_MAX_RESUMES;
   }
 
-  /** Ends the connection. */
+  /** Lets the calls in progress end, and then the connection; no other call can begin, nor one go on elsewhere. */
   close(): void {
+    this.#isClosed = true;
     this.#stub.close();
   }
 
@@ -158,6 +160,11 @@ export class Client {
     return this.#unary(this.#stub.getModel, GetModelRequest.fromPartial({ model: name }), options);
   }
 
+  #checkOpen(signal: AbortSignal | undefined): void {
+    signal?.throwIfAborted();
+    if (this.#isClosed) throw new ParleyError("the client was closed", status.CANCELLED);
+  }
+
   #deadline({ timeoutMs = this.#timeoutMs }: CallOptions): number | undefined {
     return timeoutMs === undefined ? undefined : Date.now() + timeoutMs;
   }
@@ -190,7 +197,7 @@ export class Client {
     signal: AbortSignal | undefined,
   ): Promise<Response> {
     return new Promise((resolve, reject) => {
-      signal?.throwIfAborted();
+      this.#checkOpen(signal);
       let headers: Metadata | undefined;
       const call = method.call(this.#stub, request, this.#metadata.clone(), { deadline }, (error, response) => {
         signal?.removeEventListener("abort", cancel);
@@ -210,7 +217,7 @@ export class Client {
     deadline: number | undefined,
     signal: AbortSignal | undefined,
   ): AsyncGenerator<Response, void> {
-    signal?.throwIfAborted();
+    this.#checkOpen(signal);
     let headers: Metadata | undefined;
     const call = method.call(this.#stub, request, this.#metadata.clone(), { deadline });
     call.once("metadata", (received: Metadata) => (headers = received));

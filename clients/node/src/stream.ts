@@ -26,8 +26,10 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
   readonly #start: Start;
   readonly #sleep: (ms: number) => Promise<void>;
   readonly #patience: Patience;
+  // Where the request leaves the number to the model's defaults, the choices that show up have to do.
+  readonly #numChoices: number;
   readonly #seen = new Set<number>();
-  readonly #unfinished: Set<number>;
+  readonly #finished = new Set<number>();
   #isWhole = false; // the stream's very last message is here
   #head: { requestId?: string; model?: string } = {};
 
@@ -37,8 +39,7 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
     this.#start = start;
     this.#sleep = sleep;
     this.#patience = patience;
-    // Where the request leaves the number to the model's defaults, the choices that show up have to do.
-    this.#unfinished = new Set(Array(request.generationConfig?.numReturnSequences ?? 1).keys());
+    this.#numChoices = request.generationConfig?.numReturnSequences ?? 1;
     this.tokenIds = [...(request.resume?.tokenIds ?? [])];
   }
 
@@ -76,7 +77,7 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
         request = this.resumeRequest();
       }
     }
-    if (this.#unfinished.size > 0) {
+    if (!this.#isComplete()) {
       throw new ParleyError("the stream ended without a finish reason: the answer is incomplete", status.INTERNAL);
     }
   }
@@ -90,16 +91,20 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
       }
     }
     if (delta.index === 0) this.tokenIds.push(...delta.tokenIds);
-    if (!this.#seen.has(delta.index)) this.#unfinished.add(delta.index);
     this.#seen.add(delta.index);
-    if (delta.finishReason !== FinishReason.UNSPECIFIED) this.#unfinished.delete(delta.index);
-    this.#isWhole = this.#unfinished.size === 0 && delta.usage !== undefined;
+    if (delta.finishReason !== FinishReason.UNSPECIFIED) this.#finished.add(delta.index);
+    this.#isWhole = this.#isComplete() && delta.usage !== undefined;
     return delta;
+  }
+
+  #isComplete(): boolean {
+    for (let index = 0; index < this.#numChoices; index += 1) if (!this.#finished.has(index)) return false;
+    return this.#finished.size === this.#seen.size;
   }
 
   #delayAfter(error: unknown): number | undefined {
     if (this.seed === undefined) return this.#patience.delayBeforeAgain(error);
-    const isOneOfSeveral = (this.#request.generationConfig?.numReturnSequences ?? 1) > 1 || this.#seen.size > 1;
+    const isOneOfSeveral = Math.max(this.#numChoices, this.#seen.size) > 1;
     return isOneOfSeveral ? undefined : this.#patience.delayAfter(error);
   }
 }

@@ -323,6 +323,33 @@ test("leaving the loop cancels the stream", async () => {
   await cancelled.promise;
 });
 
+test("a closed client makes no call, nor one again, and says why", async () => {
+  let numCalls = 0;
+  const target = await serve({
+    generate: (_, callback) => {
+      numCalls += 1;
+      if (numCalls === 1) return callback(null, GenerateResponse.fromPartial({}));
+      callback(failure(status.UNAVAILABLE, "NOT_READY", 100));
+      setTimeout(() => client.close(), 10);
+    },
+  });
+  const client = connect(target);
+  const closed = { name: "ParleyError", code: status.CANCELLED, message: "the client was closed" };
+  await client.generate(QUESTION);
+  await assert.rejects(client.generate(QUESTION), closed);
+  await assert.rejects(client.generate(QUESTION), closed);
+  await assert.rejects(Array.fromAsync(client.stream(QUESTION)), closed);
+  await assert.rejects(Array.fromAsync(client.batch([QUESTION])), closed);
+});
+
+test("it is the server that refuses a number of answers", async () => {
+  const target = await serve({
+    generateStream: (call) => void call.emit("error", failure(status.INVALID_ARGUMENT, "INVALID_REQUEST")),
+  });
+  const stream = connect(target).stream({ ...QUESTION, generationConfig: { numReturnSequences: 2 ** 32 - 1 } });
+  await assert.rejects(Array.fromAsync(stream), { code: status.INVALID_ARGUMENT });
+});
+
 test("a deadline ends a call", async () => {
   const target = await serve({ generate: () => {} });
   await assert.rejects(connect(target).generate(QUESTION, { timeoutMs: 50 }), { code: status.DEADLINE_EXCEEDED });
