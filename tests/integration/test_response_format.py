@@ -6,17 +6,20 @@ import asyncio
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from parley.v1 import chat_pb2, message_pb2
-from parleyd.errors import InvalidRequest
-from parleyd.gateway import grammar_checker
+from parleyd.config import SecuritySettings
+from parleyd.errors import EngineFault, InvalidRequest
+from parleyd.gateway import checker_process
 from parleyd.gateway.grammar_checker import GrammarChecker
 from parleyd.generation import ModelInfo
 from parleyd.ipc.messages import CheckGrammar
+from parleyd.security.api_keys import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support import tiny_tokenizer
 from tests.support.gateway import GatewayThread
@@ -112,7 +115,7 @@ def test_a_format_is_checked_before_the_model(gateway: GatewayThread) -> None:
 def test_a_hostile_grammar_costs_nobody_else_anything(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, hostile: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(grammar_checker, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(checker_process, "_TIMEOUT_S", 1.0)
     gateway = start_gateway(max_running=2)
     gateway.stub.Generate(ask("x", response_format={"regex": "a"}), timeout=60)  # the checker is warm
     doomed = gateway.stub.Generate.future(ask("x", response_format=hostile), timeout=60)
@@ -176,8 +179,68 @@ async def test_equal_checks_are_made_once_and_outlive_a_caller_that_is_cancelled
         await checker.close()
 
 
-async def test_a_checker_that_dies_refuses_what_it_died_of() -> None:
-    checker = GrammarChecker((sys.executable, "-c", "import os; os._exit(1)"))
-    with pytest.raises(InvalidRequest, match="too complex"):
-        await checker.check(CheckGrammar(info_of("none", 1, (0,)), "regex", "a"))
+ENDLESS = [
+    json.dumps({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}, {"multipleOf": 983}, {"minimum": i}]})
+    for i in range(6)
+]
+
+
+def test_grammars_of_one_client_do_not_hold_up_anothers(start_gateway: StartGateway, tmp_path: Path) -> None:
+    keys = {name: new_key() for name in ("hostile", "other")}
+    (tmp_path / "keys.toml").write_text("".join(entry_for(name, key) for name, key in keys.items()))
+    gateway = start_gateway(max_running=2, security=SecuritySettings(api_keys=str(tmp_path / "keys.toml")))
+    hostile, other = ((("authorization", f"Bearer {key}"),) for key in keys.values())
+    gateway.stub.Generate(ask("x", response_format={"regex": "a"}), timeout=60, metadata=other)
+    calls = [
+        gateway.stub.Generate.future(ask("x", response_format={"json_schema": schema}), timeout=60, metadata=hostile)
+        for schema in ENDLESS
+    ]
+    while gateway.gateway.doorkeeper.num_open < len(calls):
+        time.sleep(0.002)
+    for call in calls[::2]:
+        call.cancel()  # which must not give its client another turn
+    for regex in "bcd":
+        started = time.monotonic()
+        gateway.stub.Generate(ask("x", response_format={"regex": regex}), timeout=30, metadata=other)
+        assert time.monotonic() - started < 4.0  # a process starts; one of theirs takes 5 s
+    for call in calls:
+        call.cancel()
+
+
+async def test_a_grammar_has_no_more_time_where_the_process_is_new(
+    tokenizer_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checker_process, "_TIMEOUT_S", 0.5)
+    info = info_of(str(tokenizer_folder), tiny_tokenizer.VOCAB_SIZE, (tiny_tokenizer.IM_END_ID,))
+    checker = GrammarChecker()
+    try:
+        async with asyncio.timeout(20):
+            for schema in ENDLESS[:2]:
+                with pytest.raises(InvalidRequest, match="too complex"):
+                    await checker.check(CheckGrammar(info, "json_schema", schema))
+    finally:
+        await checker.close()
+
+
+# Answers the first question, as a checker that has started well, and dies of the second.
+SHORT_LIVED = """
+import socket, sys
+from parleyd.ipc.framing import read_frame, send_frame
+from parleyd.ipc.messages import GrammarChecked, encode
+sock = socket.socket(fileno=int(sys.argv[1]))
+stream = sock.makefile("rb")
+read_frame(stream)
+send_frame(sock, encode(GrammarChecked(grammar="g")))
+read_frame(stream)
+"""
+
+
+@pytest.mark.parametrize(("program", "error"), [(SHORT_LIVED, InvalidRequest), ("import os; os._exit(1)", EngineFault)])
+async def test_a_checker_that_dies_refuses_what_it_died_of_and_nothing_for_not_starting(
+    program: str, error: type[Exception]
+) -> None:
+    checker = GrammarChecker((sys.executable, "-c", program))
+    for _ in range(3):
+        with pytest.raises(error, match="too complex" if error is InvalidRequest else "does not start"):
+            await checker.check(CheckGrammar(info_of("none", 1, (0,)), "regex", f"a{_}"))
     await checker.close()

@@ -116,7 +116,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         served = self._served
         params = await self._prompts.check(served.check_request, request)
         if question := served.grammar_question(request, params):
-            params = replace(params, grammar=await self._grammars.check(question))
+            params = replace(params, grammar=await self._grammars.check(question, current_call.get().identity))
         self._check_model(request.model)
         prompt = await self._prompts.build(served, request)
         if not prompt.token_ids:

@@ -1,53 +1,40 @@
-"""Has the grammars of requests checked by the checker process, which may crash, hang or grow without harm to us."""
+"""Has the grammars of requests checked by processes of their own, and remembers the verdicts."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from parleyd.errors import InvalidRequest, Unsupported, Violation
-from parleyd.gateway.worker_link import WorkerLink
+from parleyd.gateway.checker_process import CheckerProcess
+from parleyd.gateway.turns import Turns
 from parleyd.ipc.messages import CheckGrammar, GrammarChecked, encode
-
-_logger = logging.getLogger("parleyd.grammar")
 
 CHECKER_COMMAND = (sys.executable, "-P", "-m", "parleyd.grammar")
 
 _MAX_CACHED = 256
-_TIMEOUT_S = 5.0
-_FIRST_TIMEOUT_S = 60.0  # it also imports, and reads the tokenizer
-_TOO_COMPLEX = GrammarChecked(error="is too complex: compiling it takes too much time or memory")
+# Two, so that one client's grammars do not hold up all others'. The second is started when it is first needed.
+_NUM_PROCESSES = 2
 
 
 class GrammarChecker:
-    """Keeps one process, started when it is first needed, and its latest verdicts. Equal checks are made once."""
+    """Clients take turns: one grammar of each is checked at a time. The latest verdicts are kept, whoever asked."""
 
     def __init__(self, command: Sequence[str] = CHECKER_COMMAND) -> None:
-        self._command = command
-        self._link: WorkerLink | None = None
-        self._is_warm = False
-        self._turn = asyncio.Lock()
-        self._verdicts: OrderedDict[bytes, asyncio.Task[GrammarChecked]] = OrderedDict()
+        self._processes = [CheckerProcess(command) for _ in range(_NUM_PROCESSES)]
+        self._free: asyncio.LifoQueue[CheckerProcess] = asyncio.LifoQueue()  # the last used is warm
+        for process in self._processes:
+            self._free.put_nowait(process)
+        self._turns = Turns()
+        self._asking: set[asyncio.Task[GrammarChecked]] = set()
+        self._verdicts: OrderedDict[bytes, GrammarChecked] = OrderedDict()
 
-    async def check(self, question: CheckGrammar) -> str:
+    async def check(self, question: CheckGrammar, client: str = "") -> str:
         """The grammar for the engine. Raises InvalidRequest or Unsupported."""
-        key = hashlib.sha256(encode(question)).digest()
-        task = self._verdicts.pop(key, None)
-        if task is None:
-            task = asyncio.create_task(self._ask(question))
-        self._verdicts[key] = task
-        if len(self._verdicts) > _MAX_CACHED:
-            self._verdicts.popitem(last=False)
-        try:
-            # Whoever else waits for the same verdict is to get it, though this call is cancelled.
-            verdict = await asyncio.shield(task)
-        except OSError:
-            self._verdicts.pop(key, None)
-            raise
+        verdict = await self._verdict(hashlib.sha256(encode(question)).digest(), question, client)
         is_of_tools = question.kind == "tool_calls"
         if verdict.unsupported:
             field = "tool_choice" if is_of_tools else "response_format"
@@ -62,28 +49,43 @@ class GrammarChecker:
         return verdict.grammar
 
     async def close(self) -> None:
-        """Ends the process."""
-        for task in self._verdicts.values():
+        """Ends the processes."""
+        for task in self._asking:
             task.cancel()
-        if self._link is not None:
-            await self._link.stop()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+        for process in self._processes:
+            await process.stop()
 
-    async def _ask(self, question: CheckGrammar) -> GrammarChecked:
-        async with self._turn:
-            if self._link is None:
-                self._link, self._is_warm = await WorkerLink.start(self._command), False
-            self._link.send(question)
-            answer = None
-            try:
-                async with asyncio.timeout(_TIMEOUT_S if self._is_warm else _FIRST_TIMEOUT_S):
-                    answer = await self._link.receive()
-            except TimeoutError:
-                pass
-            if isinstance(answer, GrammarChecked):
-                self._is_warm = True
-                return answer
-            _logger.warning("a %s of %d characters was too much", question.kind, len(question.source))
-            link, self._link = self._link, None
-            link.kill()
-            await link.stop()
-            return _TOO_COMPLEX
+    async def _verdict(self, key: bytes, question: CheckGrammar, client: str) -> GrammarChecked:
+        if (known := self._recall(key)) is not None:
+            return known
+        await self._turns.take(client)
+        if (known := self._recall(key)) is not None:  # the client's check before this one was the same
+            self._turns.pass_on(client)
+            return known
+        task = asyncio.create_task(self._ask(key, question))
+        self._asking.add(task)
+        task.add_done_callback(lambda task: self._end(client, task))
+        # What has begun goes on without its caller: who cancels and asks again has one turn all the same.
+        return await asyncio.shield(task)
+
+    def _recall(self, key: bytes) -> GrammarChecked | None:
+        if (known := self._verdicts.get(key)) is not None:
+            self._verdicts.move_to_end(key)
+        return known
+
+    async def _ask(self, key: bytes, question: CheckGrammar) -> GrammarChecked:
+        process = await self._free.get()
+        try:
+            verdict = self._verdicts[key] = await process.check(question)
+        finally:
+            self._free.put_nowait(process)
+        if len(self._verdicts) > _MAX_CACHED:
+            self._verdicts.popitem(last=False)
+        return verdict
+
+    def _end(self, client: str, task: asyncio.Task[GrammarChecked]) -> None:
+        self._asking.discard(task)
+        self._turns.pass_on(client)
+        if not task.cancelled():
+            task.exception()  # where its caller is gone nobody else asks for it, and asyncio would complain

@@ -10,7 +10,7 @@ from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, PromptTooLong, Violation
 from parleyd.gateway import convert, tools
 from parleyd.gateway.served_model import ServedModel
-from parleyd.gateway.turns import Turns
+from parleyd.gateway.shared_threads import SharedThreads
 from parleyd.telemetry.call import current_call
 
 # Two, so that one huge prompt does not hold up all others; more would only take cores from the model.
@@ -36,7 +36,7 @@ class PromptBuilder:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompt")
-        self._turns = Turns(self._executor)
+        self._threads = SharedThreads(self._executor)
 
     async def check(self, check: Callable[[_Request], _Result], request: _Request) -> _Result:
         """Runs a check of a request's fields: at once, unless the request is so large that it would take long."""
@@ -57,7 +57,7 @@ class PromptBuilder:
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         """Runs other work on a prompt's ids or text that may take long."""
-        return await self._turns.run(current_call.get().identity, work)
+        return await self._threads.run(current_call.get().identity, work)
 
     def close(self) -> None:
         """Ends the threads."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from parleyd.gateway.turns import Turns
+from parleyd.gateway.shared_threads import SharedThreads
 
 _TIMEOUT_S = 10.0
 
@@ -18,9 +18,9 @@ _TIMEOUT_S = 10.0
 class Work:
     """Work that lasts until `end` is set."""
 
-    def __init__(self, turns: Turns, client: str) -> None:
+    def __init__(self, threads: SharedThreads, client: str) -> None:
         self.begun, self.end = threading.Event(), threading.Event()
-        self.task = asyncio.create_task(turns.run(client, self._work))
+        self.task = asyncio.create_task(threads.run(client, self._work))
 
     def _work(self) -> str:
         self.begun.set()
@@ -35,8 +35,8 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def turns(executor: ThreadPoolExecutor) -> Turns:
-    return Turns(executor)
+def threads(executor: ThreadPoolExecutor) -> SharedThreads:
+    return SharedThreads(executor)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -45,37 +45,37 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def until_idle(turns: Turns) -> None:
-    await until(lambda: len(turns) == 0)
+async def until_idle(threads: SharedThreads) -> None:
+    await until(lambda: len(threads.turns) == 0)
 
 
-async def test_a_clients_second_work_waits_for_its_first_and_another_clients_does_not(turns: Turns) -> None:
-    mine = [Work(turns, "mine") for _ in range(3)]
+async def test_a_clients_second_work_waits_for_its_first_and_another_clients_does_not(threads: SharedThreads) -> None:
+    mine = [Work(threads, "mine") for _ in range(3)]
     await until(mine[0].begun.is_set)
-    assert await asyncio.wait_for(turns.run("other", lambda: 1), _TIMEOUT_S) == 1
+    assert await asyncio.wait_for(threads.run("other", lambda: 1), _TIMEOUT_S) == 1
     assert not mine[1].begun.is_set()
     for work, following in zip(mine, [*mine[1:], None], strict=True):
         work.end.set()
         assert await work.task == "done"
         if following:
             await until(following.begun.is_set)
-    await until_idle(turns)
+    await until_idle(threads)
 
 
-async def test_work_runs_in_its_clients_order(turns: Turns) -> None:
+async def test_work_runs_in_its_clients_order(threads: SharedThreads) -> None:
     order: list[int] = []
-    await asyncio.gather(*(turns.run("mine", lambda number=number: order.append(number)) for number in range(20)))
+    await asyncio.gather(*(threads.run("mine", lambda number=number: order.append(number)) for number in range(20)))
     assert order == list(range(20))
 
 
-async def test_what_fails_tells_why_and_passes_the_turn_on(turns: Turns) -> None:
+async def test_what_fails_tells_why_and_passes_the_turn_on(threads: SharedThreads) -> None:
     with pytest.raises(ZeroDivisionError):
-        await turns.run("mine", lambda: 1 // 0)
-    assert await turns.run("mine", lambda: 1) == 1
+        await threads.run("mine", lambda: 1 // 0)
+    assert await threads.run("mine", lambda: 1) == 1
 
 
-async def test_cancelled_work_keeps_the_turn_until_its_thread_is_free(turns: Turns) -> None:
-    first, second = Work(turns, "mine"), Work(turns, "mine")
+async def test_cancelled_work_keeps_the_turn_until_its_thread_is_free(threads: SharedThreads) -> None:
+    first, second = Work(threads, "mine"), Work(threads, "mine")
     await until(first.begun.is_set)
     first.task.cancel()
     await asyncio.wait([first.task])
@@ -88,8 +88,8 @@ async def test_cancelled_work_keeps_the_turn_until_its_thread_is_free(turns: Tur
     assert await second.task == "done"
 
 
-async def test_who_stops_waiting_is_passed_over(turns: Turns) -> None:
-    works = [Work(turns, "mine") for _ in range(4)]
+async def test_who_stops_waiting_is_passed_over(threads: SharedThreads) -> None:
+    works = [Work(threads, "mine") for _ in range(4)]
     await until(works[0].begun.is_set)
     for work in works[1:3]:
         work.task.cancel()
@@ -98,33 +98,33 @@ async def test_who_stops_waiting_is_passed_over(turns: Turns) -> None:
     works[3].end.set()
     await works[3].task
     assert not any(work.begun.is_set() for work in works[1:3])
-    await until_idle(turns)
+    await until_idle(threads)
 
 
 async def test_who_is_cancelled_just_as_the_turn_comes_gives_it_away(
-    turns: Turns, monkeypatch: pytest.MonkeyPatch
+    threads: SharedThreads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, third = (Work(turns, "mine") for _ in range(3))
+    first, second, third = (Work(threads, "mine") for _ in range(3))
     await until(first.begun.is_set)
-    pass_on = turns._pass_on
+    pass_on = threads.turns.pass_on
 
     def pass_on_and_cancel(client: str) -> None:
         pass_on(client)
         second.task.cancel()
 
-    monkeypatch.setattr(turns, "_pass_on", pass_on_and_cancel)
+    monkeypatch.setattr(threads.turns, "pass_on", pass_on_and_cancel)
     first.end.set()
     await until(third.begun.is_set)
     assert not second.begun.is_set()
     third.end.set()
     await third.task
-    await until_idle(turns)
+    await until_idle(threads)
 
 
-async def test_work_that_is_cancelled_before_a_thread_is_free_never_runs(turns: Turns) -> None:
-    held = [Work(turns, name) for name in "ab"]
+async def test_work_that_is_cancelled_before_a_thread_is_free_never_runs(threads: SharedThreads) -> None:
+    held = [Work(threads, name) for name in "ab"]
     await until(lambda: all(work.begun.is_set() for work in held))
-    late, next_one = Work(turns, "mine"), Work(turns, "mine")
+    late, next_one = Work(threads, "mine"), Work(threads, "mine")
     await asyncio.sleep(0.01)
     late.task.cancel()
     await asyncio.wait([late.task])  # it is dropped by then
@@ -136,8 +136,8 @@ async def test_work_that_is_cancelled_before_a_thread_is_free_never_runs(turns: 
     assert not late.begun.is_set()
 
 
-async def test_after_a_shutdown_all_that_wait_are_told(executor: ThreadPoolExecutor, turns: Turns) -> None:
-    works = [Work(turns, "mine") for _ in range(3)]
+async def test_after_a_shutdown_all_that_wait_are_told(executor: ThreadPoolExecutor, threads: SharedThreads) -> None:
+    works = [Work(threads, "mine") for _ in range(3)]
     await until(works[0].begun.is_set)
     executor.shutdown(wait=False, cancel_futures=True)
     works[0].end.set()
