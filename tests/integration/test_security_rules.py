@@ -187,3 +187,25 @@ def test_addresses_have_rules_which_are_read_again(start_gateway: StartGateway, 
     while outcome(lambda: gateway.stub.Generate(ask("Hi"))) == DENIED:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_name_that_looks_like_a_spiffe_id_is_none_and_no_certificate_escapes_the_rules_for_all(
+    with_rules: Callable[[str], Clients],
+) -> None:
+    front = "spiffe://mesh.example/ns/chat/sa/front"
+    clients = with_rules(
+        f'[[client]]\nidentity = "cert:{front}"\n[[client]]\nidentity = "cert:probe"\n'
+        '[[client]]\nidentity = "cert:*"\nrpcs = []\n'
+    )
+    assert outcome(lambda: clients.stub(uri=front).Generate(ask("Hi"), timeout=10)) is ALLOWED
+    assert outcome(lambda: clients.stub(common_name=front).Generate(ask("Hi"), timeout=10)) == DENIED
+    assert outcome(lambda: clients.stub().Generate(ask("Hi"), timeout=10)) == DENIED
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_written_as_people_write_it(start_gateway: StartGateway, tmp_path: Path) -> None:
+    rules = '[[client]]\nidentity = "ipv6:::1"\nrpcs = ["GetModel"]\n'
+    security = SecuritySettings(client_rules=write_rules(tmp_path, rules))
+    gateway = start_gateway(host="::1", security=security)
+    assert outcome(lambda: gateway.stub.GetModel(chat_pb2.GetModelRequest())) is ALLOWED
+    assert outcome(lambda: gateway.stub.Generate(ask("Hi"))) == DENIED

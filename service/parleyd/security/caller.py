@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import grpc
 
 _MAX_NAME_CHARS = 256
 # In this order. gRPC names a SPIFFE id only where it is the certificate's one URI, as SPIFFE demands.
-_CERTIFICATE_NAMES = ("peer_spiffe_id", "peer_dns", "x509_common_name")
+_SPIFFE_ID = "peer_spiffe_id"
+_CERTIFICATE_NAMES = (_SPIFFE_ID, "peer_dns", "x509_common_name")
+# What names others than DNS names and common names do: workloads, and clients whose certificates have no name.
+_OTHERS_NAMES = ("spiffe:", "ipv4:", "ipv6:", "unix:")
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,19 @@ def certificate_identity(auth_context: Mapping[str, Iterable[bytes]]) -> str | N
     """The identity in a verified client certificate: its SPIFFE id, else a DNS name, else its common name."""
     for source in _CERTIFICATE_NAMES:
         for value in auth_context.get(source, ()):
-            if found := identity("cert", value.decode(errors="replace")):
+            name = value.decode(errors="replace")
+            # Authorities that check URIs may let whoever asks choose a common name.
+            is_forged = source != _SPIFFE_ID and name.lower().startswith(_OTHERS_NAMES)
+            if not is_forged and (found := identity("cert", name)):
                 return found
     return None
 
 
 def address_identity(context: grpc.aio.ServicerContext[object, object]) -> str:
-    """The peer's address without its port, such as `ipv4:10.0.0.7`; a Unix socket's path stays whole."""
+    """The peer's address without its port, such as `ipv4:10.0.0.7` or `ipv6:2001:db8::7`; a Unix socket's path stays
+    whole."""
     peer = str(context.peer())
-    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+    if not peer.startswith(("ipv4:", "ipv6:")):
+        return peer
+    kind, _, address = peer.rpartition(":")[0].partition(":")
+    return f"{kind}:{unquote(address).strip('[]')}"  # gRPC writes ipv6:%5B2001:db8::7%5D:PORT

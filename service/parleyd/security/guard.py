@@ -80,8 +80,11 @@ class Guard:
 
     def identify(self, context: Context) -> Caller:
         """The caller of a call that carries no credential: by its certificate, else by its address."""
-        found = certificate_identity(context.auth_context()) if self._demands_certificates else None
-        return self._with_rules(found or address_identity(context))
+        address = address_identity(context)
+        if not self._demands_certificates:
+            return self._with_rules(address)
+        # Without a name it is still a certificate: rules for all of them hold for it.
+        return self._with_rules(certificate_identity(context.auth_context()) or f"cert:{address}")
 
     def _with_rules(self, identity: str) -> Caller:
         return Caller(identity, self._defaults if self._rules is None else self._rules.value.find(identity))

@@ -104,6 +104,9 @@ def test_the_admin_port_is_plain_text_whatever_the_main_port_is() -> None:
         ({"x509_common_name": [b"c\nINFO all is well"]}, None),
         ({"peer_dns": [b"\xff\x00"], "x509_common_name": [b"c"]}, "cert:c"),
         ({}, None),
+        ({"x509_common_name": [b"spiffe://a/b"]}, None),
+        ({"peer_dns": [b"SPIFFE://a/b"], "x509_common_name": [b"c"]}, "cert:c"),
+        ({"x509_common_name": [b"ipv4:10.0.0.7"]}, None),
     ],
 )
 def test_a_certificate_names_its_client(names: dict[str, list[bytes]], identity: str | None) -> None:
