@@ -20,7 +20,7 @@ class Watched(Generic[T]):
     def __init__(self, paths: Sequence[str], read: Callable[[], T]) -> None:
         self._paths = [Path(path) for path in paths]
         self._read = read
-        self._seen = self._state()
+        self._seen = self._failed = self._state()
         self.value = read()
 
     def refresh(self) -> bool:
@@ -28,12 +28,15 @@ class Watched(Generic[T]):
         state = self._state()
         if state == self._seen:
             return False
-        self._seen = state
         try:
             self.value = self._read()
         except Exception as error:  # nothing that stands in a file may end the watching
-            _logger.error("%s; what was read before stays in use", error)
+            # Tried again each time: it may be for want of a permission or of file descriptors.
+            if state != self._failed:
+                self._failed = state
+                _logger.error("%s; what was read before stays in use", error)
             return False
+        self._seen = self._failed = state
         _logger.info("read again: %s", ", ".join(map(str, self._paths)))
         return True
 
