@@ -124,6 +124,25 @@ def test_a_second_request_to_shut_down_ends_open_calls_with_draining(start_gatew
     gateway.stop()
 
 
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_call_whose_grammar_is_being_checked_ends_with_draining_too(
+    start_gateway: StartGateway, num_signals: int
+) -> None:
+    gateway = start_gateway(drain_timeout=0.3 if num_signals == 1 else 30)
+    gateway.stub.Generate(ask("x", response_format={"regex": "a"}), timeout=60)
+    # Takes minutes, of which the checker grants seconds.
+    endless = '{"allOf": [{"multipleOf": 997}, {"multipleOf": 991}, {"multipleOf": 983}]}'
+    call = gateway.stub.Generate.future(ask("x", response_format={"json_schema": endless}), timeout=60)
+    while gateway.gateway.doorkeeper.num_open == 0:
+        time.sleep(0.002)
+    time.sleep(0.1)
+    for _ in range(num_signals):
+        gateway.loop.call_soon_threadsafe(gateway.gateway.begin_shutdown)
+    error = call.exception(10)
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    gateway.stop()
+
+
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 def test_reflection_lists_the_services(gateway: GatewayThread, version: str) -> None:
     call = gateway.channel.stream_stream(

@@ -95,6 +95,7 @@ class Gateway:
         check_address(server.host, settings.security)
         if server.admin_port is not None:
             check_admin_address(server.admin_host, settings.security)
+        self._interceptor = self._build_interceptor()
         self._server = self._build_server()
         self._port = 0
 
@@ -179,13 +180,24 @@ class Gateway:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), server.drain_delay)
         self.doorkeeper.close()
-        if not await self.doorkeeper.wait_empty(server.drain_timeout):
+        if not await self._emptied(server.drain_timeout):
             _logger.warning("ending %d calls that did not finish in time", self.doorkeeper.num_open)
             self._end_calls()
-            await self.doorkeeper.wait_empty(_STOP_GRACE_S)
+            if not await self.doorkeeper.wait_empty(_STOP_GRACE_S):
+                # Their grammars are still being checked, or their prompts made.
+                self._interceptor.end_calls(Draining())
+
+    async def _emptied(self, timeout_s: float) -> bool:
+        """Waits for open calls to end, until asked to hurry; False if some have not by then."""
+        emptied = asyncio.create_task(self.doorkeeper.wait_empty(timeout_s))
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait([emptied, hurry], return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        emptied.cancel()
+        return self.doorkeeper.num_open == 0
 
     def _end_calls(self) -> None:
-        """Ends every open call, wherever it waits, with DRAINING."""
+        """Ends every open call that has come to the queue, or comes there, with DRAINING."""
         self.doorkeeper.close()
         self.admission.refuse_waiting(Draining())
         self.supervisor.refuse(Draining())
@@ -202,8 +214,8 @@ class Gateway:
         await self.health.set_serving(True)
         _logger.info("serving %s (%s, %s)", name, info.dtype, info.device)
 
-    def _build_server(self) -> grpc.aio.Server:
-        interceptor = CallInterceptor(
+    def _build_interceptor(self) -> CallInterceptor:
+        return CallInterceptor(
             _CHAT_SERVICE,
             self.guard,
             self.doorkeeper.enter,
@@ -212,8 +224,12 @@ class Gateway:
             self.doorkeeper.unread,
             self._settings.server.slow_reader_timeout,
         )
+
+    def _build_server(self) -> grpc.aio.Server:
         telemetry = TelemetryInterceptor(_CHAT_SERVICE, self.observer.call_ended)
-        server = grpc.aio.server(interceptors=[telemetry, interceptor], options=server_options(self._settings.server))
+        server = grpc.aio.server(
+            interceptors=[telemetry, self._interceptor], options=server_options(self._settings.server)
+        )
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         reflection = self._settings.security.reflection

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Unauthenticated, Violation
 from parleyd.rpc import status
 from parleyd.rpc.load_report import LOAD_REPORT_KEY
+from parleyd.rpc.open_calls import OpenCalls
 from parleyd.rpc.reader_watch import ReaderWatch
 from parleyd.security.caller import Caller, address_identity
 from parleyd.security.guard import Guard
@@ -70,6 +71,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._report = report
         self._unread = unread
         self._readers = ReaderWatch(slow_reader_timeout_s)
+        self._calls = OpenCalls()
+
+    def end_calls(self, error: ParleyError) -> None:
+        """Ends every open call, whatever it waits for: its client gets this error, unless it reads nothing."""
+        self._calls.end(error)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
@@ -152,7 +158,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if isinstance(request, _Undecodable):
                     raise InvalidRequest([Violation("", "the bytes are no message of this type")])
                 try:
-                    await run(call)
+                    with self._calls.entered():
+                        await run(call)
                 except SlowReader as error:
                     with self._unread():
                         await self._fail(context, error, call)
