@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -12,8 +16,11 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from parleyd.errors import StartupError
 
+_logger = logging.getLogger("parleyd.admin")
+
 _REQUEST_TIMEOUT_S = 10.0
 _MAX_CONNECTIONS = 64  # each has a thread
+_MAKE_ROOM_S = 1.0
 
 
 class AdminServer:
@@ -50,29 +57,50 @@ class AdminServer:
 
 
 class _Server(ThreadingWSGIServer):
-    """Closes what comes while too many connections are open, so that threads are bounded."""
+    """Ends connections after a while, however busy they look, and the oldest where too many are open: those that are
+    held open keep no probe out, and threads are bounded."""
 
     request_queue_size = 128  # where the default of 5 is full, the kernel has clients try again after seconds
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
+        self._open: dict[socket.socket, float] = {}  # since when, the oldest first
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        if not self._free.acquire(blocking=False):
+            for oldest in list(self._open)[:1]:
+                _end(oldest)
+            if not self._free.acquire(timeout=_MAKE_ROOM_S):
+                self.shutdown_request(request)
+                return
+        self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
+            del self._open[request]
             self._free.release()
+
+    def service_actions(self) -> None:
+        """Called twice a second."""
+        for request, since in list(self._open.items()):
+            if time.monotonic() - since > _REQUEST_TIMEOUT_S:
+                _end(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is nothing to report, and what it sent must not stand in the log."""
+        _logger.debug("an admin connection broke", exc_info=True)
+
+
+def _end(connection: socket.socket) -> None:
+    """Wakes the thread that reads from it or writes to it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _REQUEST_TIMEOUT_S
-
     def log_message(self, format: str, *args: Any) -> None:
         """Scrapes are not worth a line each."""
