@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -78,6 +80,15 @@ def test_metrics_tell_what_was_served_and_refused(observed: GatewayThread) -> No
     assert seen["parley_serving", ()] == 1
 
 
+def test_a_request_counts_once_however_many_answers_it_asks_for(observed: GatewayThread) -> None:
+    observed.stub.Generate(ask("hello", num_return_sequences=2, do_sample=True), timeout=10)
+    seen = samples(observed)
+    for name in ("parley_queue_time", "gen_ai_server_time_to_first_token"):
+        assert seen[f"{name}_seconds_count", ()] == 1
+    assert seen["parley_request_prompt_tokens_count", ()] == 1
+    assert seen["gen_ai_server_time_per_output_token_seconds_count", ()] == 2 * len("hello")
+
+
 def test_each_item_of_a_batch_counts(observed: GatewayThread) -> None:
     requests = [ask("a"), ask("b"), ask("c", temperature=99)]
     list(observed.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=requests), timeout=10))
@@ -112,24 +123,46 @@ def test_probes_follow_the_service(start_gateway: StartGateway) -> None:
     assert get(gateway, "/readyz")[0] == 200
 
 
-def test_silent_connections_to_the_admin_port_take_a_bounded_number_of_threads(
-    observed: GatewayThread, monkeypatch: pytest.MonkeyPatch
+def test_connections_held_open_to_the_admin_port_keep_no_probe_out_and_take_few_threads(
+    observed: GatewayThread,
 ) -> None:
-    monkeypatch.setattr(admin._Handler, "timeout", 1.0)
     before = threading.active_count()
     with ExitStack() as stack:
         for _ in range(200):
-            stack.enter_context(open_socket(str(observed.admin)))
+            held = stack.enter_context(open_socket(str(observed.admin)))
+            held.sendall(b"GET /healthz HTTP/1.0\r\nX: ")
         observed.stub.Generate(ask("hello"), timeout=10)
+        for _ in range(3):
+            assert get(observed, "/healthz")[0] == 200
         assert threading.active_count() <= before + admin._MAX_CONNECTIONS + 4
-        deadline = time.monotonic() + 20
-        while True:  # the silent ones are cut off, and then there is room again
-            try:
-                assert get(observed, "/healthz")[0] == 200
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+
+
+def test_an_admin_connection_is_cut_off_however_busily_it_drips(
+    observed: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "_REQUEST_TIMEOUT_S", 1.0)
+    with open_socket(str(observed.admin)) as dripping:
+        dripping.sendall(b"GET /healthz HTTP/1.0\r\nX: ")
+        deadline = time.monotonic() + 10
+        with pytest.raises(OSError):
+            while time.monotonic() < deadline:
+                dripping.sendall(b"a")
+                time.sleep(0.05)
+
+
+def test_an_admin_connection_that_breaks_leaves_no_trace(
+    observed: GatewayThread, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(3):
+        with open_socket(str(observed.admin)) as broken:
+            broken.sendall(b"GET /metrics HTTP/1.0\r\n")
+            broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends with a reset
+    assert get(observed, "/healthz")[0] == 200  # so the others have been accepted
+    deadline = time.monotonic() + 10
+    while any("process_request" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "Error" not in capfd.readouterr().err
 
 
 def test_an_admin_port_beyond_this_machine_must_be_asked_for() -> None:

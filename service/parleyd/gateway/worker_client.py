@@ -180,18 +180,20 @@ class WorkerClient:
 
     def _observe_start(self, entry: _OpenRequest) -> None:
         call, request = entry.call, entry.request
-        call.queue_s = call.queue_s or call.elapsed()
+        if call.queue_s is not None:
+            return  # a further choice of the same request
+        call.queue_s = call.elapsed()
         self._metrics.queue_seconds.observe(call.queue_s)
         self._metrics.prompt_tokens.observe(len(request.prompt_ids))
         if request.output_ids:
             self._metrics.resumed.inc()
 
     def _observe_token(self, entry: _OpenRequest, now: float) -> None:
-        if entry.last_token_time is None:
-            call = entry.call
-            call.first_token_s = call.first_token_s or now - call.arrived
-            self._metrics.first_token_seconds.observe(now - call.arrived)
-        else:
+        call = entry.call
+        if call.first_token_s is None:
+            call.first_token_s = now - call.arrived
+            self._metrics.first_token_seconds.observe(call.first_token_s)
+        elif entry.last_token_time is not None:
             self._metrics.token_seconds.observe(now - entry.last_token_time)
         entry.last_token_time = now
 
