@@ -168,6 +168,9 @@ def _default_cache_dir(environ: Mapping[str, str]) -> str:
 
 
 def _run(settings: Settings) -> None:
+    if settings.server.log_level != "debug":
+        # Else gRPC writes a line of its own, in no format of ours, for every handshake that a stranger breaks off.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         from parleyd.gateway.server import serve
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 import subprocess
 import sys
@@ -76,3 +77,20 @@ def test_an_unsafe_or_broken_start_is_refused_in_one_line(flags: list[str], erro
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith(f"parleyd: error: {error}")
     assert ended.stderr.count("\n") == 1
+
+
+def test_what_strangers_send_writes_no_line_that_is_not_ours(tmp_path: Path) -> None:
+    cert, private = Authority().issue("server", ip="127.0.0.1").write(tmp_path, "server")
+    with ServedProcess(
+        "--tls-cert", cert, "--tls-key", private, "--log-format", "json", "--drain-delay", "0"
+    ) as served:
+        for _ in range(3):
+            with open_socket(served.target) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                stranger.settimeout(10)
+                assert stranger.recv(1) != b"H"  # the handshake has failed by then
+        assert served.terminate() == 0
+        lines = served.log.splitlines()
+    assert lines
+    for line in lines:
+        json.loads(line)
