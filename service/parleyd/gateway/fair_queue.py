@@ -155,9 +155,7 @@ class FairQueue:
             if not client.waiters and client.finished > self._virtual_time
         }
         remembered = set(heapq.nlargest(_MAX_IDLE, ahead, key=ahead.__getitem__))
-        self._clients = {
-            name: client for name, client in self._clients.items() if client.waiters or name in remembered
-        }
+        self._clients = {name: client for name, client in self._clients.items() if client.waiters or name in remembered}
 
 
 def _num_prompt_tokens(waiters: list[Waiter]) -> int:
