@@ -52,6 +52,8 @@ def read_items(path: Path) -> Iterator[Item]:
 
 def check_input(path: Path) -> set[Key]:
     """The keys of a file's items. Raises BadFile with its first bad lines."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise BadFile(f"{path}: is a pipe or device, and the input is read twice: write it to a file first")
     keys: dict[Key, int] = {}
     bad = []
     for line, text in _lines(path):
@@ -141,9 +143,11 @@ class ResultFile:
 def _parse_result(place: str, text: bytes, keys: set[Key]) -> tuple[Key, bool]:
     try:
         result = json.loads(text)
-        key = result["id"] if "id" in result else result["line"]
+        if "line" not in result or ("response" in result) == ("error" in result):  # a request may have an id too
+            raise ValueError
+        key = result.get("id", result["line"])
         is_known = key in keys
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise BadFile(f"{place}: is no result of `parley batch`: name another output, or remove the file") from error
     if not is_known:
         raise BadFile(f"{place}: answers {key!r}, which the input does not hold: these files do not belong together")

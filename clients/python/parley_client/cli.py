@@ -8,14 +8,16 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from parley_client import batch_job, commands, conversation
 from parley_client.batch import MAX_REQUESTS
 from parley_client.errors import ParleyError
 
-EXIT_FAILED = 1  # argparse exits with 2 for wrong usage
+EXIT_FAILED = 1
+EXIT_USAGE = 2  # as argparse itself
 EXIT_INTERRUPTED = 130  # what shells give for a program that Ctrl-C ended
 
 DEFAULT_TARGET = "localhost:50051"
@@ -23,6 +25,7 @@ DEFAULT_TARGET = "localhost:50051"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `parley` with these arguments (default: the process's own) and returns its exit code."""
+    _open_what_is_closed()
     args = build_parser().parse_args(argv)
     _tolerate_odd_characters()
     try:
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ParleyError as error:
-        commands.print_error(error)
+        commands.print_error(error, args)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -44,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def _open_what_is_closed() -> None:
+    # A standard stream that whoever started us has closed is None here, and its number would go to the next connection.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def _tolerate_odd_characters() -> None:
     # An answer may hold characters that a terminal cannot show; that is no reason to die in its middle. Input that is
     # no text is the request's fault, and said as such when the request is built.
@@ -52,9 +62,23 @@ def _tolerate_odd_characters() -> None:
             stream.reconfigure(errors=errors)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells wrong usage in one line, and where all the flags are."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `parley`."""
-    parser = argparse.ArgumentParser(prog="parley", description="Chat with the model of a Parley server.")
+    parser = _Parser(prog="parley", description="Chat with the model of a Parley server.")
+    parser.add_argument("--version", action="version", version=f"parley {metadata.version('parley')}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     chat = subparsers.add_parser(

@@ -13,7 +13,7 @@ from google.protobuf.message import Message as ProtoMessage
 
 from parley_client.client import Client, Stream
 from parley_client.credentials import channel_credentials, tls_credentials
-from parley_client.errors import ParleyError
+from parley_client.errors import ConnectionFailed, DeadlineExceeded, ParleyError, Unauthenticated
 from parley_client.health import HealthStatus
 from parley_client.messages import Message, system, user
 from parley_client.options import ChatOptions
@@ -144,6 +144,18 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
 
 
-def print_error(error: ParleyError) -> None:
-    """Tells on stderr, in one line, what went wrong."""
-    print("parley: error:", " ".join(error.message.split()), file=sys.stderr)
+def print_error(error: ParleyError, args: Namespace) -> None:
+    """Tells on stderr, in one line, what went wrong, and which flag may help."""
+    print("parley: error:", " ".join(error.message.split()) + _hint(error, args), file=sys.stderr)
+
+
+def _hint(error: ParleyError, args: Namespace) -> str:
+    match error:
+        case ConnectionFailed():
+            kind = "in plain text" if connection(args)["credentials"] is None else "with TLS"
+            return f" (does a server listen at {args.target}, {kind}? --target names another)"
+        case DeadlineExceeded() if args.timeout:
+            return f" (--timeout is {args.timeout:g} s)"
+        case Unauthenticated():
+            return " (show a key with --api-key-file or $PARLEY_API_KEY)"
+    return ""

@@ -39,7 +39,7 @@ def chat(args: Namespace) -> int:
             except ParleyError as error:
                 if not interactive:
                     raise
-                commands.print_error(error)
+                commands.print_error(error, args)
 
 
 def _take_turn(conversation: Conversation, line: str) -> bool:

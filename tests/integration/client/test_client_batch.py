@@ -333,8 +333,17 @@ def test_files_that_are_not_there_or_not_ours_are_told(server, files, capsys):
         assert run(files) == 1
         assert f"{files[1]}:1: {said}" in capsys.readouterr().err
         assert files[1].read_text() == text
-    assert run((files[0], files[0])) == 1  # the input itself
-    assert files[0].read_text() == line_of("a")
+    for line in (line_of("a"), line_of("a", id="x")):
+        files[0].write_text(line)
+        assert run((files[0], files[0])) == 1  # the input itself
+        assert files[0].read_text() == line
+
+
+def test_a_pipe_is_refused_as_input_since_it_can_be_read_but_once(server, files, capsys):
+    os.mkfifo(files[0])
+    assert run(files) == 1
+    assert f"parley: error: {files[0]}: is a pipe or device" in capsys.readouterr().err
+    assert not files[1].exists()
 
 
 def test_a_server_that_is_not_there_is_told_at_once(files, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -282,3 +283,46 @@ def test_an_output_that_cannot_be_written_is_one_line(server):
     assert result.returncode == 1
     assert result.stderr.startswith("parley: error: the output cannot be written")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["generate Hi", "generate Hi --json", "generate -", "chat"])
+def test_standard_streams_that_are_closed_are_as_good_as_empty(server, command, closed):
+    server.says("Hello")
+    line = f"exec {sys.executable} -m parley_client {command} {closed}"
+    result = subprocess.run(
+        ["sh", "-c", line], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "Hi", "there"], "parley generate: error: unrecognized arguments: there (see "),
+        (["generate", "Hi", "--top-k", "many"], "parley generate: error: argument --top-k: "),
+        ([], "parley: error: the following arguments are required: COMMAND (see parley --help)"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_help(capsys, arguments, said):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(said) and " --help)" in error
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0
+    assert re.fullmatch(r"parley \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_what_a_flag_can_mend_names_the_flag(server, capsys):
+    assert main(["generate", "Hi", "--target", "localhost:1", "--timeout", "3"]) == 1
+    assert "(does a server listen at localhost:1, in plain text? --target names another)" in capsys.readouterr().err
+    server.script["GenerateStream"] = lambda request, context: server.hold(context)
+    assert main(["generate", "Hi", "--timeout", "0.5"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith("(--timeout is 0.5 s)")
