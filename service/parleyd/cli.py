@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import math
 import os
 import re
@@ -12,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from parleyd.config import ModelSettings, SecuritySettings, ServerSettings, Settings
 from parleyd.errors import StartupError
+
+_logger = logging.getLogger("parleyd")
 
 BOOLEANS: tuple[Any, ...] = (bool, bool | None)
 _NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
@@ -27,16 +30,17 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Exit code: 0 after a clean shutdown, 1 if the service could not run, 2 for usage."""
+    _open_what_is_closed()
     arguments = vars(build_parser(os.environ).parse_args(argv))
     if arguments["command"] == "keys":
         return _new_key(arguments["name"])
-    arguments["cache"] = arguments["cache"] or _default_cache_dir(os.environ)
-    settings = Settings(
-        server=_pick(ServerSettings, arguments),
-        security=_pick(SecuritySettings, arguments),
-        model=_pick(ModelSettings, arguments),
-    )
     try:
+        arguments["cache"] = arguments["cache"] or _default_cache_dir(os.environ)
+        settings = Settings(
+            server=_pick(ServerSettings, arguments),
+            security=_pick(SecuritySettings, arguments),
+            model=_pick(ModelSettings, arguments),
+        )
         _run(settings)
     except StartupError as error:
         print(f"parleyd: error: {error}", file=sys.stderr)
@@ -46,9 +50,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _open_what_is_closed() -> None:
+    # A standard stream that whoever started us has closed is None here, and its number would go to the next connection.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells wrong usage in one line, and where all the flags are."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """The parser; defaults come from `environ` where it has them, and a bad value there is a usage error too."""
-    parser = argparse.ArgumentParser(prog="parleyd", description="Serves chat with a Hugging Face model over gRPC.")
+    parser = _Parser(prog="parleyd", description="Serves chat with a Hugging Face model over gRPC.")
     parser.add_argument("--version", action="version", version=f"parleyd {metadata.version('parley')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
@@ -164,7 +188,10 @@ def _pick(settings: type[Any], arguments: dict[str, Any]) -> Any:
 
 
 def _default_cache_dir(environ: Mapping[str, str]) -> str:
-    return str(Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parley")
+    try:
+        return str(Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parley")
+    except RuntimeError as error:
+        raise StartupError("HOME is not set: name a folder for converted models with --cache") from error
 
 
 def _run(settings: Settings) -> None:
@@ -178,4 +205,13 @@ def _run(settings: Settings) -> None:
     from parleyd.telemetry import logging as telemetry_logging
 
     telemetry_logging.configure(settings.server.log_level, settings.server.log_format)
-    asyncio.run(serve(settings, announce=lambda line: print(line, flush=True)))
+    asyncio.run(serve(settings, announce=_announce))
+
+
+def _announce(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError as error:  # whoever started us may have read the first line, and gone
+        _logger.warning("stdout cannot be written (%s): %s", error.strerror, line)
+        # The interpreter flushes once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

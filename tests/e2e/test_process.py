@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -123,6 +124,46 @@ def test_a_port_in_use_is_one_clear_line() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_an_admin_port_in_use_is_one_line_and_nothing_is_announced() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = serve_until_exit(["serve", "--port", "0", "--admin-port", str(port)])
+    assert (result.returncode, result.stdout) == (1, "")
+    (error,) = result.stderr.splitlines()
+    assert error.startswith(f"parleyd: error: --admin-port {port}: cannot listen on 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "a pipe that nobody reads"])
+def test_a_stdout_that_cannot_be_written_ends_nothing(stdout: str) -> None:
+    reader, writer = (None, os.open(stdout, os.O_WRONLY)) if stdout.startswith("/") else os.pipe()
+    if reader is not None:
+        os.close(reader)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parleyd", "serve", "--port", "0", "--drain-delay", "0"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert process.stderr is not None
+    warning = process.stderr.readline()
+    assert "stdout cannot be written" in warning and "listening on 127.0.0.1:" in warning
+    process.terminate()
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log
+
+
+def test_a_log_in_json_has_no_other_line_while_a_model_is_converted(tmp_path: Path) -> None:
+    with ServedProcess("--cache", str(tmp_path), "--log-format", "json", "--drain-delay", "0") as served:
+        served.wait_health()
+        assert served.terminate() == 0
+        messages = [json.loads(line)["message"] for line in served.log.splitlines()]
+    assert any(message.startswith("converted in ") for message in messages)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -152,7 +193,8 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, argumen
 def test_a_bad_setting_stops_the_start_with_its_name(arguments: list[str], environ: dict[str, str], text: str) -> None:
     result = serve_until_exit(["serve", *arguments], env={**os.environ, **environ})
     assert result.returncode == 2
-    assert text in result.stderr and "Traceback" not in result.stderr
+    (error,) = result.stderr.splitlines()
+    assert text in error and error.endswith("(see parleyd serve --help)")
 
 
 def test_help_names_every_flag() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from parleyd.cli import build_parser, flag_of, variable_of
+from parleyd.cli import build_parser, flag_of, main, variable_of
 from parleyd.config import ModelSettings, ServerSettings, Settings
+from parleyd.errors import StartupError
+from parleyd.gateway.observer import Observer
 
 OPTIONS = [*fields(ServerSettings), *fields(ModelSettings)]
 
@@ -66,3 +68,21 @@ def test_the_served_name_is_the_one_given_else_the_hub_id_else_the_base_name(tmp
 def test_what_kubernetes_says_of_a_service_named_parley_is_no_setting() -> None:
     links = {"PARLEY_PORT": "tcp://10.0.0.1:80", "PARLEY_SERVICE_HOST": "10.0.0.1", "PARLEY_PORT_80_TCP": "x"}
     assert build_parser(links).parse_args(["serve"]).port == 50051
+
+
+def test_without_a_home_folder_one_line_asks_for_a_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")  # a user id that the system does not know
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert main(["serve", "--port", "0"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("parleyd: error: HOME is not set: ") and "--cache" in error
+
+
+def test_a_collector_without_a_scheme_stops_the_start() -> None:
+    with pytest.raises(StartupError, match=r"--otlp-endpoint collector:4317: must begin with http:// or https://"):
+        Observer(lambda: None, "collector:4317")  # type: ignore[arg-type, return-value]

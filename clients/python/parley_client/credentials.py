@@ -14,6 +14,7 @@ ApiKey = str | Callable[[], str]
 _LOCAL_TARGET = re.compile(
     r"(dns:/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\w+|ipv4:127(\.\d+){3}:\d+|ipv6:\[::1\]:\d+"
 )
+_KEY = re.compile("[!-~]+")
 _UNIX_TARGET = re.compile(r"unix(-abstract)?:")
 
 
@@ -46,8 +47,10 @@ def channel_credentials(
     """What the channel is made with; None is plain text.
 
     Raises:
-        ValueError: an API key would cross a network in plain text.
+        ValueError: an API key would cross a network in plain text, or is none.
     """
+    if isinstance(api_key, str) and not _KEY.fullmatch(api_key):
+        raise ValueError("the API key is empty, or has blanks, line ends or letters beyond ASCII: no key has")
     if api_key is None or (insecure and credentials is None):
         return credentials
     if credentials is None:

@@ -91,6 +91,8 @@ class Observer:
 
 
 def _tracing_to(endpoint: str) -> Tracing:
+    if not endpoint.startswith(("http://", "https://")):  # the exporter would take it for a host that speaks TLS
+        raise StartupError(f"--otlp-endpoint {endpoint}: must begin with http:// or https://")
     try:
         from parleyd.telemetry.tracing import Tracing
     except ModuleNotFoundError as error:

@@ -111,11 +111,16 @@ class Gateway:
                 bound = self._server.add_secure_port(f"{bracketed}:{port}", credentials)
         except RuntimeError as error:
             raise StartupError(
-                f"cannot listen on {bracketed}:{port}: is the port in use, or the host not ours?"
+                f"cannot listen on {bracketed}:{port}: is the port in use, or the host not ours? "
+                "--port and --host name others"
             ) from error
         await self._server.start()
         self._port = bound
         return f"{bracketed}:{bound}"
+
+    async def abandon(self) -> None:
+        """Takes `start` back, where `serve` will not follow."""
+        await self._server.stop(None)
 
     def start_admin(self) -> str | None:
         """Opens the admin port, if one is asked for. Returns HOST:PORT. Raises StartupError if it cannot be bound."""
@@ -206,6 +211,8 @@ class Gateway:
     async def _on_worker_ready(self, info: ModelInfo) -> None:
         name = self._settings.served_model_name
         self._chat.model = await asyncio.to_thread(ServedModel.load, name, info, self._settings.server)
+        if self._chat.model.template.source is None:
+            _logger.warning("%s has no chat template: every conversation will be refused as UNSUPPORTED", name)
         wanted = self._settings.model.max_running or info.max_running
         if wanted > info.max_running:
             _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)
@@ -250,8 +257,14 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:  # before anyone can know that we are here
         loop.add_signal_handler(number, gateway.begin_shutdown)
-    announce(f"listening on {await gateway.start()}")
-    if admin := gateway.start_admin():
+    address = await gateway.start()
+    try:
+        admin = gateway.start_admin()
+    except StartupError:
+        await gateway.abandon()
+        raise
+    announce(f"listening on {address}")
+    if admin:
         announce(f"admin on {admin}")
     await gateway.serve()
 

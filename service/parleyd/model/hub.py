@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +12,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
 from parleyd.model import explain
+
+_logger = logging.getLogger("parleyd.model")
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _CODE = ["*.py"]
@@ -26,6 +29,7 @@ def download(settings: ModelSettings) -> Path:
     name = settings.model
     try:
         validate_repo_id(name)
+        _logger.info("looking for %s in the Hub's cache, and downloading what is not there", name)
         folder = huggingface_hub.snapshot_download(
             name,
             revision=settings.revision,

@@ -33,7 +33,7 @@ class AdminServer:
         try:
             self._server = make_server(host, port, self._answer, _Server, _Handler)
         except OSError as error:
-            raise StartupError(f"the admin port cannot listen on {host}:{port}: {error.strerror}") from error
+            raise StartupError(f"--admin-port {port}: cannot listen on {host}:{port}: {error.strerror}") from error
         self.port: int = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="admin", daemon=True).start()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from parley_client import ConnectionFailed, PermissionDenied, QueueFull, Unauthenticated, tls_credentials, user
+from parley_client import Client, ConnectionFailed, PermissionDenied, QueueFull, Unauthenticated, tls_credentials, user
 from parley_client.cli import main
 from parley_client.credentials import channel_credentials
 from parleyd.config import SecuritySettings
@@ -116,6 +116,12 @@ def test_a_key_does_not_cross_a_network_in_plain_text(connect: Connect, target: 
 @pytest.mark.parametrize("target", ["localhost:1", "127.0.0.1:1", "[::1]:1", "dns:///localhost:1", "unix:/tmp/x"])
 def test_a_key_may_go_to_this_machine(target: str) -> None:
     assert channel_credentials(target, None, KEY, insecure=False) is not None
+
+
+@pytest.mark.parametrize("key", ["", "two words", "two\nlines", "…"])
+def test_what_can_be_no_key_is_refused_before_anything_is_sent(key: str) -> None:
+    with pytest.raises(ValueError, match="the API key is empty, or has"):
+        Client("localhost:50051", api_key=key)
 
 
 def test_certificate_and_key_belong_together(files: dict[str, str]) -> None:
