@@ -54,7 +54,7 @@ def _open_what_is_closed() -> None:
     # A standard stream that whoever started us has closed is None here, and its number would go to the next connection.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - stays open
 
 
 class _Parser(argparse.ArgumentParser):
@@ -195,9 +195,7 @@ def _default_cache_dir(environ: Mapping[str, str]) -> str:
 
 
 def _run(settings: Settings) -> None:
-    if settings.server.log_level != "debug":
-        # Else gRPC writes a line of its own, in no format of ours, for every handshake that a stranger breaks off.
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    _silence_libraries(settings.server.log_format)
     try:
         from parleyd.gateway.server import serve
     except ModuleNotFoundError as error:
@@ -206,6 +204,16 @@ def _run(settings: Settings) -> None:
 
     telemetry_logging.configure(settings.server.log_level, settings.server.log_format)
     asyncio.run(serve(settings, announce=_announce))
+
+
+def _silence_libraries(log_format: str) -> None:
+    """stderr is for events, each a line of text or JSON. Libraries look at these as they are imported, here and in the
+    worker."""
+    # One line for each handshake that fails, for example; what we must know gRPC raises as well.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if log_format == "json" or not sys.stderr.isatty():
+        # Progress bars, of downloads and conversions.
+        os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
 
 
 def _announce(line: str) -> None:

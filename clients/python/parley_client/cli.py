@@ -51,7 +51,7 @@ def _open_what_is_closed() -> None:
     # A standard stream that whoever started us has closed is None here, and its number would go to the next connection.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - stays open
 
 
 def _tolerate_odd_characters() -> None:

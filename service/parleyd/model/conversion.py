@@ -33,7 +33,7 @@ _SPECIAL_TOKENS = {
 
 
 def converted(gguf_file: Path, cache: str | None) -> Path:
-    """The folder that holds `gguf_file` converted; converts it the first time, with progress bars on stderr.
+    """The folder that holds `gguf_file` converted; converts it the first time, with progress bars on a terminal.
 
     Raises StartupError where the file is no GGUF file, holds no model that transformers knows, or where the cache
     folder cannot be written.

@@ -26,7 +26,7 @@ class ModelFiles:
 
 
 def find_files(settings: ModelSettings) -> ModelFiles:
-    """Those of what `settings` name, downloaded or converted first where needed; progress bars go to stderr.
+    """Those of what `settings` name, downloaded or converted first where needed; progress bars go to a terminal.
 
     Raises StartupError, its message one line that names what is wrong and what to do.
     """

@@ -22,7 +22,7 @@ _NOT_THESE = ["*/*", "consolidated*"]
 
 
 def download(settings: ModelSettings) -> Path:
-    """The local folder of a Hub id, downloaded unless it is there; progress bars on stderr.
+    """The local folder of a Hub id, downloaded unless it is there; progress bars on a terminal.
 
     Raises StartupError where the id is not valid or unknown, access is denied, or the Hub cannot be reached.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from pythonjsonlogger.json import JsonFormatter
@@ -28,9 +27,6 @@ class _RequestFilter(logging.Filter):
 def configure(level: str, log_format: str = "text") -> None:
     """Sends this process's logs to stderr, from `level` ("debug" … "error") up, as `log_format` ("text" or "json")."""
     is_json = log_format == "json"
-    if is_json or not sys.stderr.isatty():
-        # Progress bars are for people. The libraries that download and read models look for these as they are imported.
-        os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(_JSON_FORMAT) if is_json else logging.Formatter(_TEXT_FORMAT))
     handler.addFilter(_RequestFilter())

@@ -141,7 +141,8 @@ def test_the_command_line_takes_credentials_from_flags_and_environment(
     flags += ["--client-key", files["key"]]
     assert main(["generate", "Hi", *flags, "--api-key-file", str(tmp_path / "key")]) == 0
     assert main(["generate", "Hi", *flags]) == 1
-    assert capsys.readouterr() == ("Hi\n", "parley: error: no credentials, or wrong ones (show a key with --api-key-file or $PARLEY_API_KEY)\n")
+    error = "parley: error: no credentials, or wrong ones (show a key with --api-key-file or $PARLEY_API_KEY)\n"
+    assert capsys.readouterr() == ("Hi\n", error)
     variables = {"TLS_CA": files["ca"], "CLIENT_CERT": files["cert"], "CLIENT_KEY": files["key"], "API_KEY": KEY}
     for name, value in variables.items():
         monkeypatch.setenv(f"PARLEY_{name}", value)
