@@ -55,15 +55,14 @@ class StockForward:
 
 def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockForward | None:
     """The model's own layers with our attention; None, the model left as it was, where they differ with it."""
-    positions = torch.arange(_CHECK_TOKENS, device=model.device)
-    ids = positions % model.get_input_embeddings().weight.shape[0]
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    sequences = torch.arange(2 * _CHECK_TOKENS, device=model.device).view(2, -1) % vocab_size
     own_attention = model.config._attn_implementation
     with torch.inference_mode():
-        expected = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
+        expected = torch.stack([model(input_ids=ids[None], use_cache=False).logits[0, -1] for ids in sequences]).float()
         forward = StockForward(model, cache)
         try:
-            layout = StepLayout.of(probe_batch([(0, _CHECK_TOKENS)], cache.block_size), cache)
-            actual = forward(ids, positions, layout, positions[-1:])[0].float()
+            actual = _logits_in_two_steps(forward, sequences, cache).float()
             agrees = bool((actual - expected).abs().max() <= _CHECK_TOLERANCE * expected.abs().max())
         except Exception:
             _logger.debug("the model's layers fail with our attention", exc_info=True)
@@ -72,3 +71,20 @@ def checked_stock_forward(model: PreTrainedModel, cache: PagedKVCache) -> StockF
         return forward
     model.set_attn_implementation(own_attention)
     return None
+
+
+def _logits_in_two_steps(forward: StockForward, sequences: Tensor, cache: PagedKVCache) -> Tensor:
+    """Those after each of two sequences, `[2, vocab]`. Layers that never ask for our attention, or that keep something
+    of their own, are right about one sequence in one step: not about a neighbour, or about what a step before has seen.
+    """
+    last, half = _CHECK_TOKENS - 1, _CHECK_TOKENS // 2
+    logits = torch.empty(0)
+    # In the second step the first one decodes, and the other's prompt goes on. All of each fits into one block.
+    for num_decodes, stretches in (0, [(0, last), (0, half)]), (1, [(last, 1), (half, _CHECK_TOKENS - half)]):
+        layout = StepLayout.of(probe_batch(stretches, cache.block_size, num_decodes), cache)
+        ranges = [torch.arange(start, start + num, device=sequences.device) for start, num in stretches]
+        ids = torch.cat([ids[positions] for ids, positions in zip(sequences, ranges, strict=True)])
+        positions = torch.cat(ranges)
+        sample_rows = torch.tensor([len(ranges[0]) - 1, len(ids) - 1], device=sequences.device)
+        logits = forward(ids, positions, layout, sample_rows)
+    return logits

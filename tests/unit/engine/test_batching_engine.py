@@ -272,6 +272,20 @@ def test_layers_that_compute_something_else_with_our_attention_are_found_out(mon
     assert model.config._attn_implementation == before
 
 
+def test_layers_that_never_ask_for_our_attention_are_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Alone and in one step they compute the right thing, by themselves."""
+    model = make_model("DiffLlama", head_dim=8)
+    assert batching_obstacle(model) is None
+    expected = oracle(model, (5, 17, 42))
+    name, engine = build_engine(ModelSettings(), model, info_of(model))
+    assert name == "generate" and "it computes something else" in caplog.text
+    engine.submit(request(1, (5, 17, 42)))
+    outputs = engine.step()
+    while not outputs[-1].is_last:
+        outputs += engine.step()
+    assert [token_id for output in outputs for token_id in output.token_ids] == expected
+
+
 def test_a_kv_cache_that_does_not_hold_one_full_context_is_refused() -> None:
     model = make_model("Llama")
     with pytest.raises(StartupError, match="--kv-cache-memory: one full context of 256 tokens"):
