@@ -49,7 +49,7 @@ def build_engine(
 
     `blocks`: what the weights were in a .gguf file. A lean model is one for engine `batching`, and so are the settings.
 
-    Raises StartupError where the KV cache does not hold one full context.
+    Raises StartupError where the KV cache does not hold one full context, or would take more than is free.
     """
     if isinstance(model, LeanModel):
         return "batching", _build_lean(settings, model, info, blocks)
@@ -182,6 +182,12 @@ def _build_cache(settings: ModelSettings, shape: AttentionShape, compiled: Compi
         raise StartupError(
             f"--kv-cache-memory: one full context of {shape.max_context_tokens} tokens takes "
             f"{blocks_of_context * block_bytes / 2**30:.3f} GiB, and the KV cache has {budget / 2**30:.3f} GiB"
+        )
+    free = free_bytes(shape.device)
+    if num_blocks * block_bytes > free:  # main memory would be promised all the same, and run out as requests fill it
+        raise StartupError(
+            f"--kv-cache-memory: a KV cache of {num_blocks * block_bytes / 2**30:.3f} GiB, and only "
+            f"{free / 2**30:.3f} GiB are free"
         )
     sizes = (shape.num_layers, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     return PagedKVCache(sizes, shape.dtype, shape.device, kernels)

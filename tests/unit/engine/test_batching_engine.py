@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from parleyd.config import ModelSettings
-from parleyd.engine import lean_forward, stock_forward
+from parleyd.engine import build, lean_forward, stock_forward
 from parleyd.engine.batching import BatchingEngine, BrokenStateError
 from parleyd.engine.build import build_engine
 from parleyd.engine.cuda_graphs import Capture
@@ -28,6 +28,7 @@ from parleyd.scheduling.kv_cache import IntegrityError
 from tests.support import torch_kernels
 from tests.support.tiny_models import (
     BLOCK_SIZE,
+    CONTEXT,
     FAMILIES,
     LEAN,
     VOCAB_SIZE,
@@ -290,6 +291,18 @@ def test_a_kv_cache_that_does_not_hold_one_full_context_is_refused() -> None:
     model = make_model("Llama")
     with pytest.raises(StartupError, match="--kv-cache-memory: one full context of 256 tokens"):
         build_engine(ModelSettings(kv_cache_memory=0.00001), model, info_of(model))
+
+
+def test_a_kv_cache_of_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as all requests that may run can fill, that is: what nobody can use is not taken."""
+    model = make_model("Llama")
+    blocks_of_context, block_bytes = CONTEXT // 32, 2 * 2 * 32 * 2 * 8 * 4
+    wanted = 64 * blocks_of_context * block_bytes
+    monkeypatch.setattr(build, "free_bytes", lambda device: wanted - 1)
+    with pytest.raises(StartupError, match=r"--kv-cache-memory: a KV cache of .* GiB, and only .* GiB are free"):
+        build_engine(ModelSettings(kv_cache_memory=100.0), make_model("Llama"), info_of(model))
+    monkeypatch.setattr(build, "free_bytes", lambda device: wanted)
+    assert build_engine(ModelSettings(kv_cache_memory=100.0), model, info_of(model))[0] == "batching"
 
 
 def test_either_engine_and_layers_can_be_asked_for() -> None:
