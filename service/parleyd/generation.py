@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 # The limit of the API. Engines look for as many always, or which of equal ones are told would depend on how many are.
 NUM_TOP_LOGPROBS = 20
+# Why a request fails whose next token cannot be told: one of its own numbers overflowed, or the weights are broken.
+NOT_FINITE = "the model's logits are not finite"
 
 
 class FinishReason(Enum):

@@ -120,19 +120,25 @@ class BatchingEngine:
             raise
         except Exception as error:
             _logger.exception("a step of %d tokens failed", batch.num_tokens)
-            self._num_failures_in_a_row += 1
             while self._in_flight:
                 yield from self._commit()
+            self._num_failures_in_a_row += 1
             yield from self._scheduler.fail(batch, f"{type(error).__name__}: {error}")
             return
-        self._num_failures_in_a_row = 0
         if self._budget is not None:
             num_prefill_tokens = batch.num_tokens - batch.num_decodes
             self._budget.observe(batch.num_decodes, num_prefill_tokens, time.perf_counter() - started)
 
     def _commit(self) -> list[Output]:
         batch, launched = self._in_flight.popleft()
-        return self._scheduler.commit(batch, *launched.wait())
+        outputs = self._scheduler.commit(batch, *launched.wait())
+        errors = [output.error for output in outputs if output.error is not None]
+        if errors:
+            _logger.error("of %d requests in a step %d failed: %s", len(outputs), len(errors), errors[0])
+        # A step that has come to no token yet, of a long prompt, tells nothing.
+        if outputs:
+            self._num_failures_in_a_row = self._num_failures_in_a_row + 1 if len(errors) == len(outputs) else 0
+        return outputs
 
     def _take_inbox(self) -> Iterator[Output]:
         """Everything in the inbox; waits for something where there is nothing else to do."""

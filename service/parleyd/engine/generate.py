@@ -21,6 +21,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from parleyd.engine.token_streamer import TokenStreamer
 from parleyd.generation import (
+    NOT_FINITE,
     NUM_TOP_LOGPROBS,
     EngineRequest,
     EngineStats,
@@ -119,7 +120,7 @@ class GenerateEngine:
 
     def _keep_logits(self, module: object, inputs: object, output: Any) -> None:
         # A logits processor would come too late: penalties come before it.
-        if self._current is not None and self._current.request.params.logprobs:
+        if self._current is not None:
             self._logits = output.logits[0, -1]
 
     def _next_output(self) -> Output:
@@ -158,6 +159,7 @@ class GenerateEngine:
         def on_token(token_id: int) -> None:
             if sequence.is_cancelled:
                 return
+            self._check_logits()
             sequence.num_generated += 1
             self._num_generated_tokens += 1
             reason = None
@@ -191,6 +193,11 @@ class GenerateEngine:
         if self._grammars is None:
             raise ValueError("this engine knows no grammars")
         return self._grammars.start(request).result()
+
+    def _check_logits(self) -> None:
+        """Raises ArithmeticError where nothing can be told from them. NaN is taken for the largest, and infinity is."""
+        if self._logits is not None and not bool(self._logits.max().isfinite()):
+            raise ArithmeticError(NOT_FINITE)
 
     def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
         assert self._logits is not None

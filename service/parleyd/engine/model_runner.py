@@ -36,15 +36,18 @@ class Launched(NamedTuple):
     sampled: SampledTokens | None  # in the host's memory once `copied` has happened; None: nothing samples
     copied: torch.cuda.Event | None  # None: it is all there
 
-    def wait(self) -> tuple[list[int], dict[int, TokenLogprob]]:
-        """One sampled id for each entry that samples, in the batch's order, and by their places the log-probabilities
-        of those that ask for them. Raises what broke the device."""
+    def wait(self) -> tuple[list[int | None], dict[int, TokenLogprob]]:
+        """One sampled id for each entry that samples, in the batch's order, None where its logits are not finite; and
+        by their places the log-probabilities of those that ask for them. Raises what broke the device."""
         if self.copied is not None:
             self.copied.synchronize()
         if self.sampled is None:
             return [], {}
-        token_ids, logprobs = self.sampled
-        return token_ids.tolist(), logprobs.by_row() if logprobs else {}
+        token_ids, are_finite, logprobs = self.sampled
+        ids = [
+            one if is_finite else None for one, is_finite in zip(token_ids.tolist(), are_finite.tolist(), strict=True)
+        ]
+        return ids, logprobs.by_row() if logprobs else {}
 
 
 class ModelRunner:
@@ -70,6 +73,8 @@ class ModelRunner:
 
         A batch that could not be launched counts as not there: none that awaits its ids may follow.
         """
+        if batch.cleared:
+            self._cache.clear_blocks(batch.cleared)
         if batch.copies:
             self._cache.copy_blocks(batch.copies)
         input_ids = self._input_ids(batch)
@@ -114,10 +119,10 @@ def _sampling_row(item: Scheduled) -> SamplingRow:
 
 
 def _copy_to_host(sampled: SampledTokens) -> Launched:
-    token_ids, logprobs = sampled
+    token_ids, are_finite, logprobs = sampled
     if token_ids.device.type != "cuda":
         return Launched(sampled, None)
-    token_ids = _to_pinned(token_ids)
+    token_ids, are_finite = _to_pinned(token_ids), _to_pinned(are_finite)
     if logprobs is not None:
         logprobs = logprobs._replace(
             token_logprobs=_to_pinned(logprobs.token_logprobs),
@@ -126,7 +131,7 @@ def _copy_to_host(sampled: SampledTokens) -> Launched:
         )
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
-    return Launched(SampledTokens(token_ids, logprobs), copied)
+    return Launched(SampledTokens(token_ids, are_finite, logprobs), copied)
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

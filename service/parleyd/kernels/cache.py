@@ -36,6 +36,12 @@ class PagedKVCache:
         self.values = _zeros(blocks, dtype, self.device)
         self._gathered = [torch.empty(0, dtype=dtype, device=self.device) for _ in range(2)]
 
+    def clear_blocks(self, block_ids: list[int]) -> None:
+        """Makes blocks all zeros again, in all layers."""
+        ids = upload(np.array(block_ids, np.int64), self.device)
+        for blocks in (*self.keys, *self.values):
+            blocks.index_fill_(0, ids, 0)
+
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """From the first block of each pair to the second, in all layers; all are read before any is written."""
         sources, targets = upload(np.array(copies, np.int64).T, self.device)

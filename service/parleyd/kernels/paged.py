@@ -103,9 +103,11 @@ class PagedPrefill:
 
 
 def block_table(scheduled: list[Scheduled], block_size: int) -> NDArray[np.int32]:
-    """`[rows, blocks]`: the blocks of each row up to its end, padded with block 0."""
+    """`[rows, blocks]`: the blocks of each row up to its end, then its first one: another's may hold NaN, and what a
+    mask hides must be finite."""
     num_blocks = [-(-(item.start + item.num_tokens) // block_size) for item in scheduled]
     table = np.zeros((len(scheduled), max(num_blocks)), np.int32)
     for row, (item, num_own) in enumerate(zip(scheduled, num_blocks, strict=True)):
         table[row, :num_own] = item.block_ids[:num_own]
+        table[row, num_own:] = item.block_ids[0]
     return table

@@ -67,6 +67,7 @@ class SampledTokens(NamedTuple):
     """What a step sampled, on its device."""
 
     token_ids: Tensor  # [batch], int64
+    are_finite: Tensor  # [batch], bool; false where an id, though one of the vocabulary's, is of NaN or infinite logits
     logprobs: Logprobs | None  # None: nobody asked
 
 
@@ -240,14 +241,21 @@ class Sampler:
         """Chooses a token for each row. logits: [batch, vocab], any float type, in the rows' order; left as it is."""
         x = self._changed(logits, batch)
         token_ids = torch.empty(batch.size, dtype=torch.int64, device=x.device)
+        # Of what was chosen, as NaN is taken for the largest, and infinity is.
+        numbers = torch.empty(batch.size, dtype=torch.float32, device=x.device)
         if batch.greedy:
-            token_ids = batch.greedy.put(token_ids, draws.first_argmax(_as_float(batch.greedy.of(x))))
+            ids = draws.first_argmax(_as_float(batch.greedy.of(x)))
+            token_ids = batch.greedy.put(token_ids, ids)
+            numbers = batch.greedy.put(numbers, _chosen(batch.greedy.of(logits), ids).float())
         for drawn in batch.drawn:
+            # Either makes all of a softmax NaN.
             probs = _probabilities(_as_float(drawn.rows.of(x)), drawn)
-            token_ids = drawn.rows.put(token_ids, draws.draw(probs, drawn.uniforms))
+            ids = draws.draw(probs, drawn.uniforms)
+            token_ids, numbers = drawn.rows.put(token_ids, ids), drawn.rows.put(numbers, _chosen(probs, ids))
         if self._penalises:
             self._penalty_table.record(token_ids)
-        return SampledTokens(token_ids, _logprobs(logits, token_ids, batch) if batch.logprobs else None)
+        logprobs = _logprobs(logits, token_ids, batch) if batch.logprobs else None
+        return SampledTokens(token_ids, numbers.isfinite(), logprobs)
 
     @torch.no_grad()
     def probabilities(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -269,6 +277,11 @@ class Sampler:
             changed = rows.put(changed, batch.mask.apply(rows.of(changed)))
             batch.mask.force_ends(changed)
         return changed
+
+
+def _chosen(numbers: Tensor, token_ids: Tensor) -> Tensor:
+    """[rows]: of each row the number of one id. numbers: [rows, vocab]; token_ids: [rows]."""
+    return numbers.gather(1, token_ids[:, None]).squeeze(1)
 
 
 def _as_float(logits: Tensor) -> Tensor:
@@ -295,7 +308,7 @@ def _logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> Logpro
     rows = batch.logprobs
     logits = _as_float(rows.of(logits))
     logprobs = logits.log_softmax(-1)
-    token_logprobs = logprobs.gather(1, rows.of(token_ids)[:, None]).squeeze(1)
+    token_logprobs = _chosen(logprobs, rows.of(token_ids))
     top_ids = top_logprobs = None
     if any(batch.num_top):
         _, top_ids = draws.largest(logits, min(NUM_TOP_LOGPROBS, logits.shape[1]))

@@ -133,6 +133,12 @@ class KVLedger:
             block_id = sequence.block_ids[num_prompt_tokens // self.block_size]
             self._register(self._digest(sequence, num_prompt_tokens), block_id)
 
+    def forget(self, sequence: Sequence) -> list[int]:
+        """Sees to it that nobody else finds the blocks of a sequence. Returns those that it alone holds."""
+        for block_id in sequence.block_ids:
+            self._unregister(block_id)
+        return [block_id for block_id in sequence.block_ids if self._ref_counts[block_id] == 1]
+
     def free(self, sequence: Sequence) -> None:
         """Takes back all blocks of a sequence; the registered ones stay findable until their room is needed."""
         # Last block first, so that eviction shortens a cached prefix from its end and never cuts off what follows.
@@ -179,11 +185,14 @@ class KVLedger:
             block_id = self._free.pop()
         else:
             block_id, _ = self._cached.popitem(last=False)
-            for digest in self._hashes[block_id]:
-                del self._registered[digest]
-            self._hashes[block_id] = ()
+            self._unregister(block_id)
         self._ref_counts[block_id] = 1
         return block_id
+
+    def _unregister(self, block_id: int) -> None:
+        for digest in self._hashes[block_id]:
+            del self._registered[digest]
+        self._hashes[block_id] = ()
 
     def _register(self, digest: bytes, block_id: int) -> None:
         if digest not in self._registered:  # else a neighbour computed the same at the same time

@@ -134,10 +134,11 @@ class Batch:
     """What one step runs: decodes first, then stretches of prompts.
 
     A stretch attends to all before it in its blocks, its own tokens included: in each layer, write first, then attend.
-    Before all that, blocks are copied: `copies` are pairs of where from and where to.
+    Before all that, blocks are cleared, then copied: `copies` are pairs of where from and where to.
     """
 
     scheduled: list[Scheduled] = field(default_factory=list)
+    cleared: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     num_tokens: int = 0
     num_decodes: int = 0  # the leading entries, of one token each

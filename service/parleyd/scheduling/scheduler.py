@@ -13,7 +13,7 @@ from collections.abc import Sequence as Ids
 from operator import attrgetter
 
 from parleyd.errors import StartupError
-from parleyd.generation import EngineRequest, EngineStats, Output, TokenLogprob
+from parleyd.generation import NOT_FINITE, EngineRequest, EngineStats, Output, TokenLogprob
 from parleyd.scheduling.kv_cache import IntegrityError, KVLedger
 from parleyd.scheduling.request import Batch, Grammar, Sequence, SequenceState
 
@@ -59,6 +59,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._waiting = _WaitingQueue()
         self._running: list[Sequence] = []  # by rank
+        self._spoiled: list[int] = []  # blocks, to be cleared before anyone reads what a mask hides of them
         self._num_arrivals = 0
         self._num_prompt_tokens = 0
         self._num_cached_prompt_tokens = 0
@@ -99,10 +100,15 @@ class Scheduler:
         batch = Batch()
         prefills = self._schedule_decodes(batch)
         self._schedule_prefills(batch, prefills)
-        return batch if batch.scheduled else None
+        if not batch.scheduled:
+            return None
+        batch.cleared, self._spoiled = self._spoiled, []
+        return batch
 
-    def commit(self, batch: Batch, token_ids: Ids[int], logprobs: Mapping[int, TokenLogprob] = _NONE) -> list[Output]:
-        """Takes one sampled id for each entry of the batch that samples, in its order.
+    def commit(
+        self, batch: Batch, token_ids: Ids[int | None], logprobs: Mapping[int, TokenLogprob] = _NONE
+    ) -> list[Output]:
+        """Takes one sampled id for each entry of the batch that samples, in its order; None ends the request.
 
         `logprobs` are passed on: those of the ids at these places in `token_ids`.
         """
@@ -114,6 +120,12 @@ class Scheduler:
             index, token_id = next(sampled) if samples else (-1, None)
             sequence.num_in_flight -= 1
             if sequence.state is SequenceState.FINISHED:  # aborted, or ended by the batch before
+                continue
+            if samples and token_id is None:
+                # Its keys and values may be NaN, and so may all be that is computed from them.
+                self._spoiled += self._ledger.forget(sequence)
+                self._end(sequence)
+                outputs.append(Output(key=sequence.key, error=NOT_FINITE))
                 continue
             if sequence.state is SequenceState.RUNNING:  # else preempted: its blocks are gone, its id still counts
                 self._ledger.register(sequence, start, start + num_tokens)
@@ -135,7 +147,7 @@ class Scheduler:
                         cached_prompt_tokens=sequence.cached_prompt_tokens or 0,
                     )
                 )
-        self._num_generated_tokens += len(outputs)
+        self._num_generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def fail(self, batch: Batch, error: str) -> list[Output]:
