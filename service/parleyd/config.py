@@ -138,7 +138,9 @@ class ServerSettings:
         60.0, "Seconds without progress, with work pending, after which a worker is taken as dead.", minimum=0.5
     )
     spare_worker: bool = _option(
-        False, "Keep a second worker loaded, so that a dead one is replaced at once. Takes the model's memory twice."
+        False,
+        "Keep a second worker loaded, so that a dead one is replaced at once. Takes the model's memory twice; on a GPU "
+        "give --kv-cache-memory too, since the first worker's cache takes most of what is free.",
     )
     admin_port: int | None = _option(
         None, "Port for /metrics, /healthz and /readyz over HTTP; 0 takes a free one.", minimum=0, maximum=65535

@@ -69,9 +69,9 @@ class ServedProcess:
         return self.process.wait(timeout_s)
 
     def worker_pids(self) -> list[int]:
-        """The live child processes."""
+        """The live workers, without the processes that check grammars."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children]
+        return [int(pid) for pid in children if "parleyd.grammar" not in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def _environ() -> dict[str, str]:
