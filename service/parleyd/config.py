@@ -84,7 +84,7 @@ class ModelSettings:
     bind_threads: bool = _option(
         True, "Bind the threads that compute on a CPU to a processor each, where there are as many."
     )
-    packed_linear: bool = _option(True, "Lay bfloat16 weights out for the CPU at load.")
+    packed_linear: bool = _option(True, "Lay bfloat16 weights out for the CPU, or widen them where it computes none.")
     four_bit_linear: bool = _option(
         True, "On a CPU, compute with the 4- and 8-bit weights of a .gguf file as they stand, where that is faster."
     )

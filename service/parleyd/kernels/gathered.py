@@ -135,7 +135,9 @@ class GatheredPrefill:
             gathered = cache.gather(layer, self.head_blocks)
             key, value = (one.view(len(key), -1, cache.head_dim)[:, : self.num_prefix] for one in gathered)
         if not query.is_cuda:
-            return _attend_by_strips(query[rows], key.contiguous(), value.contiguous(), scale)
+            wide = _type_of_products(query.dtype)
+            key, value = key.contiguous().to(wide), value.contiguous().to(wide)
+            return _attend_by_strips(query[rows].to(wide), key, value, scale).to(query.dtype)
         if self.mask is not None:  # with one and fewer KV heads SDPA would hold all scores in memory
             key, value = (one.repeat_interleave(query.shape[1] // len(one), 0) for one in (key, value))
         attended = F.scaled_dot_product_attention(
@@ -148,6 +150,13 @@ class GatheredPrefill:
             enable_gqa=query.shape[1] != len(key),
         )
         return attended[0].transpose(0, 1)
+
+
+def _type_of_products(dtype: torch.dtype) -> torch.dtype:
+    """Which type a CPU multiplies matrices of `dtype` in: bfloat16 takes it many times as long as float32 where it has
+    no instructions for it."""
+    is_slow = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if is_slow else dtype
 
 
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -289,9 +289,14 @@ def test_an_output_that_cannot_be_written_is_one_line(server):
 @pytest.mark.parametrize("command", ["generate Hi", "generate Hi --json", "generate -", "chat"])
 def test_standard_streams_that_are_closed_are_as_good_as_empty(server, command, closed):
     server.says("Hello")
-    line = f"exec {sys.executable} -m parley_client {command} {closed}"
+    line = f'exec "$0" -m parley_client {command} {closed}'
     result = subprocess.run(
-        ["sh", "-c", line], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+        ["sh", "-c", line, sys.executable],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
 

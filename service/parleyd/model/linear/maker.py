@@ -20,6 +20,7 @@ from parleyd.model.linear.compiled import (
 from parleyd.model.linear.four_bit import can_use_four_bits, four_bit_linear
 from parleyd.model.linear.packed import can_pack, packed_linear
 from parleyd.model.linear.plain import Linear, plain_linear
+from parleyd.model.linear.widened import can_widen, widened_linear
 
 _logger = logging.getLogger("parleyd.model")
 
@@ -27,8 +28,9 @@ _logger = logging.getLogger("parleyd.model")
 class LinearMaker:
     """Takes them out of `weights`, lest they be held twice.
 
-    `packed`: lay weights out for this CPU. `blocks`: also use the numbers that the weights came from. `compiled`: with
-    the products of `parleyd.cpu_kernels`, where this processor has the instructions.
+    `packed`: lay weights out for this CPU, or widen them where it has no use for that. `blocks`: also use the numbers
+    that the weights came from. `compiled`: with the products of `parleyd.cpu_kernels`, where this processor has the
+    instructions.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class LinearMaker:
     def _wide(self, weight: Tensor, bias: Tensor | None) -> Linear:
         if self._packed and self._compiled and can_compile(weight):
             return compiled_linear(weight, bias)
-        return (packed_linear if self._packed and can_pack(weight) else plain_linear)(weight, bias)
+        if self._packed and can_pack(weight):
+            return packed_linear(weight, bias)
+        return (widened_linear if self._packed and can_widen(weight) else plain_linear)(weight, bias)
 
     def _narrow(self, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]) -> Linear | None:
         """With the file's own numbers; None where it has none of these weights, or there is no kernel for them."""
