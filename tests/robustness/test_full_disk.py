@@ -45,7 +45,7 @@ def test_a_start_on_a_full_disk_beside_traffic_fails_in_a_line_and_leaves_nothin
         assert re.search(error, failed.stderr.splitlines()[-1])
         assert disk.contents() == []
         assert traffic.outcomes.faults == []
-        assert traffic.outcomes.num_ended == traffic.num_begun > 20
+        assert traffic.outcomes.num_ended == traffic.num_begun >= _NUM_CLIENTS
         assert gateway.gateway.supervisor.num_restarts == 0
         assert_idle(gateway, at_rest)
     assert_no_leaks(before)
