@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # same anywhere (invalid requests, credentials), and not what clients do themselves: cancel, give too little time for a
 # whole answer, read nothing, or reach a limit of their own, although that is RESOURCE_EXHAUSTED as well.
 _FAULTS_HERE = (EngineFault, WorkerLost, NotReady, Draining, QueueFull, DeadlineExceeded)
-_CLIENTS_OWN = (ClientLimit,)
 
 
 class Observer:
@@ -69,7 +68,7 @@ class Observer:
         """
         if error is None:
             self._answers.count()
-        elif isinstance(error, _FAULTS_HERE) and not isinstance(error, _CLIENTS_OWN):
+        elif isinstance(error, _FAULTS_HERE) and not isinstance(error, ClientLimit):
             self._errors.count()
         load = self._load()
         report = OrcaLoadReport(
