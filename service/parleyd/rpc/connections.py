@@ -10,13 +10,19 @@ import psutil  # type: ignore[import-untyped]
 
 
 def hang_up(port: int) -> None:
-    """Sends the end of every connection that clients have with our `port`, after what is on its way to them.
+    """Lets nobody connect to our `port` any more, and sends the end of every connection after what is on its way.
 
     To be called before `grpc.aio.Server.stop`: that one drops calls that arrive before their client has noticed, which
     then end with CANCELLED, a status that nobody tries again. A connection that ends makes them UNAVAILABLE.
     """
+    # First: a client whose connection ends comes back at once.
+    _shut_down(port, psutil.CONN_LISTEN, socket.SHUT_RD)
+    _shut_down(port, psutil.CONN_ESTABLISHED, socket.SHUT_WR)
+
+
+def _shut_down(port: int, status: str, how: int) -> None:
     for connection in psutil.Process().net_connections("tcp"):
-        if connection.laddr.port == port and connection.status == psutil.CONN_ESTABLISHED:
+        if connection.laddr.port == port and connection.status == status:
             # Its client may have ended it meanwhile.
             with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as ours:
-                ours.shutdown(socket.SHUT_WR)
+                ours.shutdown(how)
