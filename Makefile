@@ -167,7 +167,7 @@ bench: $(BENCH) ## measure everything that has a target against the peers that a
 	@$(BIN)/python -m benchmarks.suite --peers "$(PEERS)" $(ARGS)
 
 .PHONY: bench-full
-bench-full: $(BENCH) ## the same with all peers and workloads (an hour or two)
+bench-full: $(BENCH) ## the same with all peers and workloads (more than an hour)
 	@$(BIN)/python -m benchmarks.suite --size full --peers "$(PEERS)" $(ARGS)
 
 .PHONY: bench-peers

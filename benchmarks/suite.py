@@ -48,7 +48,7 @@ class Size:
 SIZES = {
     "smoke": Size(("llama-cpp",), {1: 3.0, 4: 3.0}, 1, 200, 300.0, 0.3, new_tokens=16),
     "short": Size(("vllm", "llama-cpp"), {1: 6.0, 4: 6.0, 16: 8.0, 64: 14.0}, 2, 10_000, 600.0, 1.0),
-    "full": Size(tuple(PEERS), {1: 30.0, 4: 30.0, 16: 60.0, 64: 120.0}, 3, 10_000, 10_800.0, 12.0, mixed=True),
+    "full": Size(tuple(PEERS), {1: 20.0, 4: 20.0, 16: 40.0, 64: 60.0}, 2, 10_000, 6_000.0, 10.0, mixed=True),
 }
 
 
@@ -114,8 +114,8 @@ class Suite:
             for concurrency, limit_s in self._size.limits_s.items():
                 self._compare(servers, "fixed", concurrency, limit_s)
             if self._size.mixed:
-                self._compare(servers, "mixed", 16, 120.0)
-                self._compare(servers, "mixed", 64, 120.0, arrivals_per_s=2.0)
+                self._compare(servers, "mixed", 16, 60.0)
+                self._compare(servers, "mixed", 64, 60.0, arrivals_per_s=2.0)
         return []
 
     def _compare(
