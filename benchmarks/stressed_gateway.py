@@ -81,7 +81,7 @@ class _Line:
     """First come, first served, in the place of FairQueue."""
 
     def __init__(self) -> None:
-        self.num_prompt_tokens = 0
+        self.num_tokens = 0
         self._waiters: deque[Waiter] = deque()
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class _Line:
         self._waiters.remove(waiter)
         return True
 
-    def to_displace(self, ticket: Ticket, max_waiters: int, max_prompt_tokens: int) -> None:
+    def to_displace(self, ticket: Ticket, max_waiters: int, max_tokens: int) -> None:
         return None
 
     def num_ahead(self, client: str) -> int:

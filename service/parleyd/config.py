@@ -102,7 +102,9 @@ class ServerSettings:
         metavar="NAME",
     )
     max_queue: int = _option(256, "Most requests that wait; 0 refuses whatever cannot start at once.", minimum=0)
-    max_queue_tokens: int = _option(1_000_000, "Most prompt tokens that waiting requests have together.", minimum=1)
+    max_queue_tokens: int = _option(
+        1_000_000, "Most tokens, of prompts and resumed output, that waiting requests have together.", minimum=1
+    )
     refuse_late: bool = _option(
         True, "Refuse at once what cannot have a first token by its deadline, as queue and prompts went of late."
     )

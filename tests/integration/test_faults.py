@@ -217,11 +217,8 @@ def test_a_request_that_kills_the_worker_twice_fails_alone(start_gateway: StartG
         assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     ids += [i for response in running for i in response.token_ids]
     assert ids == (list(b"all work and no play ") * 50)[:1000]
-    assert gateway.gateway.supervisor.num_restarts in (
-        4,
-        5,
-        6,
-    )  # one more where the stream, just moved, may be to blame
+    # One more where the stream, just moved, may be to blame.
+    assert gateway.gateway.supervisor.num_restarts in (4, 5, 6)
     gateway.wait_idle()
 
 
@@ -235,6 +232,15 @@ def test_a_request_that_kills_workers_in_its_first_decode_fails_alone(start_gate
     ids += [i for response in running for i in response.token_ids]
     assert ids == (list(b"all work and no play ") * 50)[:1000]
     assert gateway.gateway.supervisor.num_restarts <= 3
+
+
+def test_of_several_that_kill_the_worker_at_once_each_fails_and_the_service_goes_on(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = start_gateway(max_running=4, max_worker_restarts=3)
+    calls = [gateway.stub.Generate.future(ask("!die"), timeout=60) for _ in range(4)]
+    assert [reason_of(call.exception()) for call in calls] == ["INTERNAL"] * 4
+    assert_answers(gateway)
 
 
 def test_a_worker_that_sends_nonsense_is_replaced(start_gateway: StartGateway) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from parley.v1 import chat_pb2, generation_pb2
+from tests.integration.conftest import FOREVER, StartGateway
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
-from tests.support.requests import ask
+from tests.support.requests import ask, reason_of
 from tests.support.tiny_tokenizer import IM_END_ID, IM_START_ID
 
 STOP, LENGTH = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_LENGTH
@@ -106,3 +109,16 @@ def test_an_empty_resume_is_none(gateway: GatewayThread) -> None:
     )
     several = ask("hello", num_return_sequences=2, do_sample=True, resume=chat_pb2.Resume())
     assert len(gateway.stub.Generate(several, timeout=20).choices) == 2
+
+
+def test_resumed_output_counts_among_the_tokens_that_may_wait(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_running=1, max_queue=10, max_queue_tokens=200)
+    running = gateway.stub.GenerateStream(FOREVER)
+    next(running)
+    waiting = gateway.stub.Generate.future(ask("hello"), timeout=20)
+    eventually(lambda: gateway.gateway.admission.num_waiting == 1, "it does not wait")
+    with pytest.raises(grpc.RpcError) as raised:
+        gateway.stub.Generate(resumed(ask("hello", max_new_tokens=300), [ord("a")] * 200), timeout=20)
+    assert reason_of(raised.value) == "QUEUE_FULL"
+    running.cancel()
+    assert waiting.result().choices[0].message.content == "hello"

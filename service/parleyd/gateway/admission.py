@@ -93,9 +93,9 @@ class Admission:
         self._since_sum += num_slots * slots.since
         return slots
 
-    def first_token(self, num_prompt_tokens: int, seconds: float) -> None:
+    def first_token(self, num_tokens: int, seconds: float) -> None:
         """Takes how long a first token has taken from when its request had its slots."""
-        self._first_tokens.observe(num_prompt_tokens, seconds)
+        self._first_tokens.observe(num_tokens, seconds)
 
     def refuse_waiting(self, error: ParleyError) -> None:
         """Ends every waiting request with an error."""
@@ -119,7 +119,7 @@ class Admission:
     def _check_deadline(self, ticket: Ticket) -> None:
         if not self._refuse_late or ticket.deadline is None:
             return
-        expected_s = self._expected_wait_s(ticket) + self._first_tokens.at_best(ticket.num_prompt_tokens)
+        expected_s = self._expected_wait_s(ticket) + self._first_tokens.at_best(ticket.num_tokens)
         if time.monotonic() + _CERTAIN_SHARE * expected_s > ticket.deadline:
             raise DeadlineExceeded("the deadline would pass before this request's first token")
 
@@ -143,7 +143,7 @@ class Admission:
         """Raises QueueFull unless there is room to wait, or a client has more than its share of places or tokens."""
         num_waiting = len(self._queue)
         has_room = num_waiting < self._max_queue
-        if has_room and self._queue.num_prompt_tokens + ticket.num_prompt_tokens <= self._max_queue_tokens:
+        if has_room and self._queue.num_tokens + ticket.num_tokens <= self._max_queue_tokens:
             return
         displaced = self._queue.to_displace(ticket, self._max_queue, self._max_queue_tokens)
         if displaced is None:

@@ -19,12 +19,15 @@ _MAX_IDLE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """What a request wants: a slot for each of its sequences. `deadline` is on the monotonic clock, in seconds."""
+    """What a request wants: a slot for each of its sequences, and `num_tokens` prefilled.
+
+    `deadline` is on the monotonic clock, in seconds.
+    """
 
     client: str = ""
     priority: int = 0
     num_sequences: int = 1
-    num_prompt_tokens: int = 0
+    num_tokens: int = 0
     deadline: float | None = None
 
 
@@ -52,7 +55,7 @@ class FairQueue:
     """A client that sends a thousand requests waits behind one that sends one, but for the first of the thousand."""
 
     def __init__(self) -> None:
-        self.num_prompt_tokens = 0
+        self.num_tokens = 0
         self._clients: dict[str, _Client] = {}
         self._num_waiters = 0
         self._virtual_time = 0.0
@@ -74,7 +77,7 @@ class FairQueue:
         client = self._clients.setdefault(ticket.client, _Client())
         insort(client.waiters, waiter, key=attrgetter("rank"))
         self._num_waiters += 1
-        self.num_prompt_tokens += ticket.num_prompt_tokens
+        self.num_tokens += ticket.num_tokens
         return waiter
 
     def first(self) -> Waiter:
@@ -98,21 +101,21 @@ class FairQueue:
             return False
         client.waiters.remove(waiter)
         self._num_waiters -= 1
-        self.num_prompt_tokens -= waiter.ticket.num_prompt_tokens
+        self.num_tokens -= waiter.ticket.num_tokens
         self._forget_idle_clients()
         return True
 
-    def to_displace(self, ticket: Ticket, max_waiters: int, max_prompt_tokens: int) -> list[Waiter] | None:
+    def to_displace(self, ticket: Ticket, max_waiters: int, max_tokens: int) -> list[Waiter] | None:
         """Whose places `ticket` may have where the queue is too full for it; None where it has no right to enough.
 
         Each is the last of the client that then has most in the queue, and more than the ticket's own would have.
         """
         found: list[Waiter] = []
         num_kept = {name: len(client.waiters) for name, client in self._clients.items() if client.waiters}
-        tokens_kept = {name: _num_prompt_tokens(self._clients[name].waiters) for name in num_kept}
-        num_more, tokens_more = 1, ticket.num_prompt_tokens
+        tokens_kept = {name: _num_tokens(self._clients[name].waiters) for name in num_kept}
+        num_more, tokens_more = 1, ticket.num_tokens
         while sum(num_kept.values()) and (
-            (by_tokens := sum(tokens_kept.values()) + tokens_more > max_prompt_tokens)
+            (by_tokens := sum(tokens_kept.values()) + tokens_more > max_tokens)
             or sum(num_kept.values()) + num_more > max_waiters
         ):
             kept, more = (tokens_kept, tokens_more) if by_tokens else (num_kept, num_more)
@@ -121,7 +124,7 @@ class FairQueue:
                 return None
             num_kept[greediest] -= 1
             last = self._clients[greediest].waiters[num_kept[greediest]]
-            tokens_kept[greediest] -= last.ticket.num_prompt_tokens
+            tokens_kept[greediest] -= last.ticket.num_tokens
             found.append(last)
         return found if max_waiters else None
 
@@ -134,7 +137,7 @@ class FairQueue:
     def clear(self) -> Iterator[Waiter]:
         """Takes all out."""
         clients, self._clients = self._clients, {}
-        self._num_waiters = self.num_prompt_tokens = 0
+        self._num_waiters = self.num_tokens = 0
         for client in clients.values():
             yield from client.waiters
 
@@ -158,5 +161,5 @@ class FairQueue:
         self._clients = {name: client for name, client in self._clients.items() if client.waiters or name in remembered}
 
 
-def _num_prompt_tokens(waiters: list[Waiter]) -> int:
-    return sum(waiter.ticket.num_prompt_tokens for waiter in waiters)
+def _num_tokens(waiters: list[Waiter]) -> int:
+    return sum(waiter.ticket.num_tokens for waiter in waiters)

@@ -38,6 +38,11 @@ class Generation:
     timings: Timings | None = None  # once all choices have ended
 
     @property
+    def num_prefilled(self) -> int:
+        """The tokens to go through before the first that is new."""
+        return len(self.prompt_ids) + len(self.resumed_ids)
+
+    @property
     def completion_tokens(self) -> int:
         return sum(answer.num_tokens for answer in self.answers)
 
@@ -76,7 +81,7 @@ class Runner:
                 client=call.identity,
                 priority=generation.priority,
                 num_sequences=num_open,
-                num_prompt_tokens=len(generation.prompt_ids),
+                num_tokens=generation.num_prefilled,
                 deadline=generation.deadline,
             )
         )
@@ -116,9 +121,7 @@ class Runner:
                 if not has_prompt.is_set():
                     has_prompt.set()
                     generation.first_token_s = call.elapsed()
-                    self._admission.first_token(
-                        len(generation.prompt_ids), generation.first_token_s - generation.queue_s
-                    )
+                    self._admission.first_token(generation.num_prefilled, generation.first_token_s - generation.queue_s)
                     generation.cached_prompt_tokens = step.cached_prompt_tokens
                 delta = generation.answers[choice].push(step)
                 delta.index = choice

@@ -203,7 +203,8 @@ class WorkerClient:
             return  # while one is on trial, another death would leave a doubt about who is to blame
         if self._suspects and (self._is_suspects_turn or not self._newcomers):
             self._is_suspects_turn = False
-            suspect = min(self._suspects.values(), key=lambda entry: (entry.num_outstayed, entry.num_strikes))
+            # The likeliest first: of several culprits one after the other is found, before too many workers are lost.
+            suspect = min(self._suspects.values(), key=lambda entry: (entry.num_outstayed, -entry.num_strikes))
             del self._suspects[suspect.request.key]
             self._set_on_trial({suspect.request.key: suspect})
             self._submit(self._link, suspect)

@@ -291,15 +291,26 @@ async def test_where_slots_are_free_a_first_token_still_takes_its_time() -> None
         admission.first_token(100, 0.05)
         admission.first_token(1000, 2.0)
     with pytest.raises(DeadlineExceeded):
-        await admission.acquire(Ticket(num_prompt_tokens=1000, deadline=time.monotonic() + 0.5))
+        await admission.acquire(Ticket(num_tokens=1000, deadline=time.monotonic() + 0.5))
     for ticket in (
-        Ticket(num_prompt_tokens=100, deadline=time.monotonic() + 0.5),
-        Ticket(num_prompt_tokens=1000, deadline=time.monotonic() + 1.5),
+        Ticket(num_tokens=100, deadline=time.monotonic() + 0.5),
+        Ticket(num_tokens=1000, deadline=time.monotonic() + 1.5),
     ):
         (await admission.acquire(ticket)).release()
     admission.first_token(1000, 0.1)  # the machine, or the cache, can do better
-    (await admission.acquire(Ticket(num_prompt_tokens=1000, deadline=time.monotonic() + 0.5))).release()
+    (await admission.acquire(Ticket(num_tokens=1000, deadline=time.monotonic() + 0.5))).release()
     assert admission.num_running == 0
+
+
+async def test_what_first_tokens_took_once_says_nothing_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = new_admission(max_running=4, max_queue=100)
+    for _ in range(10):
+        admission.first_token(1000, 70.0)  # of many that came at once
+    now = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await admission.acquire(Ticket(num_tokens=1000, deadline=now + 30.0))
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60.0)
+    (await admission.acquire(Ticket(num_tokens=1000, deadline=now + 90.0))).release()
 
 
 async def test_requests_that_end_at_once_do_not_hide_those_that_hold_their_slots(
@@ -317,29 +328,29 @@ async def test_requests_that_end_at_once_do_not_hide_those_that_hold_their_slots
 
 async def test_waiting_prompts_are_bounded_together() -> None:
     admission = new_admission(max_running=1, max_queue=10, max_queue_tokens=100)
-    running = Holder(admission, num_prompt_tokens=1000)
+    running = Holder(admission, num_tokens=1000)
     await settle()
-    huge = Holder(admission, num_prompt_tokens=1000)  # alone, it may wait: else it could never be served
+    huge = Holder(admission, num_tokens=1000)  # alone, it may wait: else it could never be served
     await settle()
     with pytest.raises(QueueFull):
-        await Holder(admission, num_prompt_tokens=1).task
+        await Holder(admission, num_tokens=1).task
     await running.release()
     await huge.release()
 
 
 async def test_tokens_of_the_greediest_go_to_a_newcomer_when_they_fill_the_queue() -> None:
     admission = new_admission(max_running=1, max_queue=100, max_queue_tokens=100)
-    running, *greedy = (Holder(admission, client="greedy", num_prompt_tokens=24) for _ in range(5))
+    running, *greedy = (Holder(admission, client="greedy", num_tokens=24) for _ in range(5))
     await settle()
-    one = Holder(admission, client="one", num_prompt_tokens=40)
+    one = Holder(admission, client="one", num_tokens=40)
     for displaced in greedy[2:]:
         with pytest.raises(QueueFull):
             await displaced.task
     await settle()
-    assert (admission.num_waiting, admission._queue.num_prompt_tokens) == (3, 88)
+    assert (admission.num_waiting, admission._queue.num_tokens) == (3, 88)
     for refused in (
-        Holder(admission, client="one", num_prompt_tokens=20),
-        Holder(admission, client="two", num_prompt_tokens=90),
+        Holder(admission, client="one", num_tokens=20),
+        Holder(admission, client="two", num_tokens=90),
     ):
         with pytest.raises(QueueFull):
             await refused.task

@@ -17,7 +17,7 @@ async def test_clients_that_come_once_are_forgotten() -> None:
     queue = FairQueue()
     await serve_strangers(queue)
     assert queue.num_clients < _NUM_CLIENTS / 5
-    assert len(queue) == queue.num_prompt_tokens == 0
+    assert len(queue) == queue.num_tokens == 0
 
 
 async def test_what_the_greediest_has_had_is_not_forgotten_for_them() -> None:
@@ -32,7 +32,7 @@ async def test_what_the_greediest_has_had_is_not_forgotten_for_them() -> None:
 
 async def test_who_waits_is_not_forgotten() -> None:
     queue = FairQueue()
-    patient = queue.push(Ticket(client="patient", priority=-1, num_prompt_tokens=7))
+    patient = queue.push(Ticket(client="patient", priority=-1, num_tokens=7))
     await serve_strangers(queue)
     assert queue.pop() is patient
-    assert len(queue) == queue.num_prompt_tokens == 0
+    assert len(queue) == queue.num_tokens == 0
