@@ -16,18 +16,22 @@ from contextlib import ExitStack
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from parley.v1 import chat_pb2
 from parleyd.config import ServerSettings, Settings
 from parleyd.errors import StartupError
 from parleyd.gateway.server import Gateway
+from parleyd.gateway.supervisor import State
 from parleyd.telemetry import admin
 from tests.integration.conftest import StartGateway
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
 from tests.support.raw_http2 import open_socket
 from tests.support.requests import ask
 
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 FOREVER = ask("!forever", max_new_tokens=4000)
 
 
@@ -121,6 +125,15 @@ def test_probes_follow_the_service(start_gateway: StartGateway) -> None:
     assert (get(gateway, "/healthz")[0], get(gateway, "/readyz")[0], get(gateway, "/else")[0]) == (200, 503, 404)
     gateway.wait_health(1)
     assert get(gateway, "/readyz")[0] == 200
+
+
+def test_a_model_that_is_ready_only_after_sigterm_brings_no_traffic(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--load-delay", "1"), wait_ready=False, drain_delay=60, admin_port=0)
+    gateway.loop.call_soon_threadsafe(gateway.gateway.begin_shutdown)
+    eventually(lambda: gateway.gateway.supervisor.state is State.READY)
+    assert gateway.health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == NOT_SERVING
+    assert get(gateway, "/readyz")[0] == 503
+    assert samples(gateway)["parley_serving", ()] == 0
 
 
 def test_connections_held_open_to_the_admin_port_keep_no_probe_out_and_take_few_threads(

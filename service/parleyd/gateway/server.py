@@ -101,7 +101,6 @@ class Gateway:
 
     async def start(self) -> str:
         """Binds the port and starts answering. Returns HOST:PORT. Raises StartupError if the port cannot be bound."""
-        await self.health.set_serving(False)
         bracketed, port = _bracketed(self._settings.server.host), self._settings.server.port
         credentials = self.guard.server_credentials()
         try:
@@ -181,7 +180,7 @@ class Gateway:
     async def _drain(self) -> None:
         server = self._settings.server
         _logger.info("shutting down: %d calls open", self.doorkeeper.num_open)
-        await self.health.shut_down()
+        self.health.shut_down()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), server.drain_delay)
         self.doorkeeper.close()
@@ -218,7 +217,7 @@ class Gateway:
             _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)
         self.admission.max_running = min(wanted, info.max_running)
         self._on_serving()
-        await self.health.set_serving(True)
+        self.health.set_serving(True)
         _logger.info("serving %s (%s, %s)", name, info.dtype, info.device)
 
     def _build_interceptor(self) -> CallInterceptor:
@@ -238,7 +237,7 @@ class Gateway:
             interceptors=[telemetry, self._interceptor], options=server_options(self._settings.server)
         )
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection = self._settings.security.reflection
         if reflection or (reflection is None and not self.guard.is_on):
             add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])

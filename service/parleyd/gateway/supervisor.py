@@ -47,7 +47,7 @@ class Supervisor:
         client: WorkerClient,
         *,
         on_ready: Callable[[ModelInfo], Awaitable[None]],
-        on_lost: Callable[[], Awaitable[None]],
+        on_lost: Callable[[], None],
         command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self._settings = settings
@@ -194,7 +194,7 @@ class Supervisor:
         _logger.error("%d workers lost one after the other: giving up", self._losses)
         self._enter(State.LOST)
         self._client.fail_all(WorkerLost())
-        await self._on_lost()
+        self._on_lost()
         await asyncio.Event().wait()
 
     def _start_worker(self) -> Worker:
