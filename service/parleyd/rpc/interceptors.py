@@ -42,6 +42,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
+_UNDECODABLE = "the bytes are no message of this type"
+
+
 class _Undecodable:
     """Stands in for a request whose bytes are no message, so that the answer is ours and not the library's."""
 
@@ -87,7 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # Before the request is read: what a stranger sends is not even decoded.
             _check_metadata(details.invocation_metadata or ())
             if details.method.startswith(_HEALTH_PREFIX):
-                return handler
+                return _decodable_only(handler)
             caller = self._guard.check_credentials(details.invocation_metadata)
         except (InvalidRequest, Unauthenticated) as error:
             return self._refusal(method, error)
@@ -156,7 +159,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             with self._entered(caller, method, request):
                 if isinstance(request, _Undecodable):
-                    raise InvalidRequest([Violation("", "the bytes are no message of this type")])
+                    raise InvalidRequest([Violation("", _UNDECODABLE)])
                 try:
                     with self._calls.entered():
                         await run(call)
@@ -207,6 +210,19 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Undecodable()
 
     return decode
+
+
+def _decodable_only(handler: Any) -> Any:
+    """The handler of one request, for bytes that are one. For others gRPC would log a stack, a stranger's flood."""
+    kind = "unary_stream" if handler.response_streaming else "unary_unary"
+    behaviour = getattr(handler, kind)
+
+    async def handle(request: Any, context: Context) -> Any:
+        if isinstance(request, _Undecodable):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNDECODABLE)
+        return await behaviour(request, context)
+
+    return handler._replace(request_deserializer=_tolerant(handler.request_deserializer), **{kind: handle})
 
 
 def _new_call(method: str, request: Any, context: Context, identity: str) -> Call:
