@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from parley.v1 import chat_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask, reason_of, retry_delay_of
+from tests.support.watched_gateway import watched_gateway
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 BOTH = ("", "parley.v1.ChatService")
@@ -141,6 +143,12 @@ def test_a_call_whose_grammar_is_being_checked_ends_with_draining_too(
     error = call.exception(10)
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
     gateway.stop()
+
+
+def test_a_gateway_that_can_open_no_file_any_more_shuts_down_as_any(tokenizer_folder: Path) -> None:
+    with watched_gateway(tokenizer_folder, max_running=1) as gateway:
+        resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (1, 1))
+        assert gateway.worst()  # told only where nothing was raised
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])

@@ -167,7 +167,7 @@ class Gateway:
             shutdown.cancel()
             freshness.cancel()
             await asyncio.sleep(_LAST_WRITES_S)
-            await asyncio.to_thread(hang_up, self._port)
+            await self._hang_up()
             await self._server.stop(_STOP_GRACE_S)
             supervision.cancel()
             await asyncio.gather(supervision, return_exceptions=True)
@@ -176,6 +176,12 @@ class Gateway:
             self.observer.close()
             if self._admin:
                 self._admin.close()
+
+    async def _hang_up(self) -> None:
+        try:
+            await asyncio.to_thread(hang_up, self._port)
+        except Exception as error:  # no file can be opened, no thread begun: what can still be ended must be
+            _logger.warning("could not end the connections: calls that arrive now end with CANCELLED: %s", error)
 
     async def _drain(self) -> None:
         server = self._settings.server
