@@ -163,6 +163,24 @@ def test_an_admin_connection_is_cut_off_however_busily_it_drips(
                 time.sleep(0.05)
 
 
+def test_threads_that_do_not_start_take_no_place_of_the_admin_port_for_good(
+    observed: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if "process_request" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(admin._MAX_CONNECTIONS):
+            with open_socket(str(observed.admin)) as refused:
+                assert refused.recv(1) == b""
+    assert get(observed, "/healthz")[0] == 200
+
+
 def test_an_admin_connection_that_breaks_leaves_no_trace(
     observed: GatewayThread, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,12 +77,13 @@ class _Server(ThreadingWSGIServer):
         self._open[request] = time.monotonic()
         super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def shutdown_request(self, request: Any) -> None:
+        """However a connection ends, also where no thread could be had for it."""
         try:
-            super().process_request_thread(request, client_address)
+            super().shutdown_request(request)
         finally:
-            del self._open[request]
-            self._free.release()
+            if self._open.pop(request, None) is not None:
+                self._free.release()
 
     def service_actions(self) -> None:
         """Called twice a second."""
