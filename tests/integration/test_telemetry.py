@@ -224,3 +224,25 @@ logging.getLogger("parleyd").info("hi")
     stderr = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
     event = json.loads(stderr)
     assert (event["message"], event["request_id"], event["levelname"]) == ("hi", "abc", "INFO")
+
+
+def test_logs_tell_no_url_that_a_library_asks_for() -> None:
+    script = """
+import http.server, threading
+import httpx2
+from parleyd.telemetry import logging as telemetry_logging
+telemetry_logging.configure("debug")
+class Redirect(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(302)
+        self.send_header("Location", "/there?signature=secret")
+        self.end_headers()
+    def log_message(self, *_): pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Redirect)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+url = f"http://127.0.0.1:{server.server_port}/here?signature=secret"
+print(httpx2.get(url, trust_env=False).headers["location"])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "secret" in result.stdout
+    assert "secret" not in result.stderr

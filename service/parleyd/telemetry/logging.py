@@ -31,5 +31,8 @@ def configure(level: str, log_format: str = "text") -> None:
     handler.setFormatter(JsonFormatter(_JSON_FORMAT) if is_json else logging.Formatter(_TEXT_FORMAT))
     handler.addFilter(_RequestFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # They tell of each request with its URL, and of its headers: those of downloads hold secrets.
+    for library in ("httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     # gRPC writes metadata that is no UTF-8 to the log, a traceback with each: a stranger's flood, or a client's secret.
     logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "Invalid encoding" not in record.msg)
