@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -82,7 +83,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """Gives the answer as it is made: `async for piece in client.stream(...)`. As `Client.stream`."""
         message = request.generate("stream", messages, options)
-        return AsyncStream(self._chat.GenerateStream, message, self._defaults.patience(timeout))
+        return AsyncStream(partial(_begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
 
     def generate_batch(
         self,
@@ -101,7 +102,7 @@ class AsyncClient:
         self, batch: chat_pb2.GenerateBatchRequest, args: Mapping[str, Any]
     ) -> AsyncGenerator[BatchResult]:
         reader = BatchReader(batch)
-        call = self._chat.GenerateBatch(batch, **args)
+        call = _begin(self._chat.GenerateBatch, batch, **args)
         try:
             with _typed_errors():
                 async for response in call:
@@ -141,7 +142,8 @@ class AsyncClient:
             await self._pause(RETRY_DELAY_S)
 
     async def _watch_until_serving(self, wait: ReadinessWait) -> bool:
-        call = self._health.Watch(
+        call = _begin(
+            self._health.Watch,
             health_pb2.HealthCheckRequest(),
             timeout=wait.remaining_s(),
             metadata=self._defaults.metadata,
@@ -174,12 +176,20 @@ class AsyncClient:
 
     async def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
         with _typed_errors():
-            return await method(message, **args)
+            return await _begin(method, message, **args)
 
     async def _pause(self, delay_s: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._closed.wait(), delay_s)
             raise Cancelled("the client was closed")
+
+
+def _begin(method: Callable[..., Any], message: object, **args: Any) -> Any:
+    """As `Client._begin`."""
+    try:
+        return method(message, **args)
+    except grpc.aio.UsageError as error:
+        raise Cancelled("the client was closed") from error
 
 
 @contextmanager
@@ -208,15 +218,15 @@ class AsyncStream(AsyncIterator[Piece]):
     task cancels the call, which frees the model.
     """
 
-    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, patience: Patience) -> None:
+    def __init__(self, begin: Callable[..., Any], message: chat_pb2.GenerateRequest, patience: Patience) -> None:
         self._accumulator = Accumulator(message)
         self._resumption = Resumption(self._accumulator, patience)
         self._cancelled = asyncio.Event()
-        self._method = method
-        self._begin(message, patience.call_args())
+        self._begin = begin
+        self._call_for(message, patience.call_args())
 
-    def _begin(self, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
-        self._call = self._method(message, **args)
+    def _call_for(self, message: chat_pb2.GenerateRequest, args: Mapping[str, Any]) -> None:
+        self._call = self._begin(message, **args)
         # Not read(): that one answers "end" as soon as the status is there, with messages still waiting to be read.
         self._responses = aiter(self._call)
 
@@ -256,10 +266,7 @@ class AsyncStream(AsyncIterator[Piece]):
             await asyncio.wait_for(self._cancelled.wait(), delay_s)
         if self._cancelled.is_set():
             return
-        try:
-            self._begin(self._resumption.request(), self._resumption.call_args())
-        except grpc.aio.UsageError as closed:
-            raise Cancelled("the client was closed") from closed
+        self._call_for(self._resumption.request(), self._resumption.call_args())
 
     @property
     def reply(self) -> Reply:

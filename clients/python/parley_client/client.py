@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -107,10 +108,11 @@ class Client:
     ) -> Stream:
         """As `chat`, but gives the answer as it is made: `for piece in client.stream(...)`.
 
-        The call starts at once; what `chat` raises, the iteration raises (except for requests that cannot be built).
+        The call starts at once; what `chat` raises, the iteration raises (except for requests that cannot be built, and
+        where the client was closed).
         """
         message = request.generate("stream", messages, options)
-        return Stream(self._chat.GenerateStream, message, self._defaults.patience(timeout))
+        return Stream(partial(self._begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
 
     def generate_batch(
         self,
@@ -136,7 +138,7 @@ class Client:
 
     def _results(self, batch: chat_pb2.GenerateBatchRequest, args: Mapping[str, Any]) -> Generator[BatchResult]:
         reader = BatchReader(batch)
-        call = self._chat.GenerateBatch(batch, **args)
+        call = self._begin(self._chat.GenerateBatch, batch, **args)
         try:
             for response in call:
                 yield reader.read(response)
@@ -183,7 +185,8 @@ class Client:
             self._pause(RETRY_DELAY_S)
 
     def _watch_until_serving(self, wait: ReadinessWait) -> bool:
-        call = self._health.Watch(
+        call = self._begin(
+            self._health.Watch,
             health_pb2.HealthCheckRequest(),
             timeout=wait.remaining_s(),
             metadata=self._defaults.metadata,
@@ -216,7 +219,7 @@ class Client:
             raise Cancelled("the client was closed")
 
     def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
-        future = method.future(message, **args)
+        future = self._begin(method.future, message, **args)
         try:
             return future.result()
         except grpc.RpcError as error:
@@ -224,6 +227,15 @@ class Client:
         finally:
             # Ctrl-C ends the waiting, and this the call. A no-op for calls that have ended.
             future.cancel()
+
+    def _begin(self, method: Callable[..., Any], message: object, **args: Any) -> Any:
+        """Calls a gRPC method: any call of the client begins here. Raises Cancelled if the client was closed."""
+        try:
+            return method(message, **args)
+        except ValueError as error:  # what gRPC raises for a closed channel
+            if not self._closed.is_set():
+                raise
+            raise Cancelled("the client was closed") from error
 
 
 class Stream(Iterator[Piece]):
@@ -233,12 +245,12 @@ class Stream(Iterator[Piece]):
     stream cancels the call, which frees the model. Only the iteration itself must stay in one thread.
     """
 
-    def __init__(self, method: Any, message: chat_pb2.GenerateRequest, patience: Patience) -> None:
+    def __init__(self, begin: Callable[..., Any], message: chat_pb2.GenerateRequest, patience: Patience) -> None:
         self._accumulator = Accumulator(message)
         self._resumption = Resumption(self._accumulator, patience)
         self._cancelled = threading.Event()
-        self._method = method
-        self._call = method(message, **patience.call_args())
+        self._begin = begin
+        self._call = begin(message, **patience.call_args())
 
     def __iter__(self) -> Self:
         return self
@@ -277,11 +289,7 @@ class Stream(Iterator[Piece]):
         try:
             if self._cancelled.wait(delay_s):
                 return
-            args = self._resumption.call_args()
-            try:
-                self._call = self._method(self._resumption.request(), **args)
-            except ValueError as closed:
-                raise Cancelled("the client was closed") from closed
+            self._call = self._begin(self._resumption.request(), **self._resumption.call_args())
         except BaseException:
             self.cancel()
             raise
@@ -307,6 +315,6 @@ class Stream(Iterator[Piece]):
         self.cancel()
 
     def __del__(self) -> None:
-        # Without a call (the method refused its arguments) there is nothing to end.
+        # Without a call (it could not begin) there is nothing to end.
         if hasattr(self, "_call"):
             self._call.cancel()
