@@ -191,7 +191,8 @@ class Unimplemented(ParleyError):
 
 
 class MessageTooLarge(ParleyError):
-    """The request is larger than the server accepts."""
+    """The request is larger than the server accepts; or a proxy's limit is reached, such as one on calls per minute.
+    gRPC and proxies tell both by the code alone: see `message`."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
