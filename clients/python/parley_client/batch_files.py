@@ -81,6 +81,8 @@ def _parse(line: int, text: bytes) -> Item:
     id = fields.pop("id", None)
     if not (id is None or isinstance(id, str)):
         raise ValueError("id: must be a string")
+    if id is not None and any("\ud800" <= character <= "\udfff" for character in id):
+        raise ValueError("id: holds a lone surrogate, which no file can")
     return Item(line, id, json_format.ParseDict(fields, chat_pb2.GenerateRequest()))
 
 

@@ -27,7 +27,7 @@ from parley_client.reply import Reply
 _OPEN_CALLS = 2  # so that the next items are queued while the last ones of a call finish
 _MAX_CALL_BYTES = 3 * 1024 * 1024  # servers take 4 MiB unless told otherwise
 _MAX_ITEM_TRIES = 4  # of an item whose server went away under it
-_MAX_CALL_TRIES = 7  # one after the other without any result, over about a minute
+_MAX_CALL_TRIES = 7  # in a row that break off without any result, over about a minute
 _FIRST_DELAY_S, _MAX_DELAY_S = 1.0, 30.0
 _REPORT_INTERVAL_S = 0.2
 
@@ -68,7 +68,7 @@ class BatchJob:
         self._report = report
         self._chunk_size = chunk_size
         self._max_call_bytes = _MAX_CALL_BYTES
-        self._has_begun = False
+        self._has_contact = False
 
     async def work(self) -> None:
         """Makes one call after the other until no items are left. Several may work at once.
@@ -83,10 +83,13 @@ class BatchJob:
             try:
                 delay_s = await self._ask(chunk, unanswered, again)
                 failures = 0
-            except (Unavailable, QueueFull, DeadlineExceeded, MessageTooLarge) as error:
+            except Unavailable as error:
                 failures = failures + 1 if len(unanswered) == len(chunk) else 1
-                delay_s = self._after_failure(error, unanswered, failures)
-                again.extendleft(reversed(unanswered.values()))
+                delay_s = self._after_break(error, failures)
+            except (QueueFull, DeadlineExceeded, MessageTooLarge) as error:
+                failures = 0
+                delay_s = self._after_refusal(error, unanswered)
+            again.extendleft(reversed(unanswered.values()))
             if again:
                 await asyncio.sleep(delay_s)
 
@@ -109,7 +112,7 @@ class BatchJob:
         ready = time.monotonic()
         async with aclosing(self._client.generate_batch([item.request for item in chunk])) as results:
             async for result in results:
-                self._has_begun = True
+                self._has_contact = True
                 item = unanswered.pop(result.index)
                 if result.error is not None and _is_worth_another_try(item, result.error):
                     ready = max(ready, time.monotonic() + (result.error.retry_after_s or _FIRST_DELAY_S))
@@ -118,21 +121,26 @@ class BatchJob:
                     self._finish(item, result.outcome)
         return max(0.0, ready - time.monotonic())
 
-    def _after_failure(self, error: ParleyError, unanswered: dict[int, Item], failures: int) -> float:
-        """Deals with a call that failed as a whole; returns in how many seconds to go on. Raises what is final."""
-        if isinstance(error, DeadlineExceeded) or (isinstance(error, MessageTooLarge) and len(unanswered) == 1):
-            for item in unanswered.values():
-                self._finish(item, error)
-            unanswered.clear()
-            return 0.0
-        if isinstance(error, MessageTooLarge):
-            self._max_call_bytes = sum(item.request.ByteSize() for item in unanswered.values()) // 2
-            return 0.0
-        is_in_vain = isinstance(error, ConnectionFailed) and not self._has_begun  # a wrong target, more likely than not
-        if isinstance(error, Unavailable) and (is_in_vain or failures == _MAX_CALL_TRIES):
+    def _after_break(self, error: Unavailable, failures: int) -> float:
+        """In how many seconds to ask again, after so many calls in a row without an answer. Raises what is final."""
+        self._has_contact = self._has_contact or not isinstance(error, ConnectionFailed)
+        if not self._has_contact or failures >= _MAX_CALL_TRIES:  # without any, the target is likely wrong
             raise error
         backoff_s: float = min(_FIRST_DELAY_S * 2 ** (failures - 1), _MAX_DELAY_S)
         return max(error.retry_after_s or 0.0, backoff_s)
+
+    def _after_refusal(self, error: ParleyError, unanswered: dict[int, Item]) -> float:
+        """Deals with a call that the server refused, or ended, as a whole; returns in how many seconds to go on."""
+        if isinstance(error, QueueFull):
+            self._has_contact = True
+            return error.retry_after_s or _FIRST_DELAY_S
+        if isinstance(error, MessageTooLarge) and len(unanswered) > 1:
+            self._max_call_bytes = sum(item.request.ByteSize() for item in unanswered.values()) // 2
+            return 0.0
+        for item in unanswered.values():
+            self._finish(item, error)
+        unanswered.clear()
+        return 0.0
 
     def _finish(self, item: Item, outcome: Reply | ParleyError) -> None:
         if isinstance(outcome, ParleyError):

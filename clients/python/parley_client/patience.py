@@ -10,6 +10,7 @@ from typing import Any
 from parley_client.errors import ParleyError, QueueFull, Unavailable
 
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 5.0
+_MAX_DOUBLINGS = 10  # more than it takes from one to the other, and no float is 2**1024
 
 
 class Contact:
@@ -49,7 +50,8 @@ class Patience:
         if not is_passing or self._failures == self._max_failures:
             return None
         self._failures += 1
-        backoff_s: float = min(_FIRST_DELAY_S * 2 ** (self._failures - 1), _MAX_DELAY_S)
+        num_doublings = min(self._failures - 1, _MAX_DOUBLINGS)
+        backoff_s: float = min(_FIRST_DELAY_S * 2**num_doublings, _MAX_DELAY_S)
         jitter = random.uniform(0.8, 1.2)  # nosec B311
         delay_s = max(backoff_s * jitter, error.retry_after_s or 0.0)
         return min(delay_s, self._remaining_s())

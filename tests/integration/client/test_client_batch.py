@@ -22,6 +22,7 @@ from parley_client import (
     ParleyError,
     QueueFull,
     Unsupported,
+    batch_job,
     chat_request,
     user,
 )
@@ -222,6 +223,40 @@ def test_a_call_that_breaks_is_made_again_for_the_items_that_lack_a_result(serve
     assert [len(request.requests) for request in server.requests] == [3, 2]
 
 
+@pytest.fixture
+def refusals(server, monkeypatch):
+    """The server refuses `num_full` calls for want of room, breaks off the next `num_broken`, and answers then."""
+    monkeypatch.setattr(batch_job, "_FIRST_DELAY_S", 0.0)
+
+    def script(num_full, num_broken):
+        def answer(request, context):
+            if len(server.requests) <= num_full:
+                server.fails(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            if len(server.requests) <= num_full + num_broken:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", "-1"),))  # gRPC is not to try again itself
+                context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            yield answered(0)
+
+        server.script["GenerateBatch"] = answer
+
+    return script
+
+
+@pytest.mark.parametrize("num_full", [1, batch_job._MAX_CALL_TRIES - 1])
+def test_a_server_that_had_no_room_and_then_breaks_off_is_asked_again(refusals, files, num_full):
+    refusals(num_full=num_full, num_broken=batch_job._MAX_CALL_TRIES - 1)
+    files[0].write_text(line_of("a"))
+    assert run(files) == 0
+
+
+def test_a_server_that_had_no_room_and_is_then_gone_is_given_up(server, refusals, files, capsys):
+    refusals(num_full=batch_job._MAX_CALL_TRIES + 1, num_broken=50)
+    files[0].write_text(line_of("a"))
+    assert run(files) == 1
+    assert len(server.requests) == 2 * batch_job._MAX_CALL_TRIES + 1
+    assert "parley: error: connection failed: gone" in capsys.readouterr().err
+
+
 def test_a_killed_run_leaves_whole_lines_and_the_next_one_goes_on(server, files):
     def answer(request, context):
         yield answered(1, "b")
@@ -274,7 +309,7 @@ def test_a_call_that_takes_too_long_fails_the_items_that_are_left(server, files)
 
     server.script["GenerateBatch"] = answer
     files[0].write_text(line_of("a") + line_of("b"))
-    assert run(files, "--timeout", "0.5") == 1
+    assert run(files, "--timeout", "3") == 1  # enough to connect in, whatever else the machine does
     results = results_in(files[1])
     assert (results[1]["code"], results[2]) == ("DEADLINE_EXCEEDED", "b")
 
@@ -307,6 +342,7 @@ def test_a_terminal_shows_how_far_it_is_in_one_line(server, files):
         ('{"mesages": []}', "mesages"),
         ('{"generation_config": {"max_new_tokens": -1}}', "max_new_tokens"),
         ('{"id": 7}', "id: must be a string"),
+        (r'{"id": "\ud800"}', "id: holds a lone surrogate"),
         ('{"id": "first"}', "the id 'first' is that of line 1 already"),
         ("\xff", "codec can't decode"),
     ],

@@ -1,0 +1,14 @@
+"""In which steps a call waits for a service in trouble."""
+
+from __future__ import annotations
+
+from parley_client import Unavailable
+from parley_client.patience import Contact, Patience
+
+
+def test_delays_are_bounded_however_many_calls_have_failed():
+    patience = Patience(lambda timeout: {}, None, 2_000, Contact())
+    delays = [patience.delay_after(Unavailable("as told")) for _ in range(2_001)]
+    assert 0 < delays[0] < 0.2
+    assert all(4 <= delay <= 6 for delay in delays[6:-1])
+    assert delays[-1] is None
