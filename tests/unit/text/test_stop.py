@@ -107,7 +107,7 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 def test_time_stays_linear_for_self_overlapping_stop_strings() -> None:
     matcher = StopMatcher(["a" * 255 + c for c in "bcdefghijklmnopq"])
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(5_000):
         matcher.push("aaaa")
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
