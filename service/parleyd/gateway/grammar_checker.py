@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from parleyd.errors import InvalidRequest, Unsupported, Violation
 from parleyd.gateway.checker_process import CheckerProcess
 from parleyd.gateway.turns import Turns
+from parleyd.gateway.verdict_cache import VerdictCache
 from parleyd.ipc.messages import CheckGrammar, GrammarChecked, encode
 
 CHECKER_COMMAND = (sys.executable, "-P", "-m", "parleyd.grammar")
 
-_MAX_CACHED = 256
 # Two, so that one client's grammars do not hold up all others'. The second is started when it is first needed.
 _NUM_PROCESSES = 2
 
@@ -30,7 +29,7 @@ class GrammarChecker:
             self._free.put_nowait(process)
         self._turns = Turns()
         self._asking: set[asyncio.Task[GrammarChecked]] = set()
-        self._verdicts: OrderedDict[bytes, GrammarChecked] = OrderedDict()
+        self._verdicts = VerdictCache()
 
     async def check(self, question: CheckGrammar, client: str = "") -> str:
         """The grammar for the engine. Raises InvalidRequest or Unsupported."""
@@ -57,10 +56,10 @@ class GrammarChecker:
             await process.stop()
 
     async def _verdict(self, key: bytes, question: CheckGrammar, client: str) -> GrammarChecked:
-        if (known := self._recall(key)) is not None:
+        if (known := self._verdicts.get(key)) is not None:
             return known
         await self._turns.take(client)
-        if (known := self._recall(key)) is not None:  # the client's check before this one was the same
+        if (known := self._verdicts.get(key)) is not None:  # the client's check before this one was the same
             self._turns.pass_on(client)
             return known
         task = asyncio.create_task(self._ask(key, question))
@@ -69,19 +68,13 @@ class GrammarChecker:
         # What has begun goes on without its caller: who cancels and asks again has one turn all the same.
         return await asyncio.shield(task)
 
-    def _recall(self, key: bytes) -> GrammarChecked | None:
-        if (known := self._verdicts.get(key)) is not None:
-            self._verdicts.move_to_end(key)
-        return known
-
     async def _ask(self, key: bytes, question: CheckGrammar) -> GrammarChecked:
         process = await self._free.get()
         try:
-            verdict = self._verdicts[key] = await process.check(question)
+            verdict = await process.check(question)
         finally:
             self._free.put_nowait(process)
-        if len(self._verdicts) > _MAX_CACHED:
-            self._verdicts.popitem(last=False)
+        self._verdicts.put(key, verdict)
         return verdict
 
     def _end(self, client: str, task: asyncio.Task[GrammarChecked]) -> None:
