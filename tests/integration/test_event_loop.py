@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import grpc
@@ -61,11 +62,20 @@ def large_requests() -> list[chat_pb2.GenerateRequest]:
     turn = message_pb2.Message(role=message_pb2.ROLE_USER, content="a turn of some words " * 8)
     kwargs = struct_pb2.Struct()
     kwargs["values"] = list(range(10_000))
+    properties = {f"p{i}": {"type": "string", "description": "one of many"} for i in range(600)}
+    parameters = json.dumps({"properties": properties, "not": {}})
     return [
         ask("word " * (_LARGE_BYTES // 5 - 100)),
         chat_pb2.GenerateRequest(messages=[turn] * (_LARGE_BYTES // 200)),
         chat_pb2.GenerateRequest(messages=[message_pb2.Message(content="x")] * 10_000),
         chat_pb2.GenerateRequest(messages=ask("x" * 5000).messages, chat_template_kwargs=kwargs),
+        ask(
+            "x",
+            tools=[
+                message_pb2.Tool(name=f"f{i}", parameters=parameters) for i in range(_LARGE_BYTES // len(parameters))
+            ],
+            tool_choice=message_pb2.ToolChoice(mode=message_pb2.ToolChoice.MODE_REQUIRED),
+        ),
     ]
 
 

@@ -103,7 +103,11 @@ def main() -> int:
     parser.add_argument("--step-delay", required=True)
     arguments = parser.parse_args()
     settings = scripted_settings(
-        max_running=arguments.max_running, max_queue=arguments.max_queue, log_level="warning", drain_timeout=0.0
+        max_running=arguments.max_running,
+        max_queue=arguments.max_queue,
+        tool_format="hermes",
+        log_level="warning",
+        drain_timeout=0.0,
     )
     watch = _Watch()
     signal.signal(signal.SIGUSR1, watch.reset)

@@ -114,14 +114,14 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         if request.priority and not current_call.get().may_set_priority:
             raise PermissionDenied("this client may not set a priority")
         served = self._served
-        params = await self._prompts.check(served.check_request, request)
-        if question := served.grammar_question(request, params):
+        params, question = await self._prompts.check(served.check_request, request)
+        if question:
             params = replace(params, grammar=await self._grammars.check(question, current_call.get().identity))
         self._check_model(request.model)
         prompt = await self._prompts.build(served, request)
         if not prompt.token_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
-        if convert.to_format(request.response_format) and prompt.opens_reasoning:
+        if _has_format(request) and prompt.opens_reasoning:
             raise Unsupported("response_format", "the chat template has this model's answer begin with its reasoning")
         deadline = current_call.get().deadline
         if deadline is not None and deadline <= time.monotonic():
@@ -149,7 +149,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         num_earlier_calls = sum(len(message.tool_calls) for message in request.messages)
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
         # What has the form of response_format is content from its first token to its last.
-        is_all_content = convert.to_format(request.response_format) is not None
+        is_all_content = _has_format(request)
         markers = () if is_all_content else answer_format.markers(with_tools=bool(tool_names))
         text = SequenceText(
             self._served.tokenizer,
@@ -180,6 +180,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             choices=[convert.to_choice(AnswerDelta.merge(choice)) for choice in choices],
             **_closing_fields(generation),
         )
+
+
+def _has_format(request: chat_pb2.GenerateRequest) -> bool:
+    return request.response_format.WhichOneof("format") not in (None, "text")
 
 
 def _closing_fields(generation: Generation) -> dict[str, Any]:

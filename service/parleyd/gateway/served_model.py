@@ -74,8 +74,26 @@ class ServedModel:
         """How many answers a valid request asks for."""
         return convert.num_choices(request.generation_config, self.info.defaults)
 
-    def grammar_question(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> CheckGrammar | None:
-        """What to ask the checker about a request; None where any text will do."""
+    def check_request(self, request: chat_pb2.GenerateRequest) -> tuple[SamplingParams, CheckGrammar | None]:
+        """The request's sampling parameters, and what is left to ask the checker: None where any text will do.
+
+        Raises InvalidRequest with every violation, or Unsupported.
+        """
+        params = convert.to_sampling_params(request.generation_config, self.defaults)
+        _refuse(
+            validation.request_violations(request, self.info),
+            convert.resolved_violations(request, params, self.num_choices(request)),
+            self._kwarg_violations(request),
+        )
+        self._refuse_unsupported(request, validation.unsupported_in_request(request, self.grammar_obstacle))
+        return params, self._grammar_question(request, params)
+
+    def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
+        """Raises InvalidRequest with every violation, or Unsupported."""
+        _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
+        self._refuse_unsupported(request)
+
+    def _grammar_question(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> CheckGrammar | None:
         form = convert.to_format(request.response_format)
         paths = {}
         if tools.is_required(request.tool_choice):
@@ -86,22 +104,6 @@ class ServedModel:
         endings = {*params.stop_token_ids, *self.info.eos_token_ids}
         resumed_ids = takewhile(lambda token_id: token_id not in endings, request.resume.token_ids)
         return CheckGrammar(self.info, *form, tuple(resumed_ids), paths)
-
-    def check_request(self, request: chat_pb2.GenerateRequest) -> SamplingParams:
-        """The request's sampling parameters. Raises InvalidRequest with every violation, or Unsupported."""
-        params = convert.to_sampling_params(request.generation_config, self.defaults)
-        _refuse(
-            validation.request_violations(request, self.info),
-            convert.resolved_violations(request, params, self.num_choices(request)),
-            self._kwarg_violations(request),
-        )
-        self._refuse_unsupported(request, validation.unsupported_in_request(request, self.grammar_obstacle))
-        return params
-
-    def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
-        """Raises InvalidRequest with every violation, or Unsupported."""
-        _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
-        self._refuse_unsupported(request)
 
     def _required_calls(self, request: chat_pb2.GenerateRequest) -> str:
         tool_format = self.answer_format.tool_format
