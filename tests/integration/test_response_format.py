@@ -6,26 +6,32 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from parley.v1 import chat_pb2, message_pb2
 from parleyd.config import SecuritySettings
 from parleyd.errors import EngineFault, InvalidRequest
-from parleyd.gateway import checker_process
+from parleyd.gateway import checker_process, grammar_checker
 from parleyd.gateway.grammar_checker import GrammarChecker
-from parleyd.generation import ModelInfo
 from parleyd.ipc.messages import CheckGrammar
 from parleyd.security.api_keys import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support import tiny_tokenizer
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
 from tests.support.random_engine import info_of
 from tests.support.requests import ask, error_info_of, reason_of, violated_fields
 
+StartChecker = Callable[..., GrammarChecker]
+RegexOf = Callable[[str], CheckGrammar]
 FORMATS: list[dict[str, Any]] = [
     {"json_object": {}},
     {"json_schema": '{"type": "integer"}'},
@@ -103,26 +109,21 @@ def test_a_format_is_checked_before_the_model(gateway: GatewayThread) -> None:
     ]
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        # Takes minutes; more stack than there is.
-        {"json_schema": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 991}, {"multipleOf": 983}]}'},
-        {"grammar": "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1} a{i}?\n" for i in range(2400)) + 'a2400 ::= "a"'},
-    ],
-)
-def test_a_hostile_grammar_costs_nobody_else_anything(
+# Takes minutes.
+SLOW = '{"allOf": [{"multipleOf": 997}, {"multipleOf": 991}, {"multipleOf": 983}]}'
+# Takes more stack than there is.
+DEEP = "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1} a{i}?\n" for i in range(2400)) + 'a2400 ::= "a"'
+
+
+@pytest.mark.parametrize("hostile", [{"json_schema": SLOW}, {"grammar": DEEP}])
+def test_a_hostile_grammar_is_refused_and_those_after_it_are_checked(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, hostile: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(checker_process, "_TIMEOUT_S", 1.0)
-    gateway = start_gateway(max_running=2)
+    gateway = start_gateway()
     gateway.stub.Generate(ask("x", response_format={"regex": "a"}), timeout=60)  # the checker is warm
-    doomed = gateway.stub.Generate.future(ask("x", response_format=hostile), timeout=60)
-    started = time.monotonic()
-    assert gateway.stub.Generate(ask("fine"), timeout=60).choices[0].message.content == "fine"
-    assert time.monotonic() - started < 1.0
-    assert doomed.code() is grpc.StatusCode.INVALID_ARGUMENT
+    monkeypatch.setattr(checker_process, "_TIMEOUT_S", 1.0)
+    assert refusal(gateway, ask("x", response_format=hostile)).code() is grpc.StatusCode.INVALID_ARGUMENT
+    monkeypatch.undo()
     assert gateway.stub.Generate(ask("x", response_format={"regex": "b"}), timeout=60).choices
 
 
@@ -162,85 +163,169 @@ def test_the_model_tells_which_formats_it_can_follow(gateway: GatewayThread) -> 
     assert {"json_object", "json_schema", "regex", "grammar", "choice"} <= set(capabilities)
 
 
-async def test_equal_checks_are_made_once_and_outlive_a_caller_that_is_cancelled(tokenizer_folder: Any) -> None:
-    checker = GrammarChecker()
-    info: ModelInfo = info_of(str(tokenizer_folder), tiny_tokenizer.VOCAB_SIZE, (tiny_tokenizer.IM_END_ID,))
-    question = CheckGrammar(info, "regex", "[a-z]+")
-    try:
-        calls = [asyncio.create_task(checker.check(question)) for _ in range(3)]
+# A checker that takes any grammar, answers with how many questions it has had, and dies of one after so many.
+COUNTING = """
+import socket, sys
+from parleyd.ipc.framing import read_frame, send_frame
+from parleyd.ipc.messages import GrammarChecked, encode
+num_answers, fd = map(int, sys.argv[1:])
+sock = socket.socket(fileno=fd)
+stream = sock.makefile("rb")
+for number in range(num_answers):
+    read_frame(stream)
+    send_frame(sock, encode(GrammarChecked(grammar=str(number))))
+read_frame(stream)
+"""
+
+
+def counting(num_answers: int) -> tuple[str, ...]:
+    return sys.executable, "-c", COUNTING, str(num_answers)
+
+
+@pytest.fixture
+async def checkers() -> AsyncIterator[StartChecker]:
+    """Starts grammar checkers, and ends them after the test."""
+    async with AsyncExitStack() as stack:
+
+        def start(*arguments: Any) -> GrammarChecker:
+            checker = GrammarChecker(*arguments)
+            stack.push_async_callback(checker.close)
+            return checker
+
+        yield start
+
+
+@pytest.fixture
+def regex_of(tokenizer_folder: Path) -> RegexOf:
+    info = info_of(str(tokenizer_folder), tiny_tokenizer.VOCAB_SIZE, (tiny_tokenizer.IM_END_ID,))
+    return partial(CheckGrammar, info, "regex")
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+def suspend(process: psutil.Process) -> None:
+    process.suspend()
+    eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+
+
+async def until_asked() -> None:
+    """Gives a check that was begun just now the few passes of the event loop that it takes to ask a process."""
+    for _ in range(5):
         await asyncio.sleep(0)
-        calls[0].cancel()
-        first, second = await asyncio.gather(*calls[1:])
-        assert first and first == second
-        assert calls[0].cancelled()
-        with pytest.raises(InvalidRequest):
-            await checker.check(CheckGrammar(info, "regex", "["))
-    finally:
-        await checker.close()
 
 
-ENDLESS = [
-    json.dumps({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}, {"multipleOf": 983}, {"minimum": i}]})
-    for i in range(6)
-]
+async def test_equal_checks_are_made_once_and_outlive_a_caller_that_is_cancelled(
+    checkers: StartChecker, regex_of: RegexOf
+) -> None:
+    checker = checkers(counting(9))
+    before = children()
+    assert await checker.check(regex_of("a")) == "1"  # 0 was the first question of a process, which is ours
+    (process,) = children() - before
+    suspend(process)
+    calls = [asyncio.create_task(checker.check(regex_of("b"))) for _ in range(3)]
+    await until_asked()
+    calls[0].cancel()
+    process.resume()
+    assert await asyncio.gather(*calls[1:]) == ["2", "2"]
+    assert calls[0].cancelled()
+    assert await checker.check(regex_of("c")) == "3"
 
 
-def test_grammars_of_one_client_do_not_hold_up_anothers(start_gateway: StartGateway, tmp_path: Path) -> None:
+def test_grammars_of_one_client_do_not_hold_up_anothers(
+    start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checker_process, "_TIMEOUT_S", 3600.0)  # who has to wait for theirs has no answer here
     keys = {name: new_key() for name in ("hostile", "other")}
     (tmp_path / "keys.toml").write_text("".join(entry_for(name, key) for name, key in keys.items()))
     gateway = start_gateway(max_running=2, security=SecuritySettings(api_keys=str(tmp_path / "keys.toml")))
     hostile, other = ((("authorization", f"Bearer {key}"),) for key in keys.values())
     gateway.stub.Generate(ask("x", response_format={"regex": "a"}), timeout=60, metadata=other)
     calls = [
-        gateway.stub.Generate.future(ask("x", response_format={"json_schema": schema}), timeout=60, metadata=hostile)
-        for schema in ENDLESS
+        gateway.stub.Generate.future(ask("x", response_format={"json_schema": schema}), metadata=hostile)
+        for schema in (SLOW + " " * i for i in range(6))
     ]
     while gateway.gateway.doorkeeper.num_open < len(calls):
         time.sleep(0.002)
     for call in calls[::2]:
         call.cancel()  # which must not give its client another turn
     for regex in "bcd":
-        started = time.monotonic()
-        gateway.stub.Generate(ask("x", response_format={"regex": regex}), timeout=30, metadata=other)
-        assert time.monotonic() - started < 4.0  # a process starts; one of theirs takes 5 s
+        gateway.stub.Generate(ask("x", response_format={"regex": regex}), timeout=60, metadata=other)
+    gateway.stub.Generate(ask("x"), timeout=60, metadata=other)
+    assert not any(call.done() for call in calls[1::2])
     for call in calls:
         call.cancel()
 
 
 async def test_a_grammar_has_no_more_time_where_the_process_is_new(
-    tokenizer_folder: Any, monkeypatch: pytest.MonkeyPatch
+    checkers: StartChecker, regex_of: RegexOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checker_process, "_TIMEOUT_S", 0.5)
-    info = info_of(str(tokenizer_folder), tiny_tokenizer.VOCAB_SIZE, (tiny_tokenizer.IM_END_ID,))
-    checker = GrammarChecker()
-    try:
-        async with asyncio.timeout(20):
-            for schema in ENDLESS[:2]:
-                with pytest.raises(InvalidRequest, match="too complex"):
-                    await checker.check(CheckGrammar(info, "json_schema", schema))
-    finally:
-        await checker.close()
+    checker = checkers()
+    async with asyncio.timeout(40):  # a start may take 60
+        for schema in (SLOW, SLOW + " "):
+            with pytest.raises(InvalidRequest, match="too complex"):
+                await checker.check(CheckGrammar(regex_of("").info, "json_schema", schema))
 
 
-# Answers the first question, as a checker that has started well, and dies of the second.
-SHORT_LIVED = """
-import socket, sys
-from parleyd.ipc.framing import read_frame, send_frame
-from parleyd.ipc.messages import GrammarChecked, encode
-sock = socket.socket(fileno=int(sys.argv[1]))
-stream = sock.makefile("rb")
-read_frame(stream)
-send_frame(sock, encode(GrammarChecked(grammar="g")))
-read_frame(stream)
-"""
-
-
-@pytest.mark.parametrize(("program", "error"), [(SHORT_LIVED, InvalidRequest), ("import os; os._exit(1)", EngineFault)])
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [(counting(1), InvalidRequest), ((sys.executable, "-c", "import os; os._exit(1)"), EngineFault)],
+)
 async def test_a_checker_that_dies_refuses_what_it_died_of_and_nothing_for_not_starting(
-    program: str, error: type[Exception]
+    checkers: StartChecker, regex_of: RegexOf, command: tuple[str, ...], error: type[Exception]
 ) -> None:
-    checker = GrammarChecker((sys.executable, "-c", program))
-    for _ in range(3):
+    checker = checkers(command)
+    for regex in "abc":
         with pytest.raises(error, match="too complex" if error is InvalidRequest else "does not start"):
-            await checker.check(CheckGrammar(info_of("none", 1, (0,)), "regex", f"a{_}"))
-    await checker.close()
+            await checker.check(regex_of(regex))
+
+
+async def test_what_a_checker_dies_of_that_was_asked_others_before_is_asked_of_a_new_one(
+    checkers: StartChecker, regex_of: RegexOf
+) -> None:
+    checker = checkers(counting(2))
+    assert [await checker.check(regex_of(regex)) for regex in "abc"] == ["1", "1", "1"]
+
+
+async def test_a_checker_that_is_killed_while_it_has_nothing_to_do_costs_no_grammar_its_check(
+    checkers: StartChecker, regex_of: RegexOf
+) -> None:
+    checker = checkers()
+    for regex in "abc":
+        before = children()
+        assert await checker.check(regex_of(regex))
+        (process,) = children() - before
+        process.kill()
+
+
+async def test_too_complex_is_remembered_for_a_while_only(
+    checkers: StartChecker, regex_of: RegexOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker = checkers()
+    for regex, doubtful_after_s in (("b", 3600.0), ("c", 0.0)):
+        before = children()
+        await checker.check(regex_of("a" + regex))
+        (process,) = children() - before
+        suspend(process)
+        monkeypatch.setattr(grammar_checker, "_DOUBTFUL_AFTER_S", doubtful_after_s)
+        monkeypatch.setattr(checker_process, "_TIMEOUT_S", 0.5)
+        with pytest.raises(InvalidRequest, match="too complex"):
+            await checker.check(regex_of(regex))
+        monkeypatch.undo()
+    with pytest.raises(InvalidRequest, match="too complex"):
+        await checker.check(regex_of("b"))
+    assert await checker.check(regex_of("c"))
+
+
+async def test_a_gateway_that_was_stopped_itself_finds_no_grammar_too_complex(
+    checkers: StartChecker, regex_of: RegexOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker = checkers()
+    await checker.check(regex_of("a"))
+    monkeypatch.setattr(checker_process, "_TIMEOUT_S", 2.0)
+    call = asyncio.create_task(checker.check(regex_of("b")))
+    await until_asked()
+    time.sleep(2.5)  # noqa: ASYNC251 - the event loop stands still, as if the process were stopped
+    assert await call

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from parleyd.errors import InvalidRequest, Unsupported, Violation
-from parleyd.gateway.checker_process import CheckerProcess
+from parleyd.gateway.checker_process import TOO_COMPLEX, CheckerProcess
 from parleyd.gateway.turns import Turns
 from parleyd.gateway.verdict_cache import VerdictCache
 from parleyd.ipc.messages import CheckGrammar, GrammarChecked, encode
 
 CHECKER_COMMAND = (sys.executable, "-P", "-m", "parleyd.grammar")
 
+# What takes too long may do so for the machine's sake, so that is not kept for good; but a batch may ask it often.
+_DOUBTFUL_AFTER_S = 30.0
 # Two, so that one client's grammars do not hold up all others'. The second is started when it is first needed.
 _NUM_PROCESSES = 2
 
@@ -75,6 +77,8 @@ class GrammarChecker:
         finally:
             self._free.put_nowait(process)
         self._verdicts.put(key, verdict)
+        if verdict is TOO_COMPLEX:
+            asyncio.get_running_loop().call_later(_DOUBTFUL_AFTER_S, self._verdicts.drop, key)
         return verdict
 
     def _end(self, client: str, task: asyncio.Task[GrammarChecked]) -> None:
