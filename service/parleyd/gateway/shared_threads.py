@@ -17,7 +17,7 @@ class SharedThreads:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self.turns = Turns()
+        self._turns = Turns()
 
     async def run(self, client: str, work: Callable[[], _Result]) -> _Result:
         """What `work` returns or raises. Cancelling this drops work that has not begun.
@@ -25,11 +25,11 @@ class SharedThreads:
         No thread can be interrupted: begun work keeps the client's turn until its end, or who cancels and asks again
         would have all threads.
         """
-        await self.turns.take(client)
+        await self._turns.take(client)
         try:
             submitted = self._executor.submit(work)
         except BaseException:
-            self.turns.pass_on(client)
+            self._turns.pass_on(client)
             raise
         done = asyncio.wrap_future(submitted)
         done.add_done_callback(lambda done: self._end(client, done))
@@ -42,6 +42,6 @@ class SharedThreads:
         return done.result()
 
     def _end(self, client: str, done: asyncio.Future[_Result]) -> None:
-        self.turns.pass_on(client)
+        self._turns.pass_on(client)
         if not done.cancelled():
             done.exception()  # of cancelled work nobody else asks for it, and asyncio would complain

@@ -14,10 +14,6 @@ class Turns:
         # Of each client that has the turn: who waits for it.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
-    def __len__(self) -> int:
-        """How many clients have the turn."""
-        return len(self._waiting)
-
     async def take(self, client: str) -> None:
         """Waits for the client's turn, in the order of asking; `pass_on` must follow."""
         waiting = self._waiting.get(client)
