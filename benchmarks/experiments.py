@@ -38,14 +38,14 @@ _MAX_PROMPT_TOKENS = 200
 
 
 def start(rounds: int = 3) -> list[Row]:
-    """From the process's start to SERVING, the converted model in the cache; then memory under a load of 16 streams."""
-    seconds, mib = [], 0.0
+    """From the process's start to SERVING, the converted model in the cache; memory in bfloat16, under 16 streams."""
+    seconds = []
     for _ in tqdm(range(rounds), desc="start", unit="start", leave=False):
         with serving(_QUIET) as server:
             seconds.append(server.start_s)
-            if len(seconds) == rounds:
-                in_turns([server], lambda seed: workload.fixed(seed, 64, 32), 16, rounds=1, limit_s=10)
-                mib = server.memory_bytes() / _MIB
+    with serving([*_QUIET, "--no-four-bit-linear"]) as server:
+        in_turns([server], lambda seed: workload.fixed(seed, 64, 32), 16, rounds=1, limit_s=10)
+        mib = server.memory_bytes() / _MIB
     row = {"experiment": "start", "value": round(statistics.median(seconds), 2), "unit": "s", "rounds": seconds}
     return [row, {"experiment": "memory", "value": round(mib), "unit": "MiB"}]
 
@@ -132,6 +132,7 @@ async def _queue_cost(
 ) -> tuple[float, float, float, float]:
     async with _connected(target) as client, AsyncExitStack() as stack:
         running = _Streams(client, admin_port, streams, window_s)
+        await running.fresh_rate(0)  # a server's first load is slower
         before = await running.fresh_rate(0)
         started = time.perf_counter()
         num_connections = -(-num_queued // _STREAMS_PER_CONNECTION)

@@ -106,7 +106,7 @@ def _measure(engine: OfflineEngine, arguments: argparse.Namespace, concurrency: 
     engine.run(_WARM_UP_SEED, concurrency, concurrency, 8)
     runs: dict[str, list[Run]] = {name: [] for name in ("engine", *arguments.peer)}
     for round_ in tqdm(range(arguments.rounds), desc=f"c={concurrency}", unit="round", leave=False):
-        seed = 1000 * arguments.seed + round_
+        seed = 1000 * (100 * arguments.seed + concurrency) + round_
         runs["engine"].append(engine.run(seed, concurrency, number, arguments.new_tokens))
         for name in arguments.peer:
             runs[name].append(run_peer(name, arguments.peers, concurrency, number, arguments.new_tokens))

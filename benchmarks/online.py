@@ -65,7 +65,7 @@ def compare(
     seed: int = 0,
 ) -> list[Row]:
     """One row a server, printed as soon as it is there; those after the first with the first's ratio to them."""
-    make = _maker(name, number, new_tokens, arrivals_per_s, seed)
+    make = maker(name, concurrency, number, new_tokens, arrivals_per_s, seed)
     is_open = arrivals_per_s is not None
     label = f"{name} c={concurrency}"
     measured = in_turns(servers, make, concurrency, rounds=rounds, limit_s=limit_s, is_open=is_open, label=label)
@@ -85,25 +85,27 @@ def compare(
     return rows
 
 
-def _maker(
-    name: str, number: int, new_tokens: int, arrivals_per_s: float | None, first_seed: int
+def maker(
+    name: str, concurrency: int, number: int, new_tokens: int, arrivals_per_s: float | None = None, seed: int = 0
 ) -> Callable[[int], list[Request]]:
-    """The requests of a round. Each round has prompts of its own: a cache that remembers the last one is of no use."""
+    """The requests of a round. Each round of each concurrency has prompts of its own, since the servers stay up: a
+    cache that remembers earlier ones is of no use."""
+    first_seed = 100 * seed + concurrency
 
     def make(round_: int) -> list[Request]:
-        seed = 1000 * first_seed + round_
+        round_seed = 1000 * first_seed + round_
         match name:
             case "mixed":
-                requests = workload.mixed(seed, number)
+                requests = workload.mixed(round_seed, number)
             case "cold-prefix" | "shared-prefix":
                 # A shared prompt is the same in all rounds, and the warm-up of the first round's first user.
                 is_shared = name == "shared-prefix"
                 requests = workload.shared_prefix(
-                    first_seed if is_shared else seed, number, new_tokens, is_shared=is_shared
+                    first_seed if is_shared else round_seed, number, new_tokens, is_shared=is_shared
                 )
             case _:
-                requests = workload.fixed(seed, number, new_tokens)
-        return workload.poisson(seed, requests, arrivals_per_s) if arrivals_per_s is not None else requests
+                requests = workload.fixed(round_seed, number, new_tokens)
+        return workload.poisson(round_seed, requests, arrivals_per_s) if arrivals_per_s is not None else requests
 
     return make
 

@@ -85,10 +85,11 @@ def _arrivals(chance: random.Random, per_s: float) -> Iterator[float]:
 
 
 def _ask(chance: random.Random, prompt_tokens: int, new_tokens: int) -> Request:
+    # Each message begins with a space, so that its first word is one token too.
     num_words = prompt_tokens - _TEMPLATE_TOKENS
     if num_words >= _FEWEST_WORDS:
-        return Request((("user", f"{_QUESTION} {_words(chance, num_words)}"),), new_tokens)
-    # Each message begins with a space, so that its first word is one token too.
+        # The words come first, so that no block of tokens is the same in two prompts.
+        return Request((("user", f" {_words(chance, num_words)} {_QUESTION}"),), new_tokens)
     system, *words = (f" {word}" for word in chance.choices(_WORDS, k=max(2, prompt_tokens - _SHORT_TEMPLATE_TOKENS)))
     return Request((("system", system), ("user", "".join(words))), new_tokens)
 

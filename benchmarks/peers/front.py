@@ -6,15 +6,17 @@ Standard library only: it runs in a peer's environment.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Messages = list[dict[str, str]]
 
 
-def serve(port: int, stream: Callable[[Messages, int], Iterator[str]]) -> None:
-    """Serves for ever. `stream` gives the pieces of an answer of exactly so many tokens, a token a piece."""
+def serve(port: int, stream: Callable[[Messages, int], Generator[str]]) -> None:
+    """Serves for ever. `stream` gives the pieces of an answer of exactly so many tokens, a token a piece; it is closed
+    early where the client goes."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -26,10 +28,11 @@ def serve(port: int, stream: Callable[[Messages, int], Iterator[str]]) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
-            for num_tokens, piece in enumerate(stream(body["messages"], body["max_tokens"]), start=1):
-                usage = {"completion_tokens": num_tokens}
-                self._event({"choices": [{"delta": {"content": piece}}], "usage": usage})
-            self.wfile.write(b"data: [DONE]\n\n")
+            with closing(stream(body["messages"], body["max_tokens"])) as pieces, suppress(ConnectionError):
+                for num_tokens, piece in enumerate(pieces, start=1):
+                    usage = {"completion_tokens": num_tokens}
+                    self._event({"choices": [{"delta": {"content": piece}}], "usage": usage})
+                self.wfile.write(b"data: [DONE]\n\n")
 
         def _event(self, chunk: dict[str, Any]) -> None:
             self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import heapq
 import itertools
 import json
 import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import llama_cpp
@@ -41,6 +42,7 @@ class Request:
     slot: int = -1
     num_prefilled: int = 0
     output_ids: list[int] = dataclasses.field(default_factory=list)
+    is_given_up: bool = False  # set by whoever asked
 
 
 class LlamaEngine:
@@ -51,7 +53,8 @@ class LlamaEngine:
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = _MAX_RUNNING * _SLOT_TOKENS, _BATCH_TOKENS, _BATCH_TOKENS
-        params.n_seq_max = _MAX_RUNNING
+        # Else only sequences of adjacent slots share a pass over the weights.
+        params.n_seq_max, params.kv_unified = _MAX_RUNNING, True
         params.n_threads = params.n_threads_batch = os.cpu_count() or 1
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
@@ -68,10 +71,15 @@ class LlamaEngine:
         """Waits until there is something to do."""
         while not self._inbox.empty() or not (self._running or self._waiting):
             self._waiting.append(self._inbox.get())
+        for request in [request for request in self._running if request.is_given_up]:
+            self._end(request)
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
-            request.slot = self._free_slots.pop()
-            self._running.append(request)
+            if not request.is_given_up:
+                request.slot = heapq.heappop(self._free_slots)
+                self._running.append(request)
+        if not self._running:
+            return []
         sampling = self._fill()
         if status := llama_cpp.llama_decode(self._context, self._batch):
             raise RuntimeError(f"llama_decode: {status}")
@@ -81,7 +89,7 @@ class LlamaEngine:
         """The batch; which of its rows give a token, and whose."""
         self._batch.n_tokens = 0
         sampling = []
-        for request in sorted(self._running, key=lambda request: not request.output_ids):
+        for request in sorted(self._running, key=lambda request: (not request.output_ids, request.slot)):
             if request.output_ids:
                 ids, position = request.output_ids[-1:], len(request.prompt_ids) + len(request.output_ids) - 1
             else:
@@ -108,10 +116,13 @@ class LlamaEngine:
         request.output_ids.append(token_id)
         is_last = len(request.output_ids) == request.new_tokens
         if is_last:
-            self._running.remove(request)
-            self._free_slots.append(request.slot)
-            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), request.slot, -1, -1)
+            self._end(request)
         return Output(request.key, [token_id], is_last)
+
+    def _end(self, request: Request) -> None:
+        self._running.remove(request)
+        heapq.heappush(self._free_slots, request.slot)
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), request.slot, -1, -1)
 
 
 class Tokenizer:
@@ -138,15 +149,20 @@ def serve(engine: LlamaEngine, tokenizer: Tokenizer, port: int) -> None:
     def run() -> None:
         while True:
             for output in engine.step():
-                answers[output.key].put(output)
+                if (answer := answers.get(output.key)) is not None:
+                    answer.put(output)
 
-    def stream(messages: front.Messages, new_tokens: int) -> Iterator[str]:
+    def stream(messages: front.Messages, new_tokens: int) -> Generator[str]:
         request = Request(next(keys), tokenizer.encode(messages), new_tokens)
-        answers[request.key] = queue.SimpleQueue()
+        answer: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        answers[request.key] = answer
         engine.submit(request)
-        for _ in range(new_tokens):
-            yield tokenizer.decode(answers[request.key].get().token_ids[0])
-        del answers[request.key]
+        try:
+            for _ in range(new_tokens):
+                yield tokenizer.decode(answer.get().token_ids[0])
+        finally:
+            request.is_given_up = True
+            del answers[request.key]
 
     threading.Thread(target=run, daemon=True).start()
     front.serve(port, stream)

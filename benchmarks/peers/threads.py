@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList, TextIteratorStreamer
 
 from benchmarks.peers import front
 
@@ -25,14 +25,19 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
 
-    def stream(messages: front.Messages, new_tokens: int) -> Iterator[str]:
+    def stream(messages: front.Messages, new_tokens: int) -> Generator[str]:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True)
-        options = {**inputs, "streamer": streamer, "max_new_tokens": new_tokens, "do_sample": False}
-        threading.Thread(target=model.generate, kwargs=options, daemon=True).start()
-        return islice(streamer, new_tokens)  # a piece a token, and one more at the end
+        is_gone = threading.Event()
+        stop = StoppingCriteriaList([lambda ids, _: torch.full((len(ids),), is_gone.is_set())])
+        options = {"streamer": streamer, "stopping_criteria": stop, "max_new_tokens": new_tokens, "do_sample": False}
+        threading.Thread(target=model.generate, kwargs={**inputs, **options}, daemon=True).start()
+        try:
+            yield from islice(streamer, new_tokens)  # a piece a token, and one more at the end
+        finally:
+            is_gone.set()
 
     front.serve(arguments.port, stream)
 

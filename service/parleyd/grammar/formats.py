@@ -67,7 +67,7 @@ def _from_json_schema(source: str) -> str:
 def _from_gbnf(source: str) -> str:
     try:
         return LLMatcher.grammar_from_lark(gbnf_to_lark(_ESCAPE.sub(_rewrite_escape, source)))
-    except GrammarError:
+    except (GrammarError, MemoryError):  # the one is told; the other ends the process, whose memory it was
         raise
     except Exception as error:  # the library raises bare Exception, and RecursionError where it is nested too deeply
         raise GrammarError(str(error)) from error

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import workload
 from benchmarks.load import Clock, Run
+from benchmarks.online import maker
 from benchmarks.report import targets_table, throughput_table
 from benchmarks.summary import percentile, ratio
 from benchmarks.targets import TARGETS
@@ -91,6 +92,14 @@ def test_workloads_are_seeded_and_no_two_prompts_alike() -> None:
     assert arrivals == sorted(arrivals) and 35 < arrivals[-1] < 45
     cold, shared = (workload.shared_prefix(0, 16, 4, is_shared=value) for value in (False, True))
     assert [len({request.messages[0] for request in requests}) for requests in (cold, shared)] == [16, 1]
+
+
+def test_no_prompt_begins_like_another_that_the_same_servers_are_asked() -> None:
+    makers = [maker("fixed", concurrency, 2 * concurrency, 8) for concurrency in (1, 4, 16, 64)]
+    asked = [request for make in makers for round_ in range(3) for request in make(round_)]
+    # A block of 32 tokens holds so many words behind the default system prompt and before its end.
+    beginnings = {tuple(request.messages[0][1].split()[:5]) for request in asked}
+    assert len({request.messages for request in asked}) == len(asked) and len(beginnings) > 0.99 * len(asked)
 
 
 def test_mixed_prompts_go_from_16_tokens_to_1500_and_no_two_are_alike() -> None:
