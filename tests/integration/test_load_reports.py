@@ -9,6 +9,7 @@ import base64
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from parley.v1 import chat_pb2, message_pb2
 from parleyd.config import SecuritySettings
 from parleyd.errors import ParleyError
 from parleyd.gateway.observer import Observer
-from parleyd.rpc.load_report import OrcaLoadReport
+from parleyd.generation import EngineStats
 from parleyd.security.api_keys import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.integration.test_errors import EXAMPLES
 from tests.support.gateway import GatewayThread
+from tests.support.orca import OrcaLoadReport
 from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask
 
@@ -217,3 +219,9 @@ def test_every_error_is_one_of_ours_or_of_the_clients(shared_gateway: GatewayThr
     observer = Observer(shared_gateway.gateway.load)
     report = OrcaLoadReport.FromString(observer.load_report(error))
     assert (report.eps > 0) == (type(error).__name__ in FAULTS_HERE)
+
+
+def test_the_kv_blocks_in_use_are_told(shared_gateway: GatewayThread) -> None:
+    load = replace(shared_gateway.gateway.load(), engine=EngineStats(num_blocks=8, num_used_blocks=2))
+    report = OrcaLoadReport.FromString(Observer(lambda: load).load_report(None))
+    assert report.mem_utilization == report.named_metrics["kv_cache_usage"] == 0.25
