@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -268,9 +270,22 @@ def test_layers_that_compute_something_else_with_our_attention_are_found_out(mon
 
     monkeypatch.setattr(StockForward, "_attend", wrong)
     cache = PagedKVCache((2, 8, 32, 2, 16), torch.float32, "cpu")
+    held = weakref.ref(cache)
     before = model.config._attn_implementation
     assert checked_stock_forward(model, cache) is None
     assert model.config._attn_implementation == before
+    del cache
+    gc.collect()
+    assert held() is None, "on a GPU that would be most of its memory"
+
+
+def test_a_device_that_breaks_in_the_check_is_no_reason_for_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(StockForward, "_attend", broken)
+    with pytest.raises(torch.AcceleratorError):
+        checked_stock_forward(make_model("Gemma"), PagedKVCache((2, 8, 32, 2, 16), torch.float32, "cpu"))
 
 
 def test_layers_that_never_ask_for_our_attention_are_found_out(caplog: pytest.LogCaptureFixture) -> None:
