@@ -112,10 +112,12 @@ class KVLedger:
         """Whether the next token to compute has a slot or can be given one."""
         return sequence.num_computed_tokens < len(sequence.block_ids) * self.block_size or self.num_available > 0
 
-    def append(self, sequence: Sequence) -> None:
-        """Sees to it that the next token to compute has a slot."""
-        if sequence.num_computed_tokens == len(sequence.block_ids) * self.block_size:
-            sequence.block_ids.append(self._take_block())
+    def append(self, sequence: Sequence) -> int | None:
+        """Sees to it that the next token to compute has a slot. Returns the block, if it needs a new one."""
+        if sequence.num_computed_tokens < len(sequence.block_ids) * self.block_size:
+            return None
+        sequence.block_ids.append(self._take_block())
+        return sequence.block_ids[-1]
 
     def register(self, sequence: Sequence, start: int, end: int) -> None:
         """Lets others find what filled up when the positions from `start` to before `end` were computed: blocks, and
@@ -133,11 +135,10 @@ class KVLedger:
             block_id = sequence.block_ids[num_prompt_tokens // self.block_size]
             self._register(self._digest(sequence, num_prompt_tokens), block_id)
 
-    def forget(self, sequence: Sequence) -> list[int]:
-        """Sees to it that nobody else finds the blocks of a sequence. Returns those that it alone holds."""
+    def forget(self, sequence: Sequence) -> None:
+        """Sees to it that nobody else finds the blocks of a sequence."""
         for block_id in sequence.block_ids:
             self._unregister(block_id)
-        return [block_id for block_id in sequence.block_ids if self._ref_counts[block_id] == 1]
 
     def free(self, sequence: Sequence) -> None:
         """Takes back all blocks of a sequence; the registered ones stay findable until their room is needed."""

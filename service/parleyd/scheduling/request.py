@@ -134,12 +134,13 @@ class Batch:
     """What one step runs: decodes first, then stretches of prompts.
 
     A stretch attends to all before it in its blocks, its own tokens included: in each layer, write first, then attend.
-    Before all that, blocks are cleared, then copied: `copies` are pairs of where from and where to.
+    Before all that, blocks are copied, then others cleared: `copies` are pairs of where from and where to; `cleared`
+    are new, each the last of its sequence: behind the last token a mask hides what is there, which must be finite.
     """
 
     scheduled: list[Scheduled] = field(default_factory=list)
-    cleared: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    cleared: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_decodes: int = 0  # the leading entries, of one token each
     num_samples: int = 0

@@ -59,7 +59,6 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._waiting = _WaitingQueue()
         self._running: list[Sequence] = []  # by rank
-        self._spoiled: list[int] = []  # blocks, to be cleared before anyone reads what a mask hides of them
         self._num_arrivals = 0
         self._num_prompt_tokens = 0
         self._num_cached_prompt_tokens = 0
@@ -100,10 +99,7 @@ class Scheduler:
         batch = Batch()
         prefills = self._schedule_decodes(batch)
         self._schedule_prefills(batch, prefills)
-        if not batch.scheduled:
-            return None
-        batch.cleared, self._spoiled = self._spoiled, []
-        return batch
+        return batch if batch.scheduled else None
 
     def commit(
         self, batch: Batch, token_ids: Ids[int | None], logprobs: Mapping[int, TokenLogprob] = _NONE
@@ -123,7 +119,7 @@ class Scheduler:
                 continue
             if samples and token_id is None:
                 # Its keys and values may be NaN, and so may all be that is computed from them.
-                self._spoiled += self._ledger.forget(sequence)
+                self._ledger.forget(sequence)
                 self._end(sequence)
                 outputs.append(Output(key=sequence.key, error=NOT_FINITE))
                 continue
@@ -216,12 +212,12 @@ class Scheduler:
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens - sequence.num_computed_tokens > 1:
                 prefills.append(sequence)
-            elif num_tokens < sequence.max_length and self._make_room(sequence):
+            elif num_tokens < sequence.max_length and self._make_room(sequence, batch):
                 batch.add(sequence, 1)
         batch.num_decodes = len(batch.scheduled)
         return prefills
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: Sequence, batch: Batch) -> bool:
         """Gives the sequence's next token a slot, at the cost of the last in rank; False where that is itself."""
         while not self._ledger.can_append(sequence):
             # Ranks behind this one, so it is not in the batch yet.
@@ -229,7 +225,8 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self._ledger.append(sequence)
+        if (block_id := self._ledger.append(sequence)) is not None:
+            batch.cleared.append(block_id)
         return True
 
     def _preempt(self, victim: Sequence) -> None:
@@ -285,8 +282,11 @@ class Scheduler:
         if not self._ledger.can_allocate(head, prefix, num_reserved):
             return False
         self._waiting.pop()
-        if (copy := self._ledger.allocate(head, prefix)) is not None:
+        copy, last = self._ledger.allocate(head, prefix), head.block_ids[-1]
+        if copy is not None:
             batch.copies.append(copy)
+        if copy is None or copy[1] != last:
+            batch.cleared.append(last)
         head.state = SequenceState.RUNNING
         insort(self._running, head, key=attrgetter("rank"))
         if head.cached_prompt_tokens is None:

@@ -103,6 +103,27 @@ def test_what_pads_a_shorter_neighbours_blocks_is_not_its(lean: bool) -> None:
         assert [token_id for output in outputs if output.key == key for token_id in output.token_ids] == expected[key]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("lean", [True, False])
+def test_one_that_is_cancelled_before_it_could_fail_harms_nobody_either(lean: bool, overlap: bool) -> None:
+    prompt = (40, 41)  # shorter than what the other leaves in the block that both get
+    expected = oracle(make_model("Llama"), prompt)
+    model = make_model("Llama")
+    model.get_input_embeddings().weight.data[BAD_ID] = math.nan
+    engine = make_engine(model, lean=lean, overlap=overlap, max_batch_tokens=16)
+    engine.submit(request(50, (5,), ignore_eos=True, max_new_tokens=40))  # gives tokens while the other gives none
+    engine.submit(request(BAD_KEY, BAD_PROMPT))
+    for _ in range(2):
+        assert {output.key for output in engine.step()} == {50}
+    engine.abort(BAD_KEY)
+    engine.submit(request(1, prompt))
+    outputs = engine.step()
+    while sum(output.is_last for output in outputs) < 2:
+        outputs += engine.step()
+    assert not [output.error for output in outputs if output.error]
+    assert [token_id for output in outputs if output.key == 1 for token_id in output.token_ids] == expected
+
+
 def test_nobody_finds_its_prefix() -> None:
     model = make_model("Llama")
     embedding = model.get_input_embeddings().weight.data

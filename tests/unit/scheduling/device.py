@@ -42,6 +42,8 @@ class Device:
 
     def run(self, step: Step) -> list[int]:
         self._copy(step.batch.copies)
+        for block_id in step.batch.cleared:
+            self._memory.update((block_id * self._block_size + i, -1) for i in range(self._block_size))
         sampled = []
         for item, (ids, written, read) in zip(step.batch.scheduled, step.inputs, strict=True):
             sequence = item.sequence
