@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from parleyd.kernels.cache import PagedKVCache, head_slots, write
 from parleyd.kernels.gathered import GatheredDecode, GatheredPrefill
 from parleyd.kernels.paged import PagedDecode, PagedPrefill
 from parleyd.model.upload import upload
-from parleyd.scheduling.request import Batch, Scheduled
+from parleyd.scheduling.request import Batch
 
 
 class Part(Protocol):
@@ -46,14 +45,17 @@ class StepLayout:
             parts += [GatheredDecode.of(decodes, cache)] if decodes else []
         else:
             # Short prompts after the decodes are attended to with them.
-            num_short = len(list(itertools.takewhile(lambda item: _is_short(item, cache), prefills)))
+            ends = (item.start + item.num_tokens for item in prefills)
+            num_short = len(list(itertools.takewhile(cache.kernels.max_row_tokens.__ge__, ends)))
             decodes, prefills = decodes + prefills[:num_short], prefills[num_short:]
             parts += [PagedDecode.of(decodes, cache.block_size, cache.device)] if decodes else []
         row = sum(item.num_tokens for item in decodes)
         if prefills and cache.kernels.prefill is not None:
             parts.append(PagedPrefill.of(prefills, row, cache.block_size, cache.device))
         else:
-            parts += _prefills(prefills, row, cache)
+            for item in prefills:
+                parts.append(GatheredPrefill.of(item, row, cache))
+                row += item.num_tokens
         slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
         return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))
 
@@ -81,18 +83,3 @@ def attend_to_written(
     """See `attend`; the keys and values are in the cache already."""
     parts = [part.attend(cache, layer, query, key, value, scale) for part in layout.parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _is_short(item: Scheduled, cache: PagedKVCache) -> bool:
-    return item.start + item.num_tokens <= cache.kernels.max_row_tokens
-
-
-def _prefills(scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Iterator[Part]:
-    for are_short, group in itertools.groupby(scheduled, lambda item: _is_short(item, cache)):
-        items = list(group)
-        if are_short:
-            yield PagedDecode.of(items, cache.block_size, cache.device, row)
-        for item in items:
-            if not are_short:
-                yield GatheredPrefill.of(item, row, cache)
-            row += item.num_tokens

@@ -1,4 +1,4 @@
-"""The parts of a step for kernels that read the KV cache's blocks where they lie. Chosen in kernels.py."""
+"""The parts of a step for kernels that read the KV cache's blocks where they lie. Chosen in choice.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ PrefillKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, f
 class Kernels(NamedTuple):
     """What attends where there is something better than to gather the blocks; None where there is not.
 
-    `max_row_tokens`: prompts up to this position are gathered no more than decodes are; `decode` takes their rows.
+    `max_row_tokens`: prompts up to this position, with no longer one before them in the step, are gathered no more than
+    decodes are; `decode` takes their rows.
     """
 
     decode: DecodeKernel | None = None
@@ -45,28 +46,27 @@ NO_KERNELS = Kernels()
 
 @dataclass(frozen=True)
 class PagedDecode:
-    """Rows from `row` on, each attending to its sequence up to itself.
+    """The first rows, each attending to its sequence up to itself.
 
     `table`: `[rows, blocks]`, `lengths`: `[rows]`, both int32.
     """
 
     table: Tensor
     lengths: Tensor
-    row: int = 0
 
     @classmethod
-    def of(cls, scheduled: list[Scheduled], block_size: int, device: torch.device, row: int = 0) -> PagedDecode:
+    def of(cls, scheduled: list[Scheduled], block_size: int, device: torch.device) -> PagedDecode:
         ends = [item.start + item.num_tokens + 1 for item in scheduled]
         lengths = [np.arange(item.start + 1, end, dtype=np.int32) for item, end in zip(scheduled, ends, strict=True)]
         table = block_table(scheduled, block_size).repeat([item.num_tokens for item in scheduled], 0)
-        return cls(upload(table, device), upload(np.concatenate(lengths), device), row)
+        return cls(upload(table, device), upload(np.concatenate(lengths), device))
 
     def attend(
         self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """See Part."""
         assert cache.kernels.decode is not None
-        query = query[self.row : self.row + len(self.lengths)]
+        query = query[: len(self.lengths)]
         return cache.kernels.decode(query, cache.keys[layer], cache.values[layer], self.table, self.lengths, scale)
 
 

@@ -1,7 +1,7 @@
 """Paged attention of decoding sequences as a Triton kernel: flash-decoding (Dao et al. 2023) over a block table.
 
 A sequence is cut into splits of a fixed number of tokens, which run side by side and are put together afterwards. Where
-it is cut depends on nothing but its own length, so neither does its result. Imports triton: see kernels.py.
+it is cut depends on nothing but its own length, so neither does its result. Imports triton: see choice.py.
 """
 
 from __future__ import annotations
