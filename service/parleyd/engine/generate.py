@@ -10,6 +10,7 @@ import hashlib
 import logging
 import queue
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
-from parleyd.engine.token_streamer import TokenStreamer
 from parleyd.generation import (
     NOT_FINITE,
     NUM_TOP_LOGPROBS,
@@ -32,12 +33,9 @@ from parleyd.generation import (
 )
 from parleyd.grammar.compiler import GrammarError
 from parleyd.sampling.grammar import GrammarCompiler, GrammarMask, GrammarRow, GrammarState
+from parleyd.sampling.sampler import MIN_REPETITION_PENALTY, MIN_TEMPERATURE
 
 _logger = logging.getLogger("parleyd.engine")
-
-# Below these the division of a float32 logit overflows; what they ask for is the greedy choice anyway.
-_MIN_TEMPERATURE = 1e-5
-_MIN_REPETITION_PENALTY = 1e-3
 
 
 class _Cancelled(Exception):
@@ -184,7 +182,7 @@ class GenerateEngine:
             generation_config=self._config(params, max_new_tokens - len(request.output_ids), stop_ids),
             logits_processor=self._processors(params, len(request.prompt_ids), stop_ids, grammar),
             stopping_criteria=[_Ended(sequence)],
-            streamer=TokenStreamer(on_token),
+            streamer=_TokenStreamer(on_token),
         )
 
     def _start_grammar(self, request: EngineRequest) -> GrammarState | None:
@@ -216,10 +214,10 @@ class GenerateEngine:
         config.pad_token_id = config.pad_token_id or 0  # unused: a batch of one is never padded
         # As a processor of ours they would come after the repetition penalty.
         config.sequence_bias = _sequence_bias(config.sequence_bias, params)
-        config.repetition_penalty = max(params.repetition_penalty, _MIN_REPETITION_PENALTY)
+        config.repetition_penalty = max(params.repetition_penalty, MIN_REPETITION_PENALTY)
         config.do_sample = params.do_sample
         if params.do_sample:
-            config.temperature = max(params.temperature, _MIN_TEMPERATURE)
+            config.temperature = max(params.temperature, MIN_TEMPERATURE)
             config.top_k = params.top_k
             config.top_p = params.top_p
             config.min_p = params.min_p
@@ -271,6 +269,23 @@ def _sequence_bias(own: Any, params: SamplingParams) -> list[list[Any]] | None:
     for token_id, bias in params.logit_bias:
         biases[(token_id,)] = biases.get((token_id,), 0.0) + float(bias)
     return [[list(token_ids), bias] for token_ids, bias in biases.items()] or None
+
+
+class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
+    """Calls `on_token` with each generated id. `generate` puts the prompt first, then the ids one by one."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self._on_token = on_token
+        self._is_prompt_next = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt_next:
+            self._is_prompt_next = False
+            return
+        self._on_token(int(value))
+
+    def end(self) -> None:
+        """Nothing is held back, so nothing is left to send."""
 
 
 class _Ended(StoppingCriteria):  # type: ignore[misc]

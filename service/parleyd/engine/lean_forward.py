@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parleyd.kernels import layer_ops
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.compiled import CompiledKernels
-from parleyd.kernels.layer_ops import TORCH_OPS
+from parleyd.kernels.layer_ops import LayerOps
 from parleyd.kernels.layout import StepLayout, attend_to_written
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.lean_model import EMBEDDING, HEAD, LeanModel
@@ -54,7 +55,7 @@ class LeanForward:
         """Takes the model's weights. `packed`, `blocks`: see LinearMaker."""
         shape = model.shape
         self._cache = cache
-        self._ops = compiled.layers if compiled else TORCH_OPS
+        self._ops: LayerOps = compiled.layers if compiled else layer_ops
         self._num_heads = shape.num_heads
         self._num_kv_heads = shape.num_kv_heads
         self._head_dim = shape.head_dim

@@ -12,7 +12,7 @@ from parleyd.kernels.cache import write
 
 
 class LayerOps(Protocol):
-    """`parleyd.cpu_kernels.layers` has the same, compiled."""
+    """This module is one; `parleyd.cpu_kernels.layers` has the same, compiled."""
 
     def add_and_normalise(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
         """Adds `delta` to `x` in place, and returns its RMS norm. `x`, `delta`: `[rows, hidden]`."""
@@ -30,29 +30,25 @@ class LayerOps(Protocol):
         """
 
 
-class TorchOps:
+def add_and_normalise(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
     """See LayerOps."""
-
-    def add_and_normalise(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
-        """See LayerOps."""
-        if delta is not None:
-            x += delta
-        return F.rms_norm(x, weight.shape, weight, epsilon)
-
-    def gate(self, gate_up: Tensor) -> Tensor:
-        """See LayerOps."""
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
-
-    def rotate_and_write(
-        self, qkv: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """See LayerOps."""
-        query_key = qkv[:, :-num_kv_heads]
-        rotated = (query_key * cos).addcmul_(query_key.roll(qkv.shape[-1] // 2, -1), sin)
-        qkv = torch.cat([rotated, qkv[:, -num_kv_heads:]], 1)
-        write(keys, values, slots, qkv[:, -2 * num_kv_heads : -num_kv_heads], qkv[:, -num_kv_heads:])
-        return qkv
+    if delta is not None:
+        x += delta
+    return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
-TORCH_OPS = TorchOps()
+def gate(gate_up: Tensor) -> Tensor:
+    """See LayerOps."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def rotate_and_write(
+    qkv: Tensor, num_kv_heads: int, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """See LayerOps."""
+    query_key = qkv[:, :-num_kv_heads]
+    rotated = (query_key * cos).addcmul_(query_key.roll(qkv.shape[-1] // 2, -1), sin)
+    qkv = torch.cat([rotated, qkv[:, -num_kv_heads:]], 1)
+    write(keys, values, slots, qkv[:, -2 * num_kv_heads : -num_kv_heads], qkv[:, -num_kv_heads:])
+    return qkv

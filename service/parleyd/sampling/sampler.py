@@ -19,9 +19,9 @@ from parleyd.sampling import draws
 from parleyd.sampling.grammar import GrammarMask, GrammarRow, GrammarState
 from parleyd.sampling.penalties import PenalisedRow, Penalties, PenaltyTable
 
-# Below these, logits overflow; what they ask for is the greedy choice anyway. Engine `generate` has the same.
-_MIN_TEMPERATURE = 1e-5
-_MIN_REPETITION_PENALTY = 1e-3
+# Below these, logits overflow; what they ask for is the greedy choice anyway.
+MIN_TEMPERATURE = 1e-5
+MIN_REPETITION_PENALTY = 1e-3
 # A CPU draws for as many rows at once as have so many logits together, which its cache holds.
 _CHUNK_SIZE = 2**19
 
@@ -88,12 +88,12 @@ class _Settings:
     def of(cls, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> _Settings:
         return cls(
             is_greedy=not params.do_sample or params.temperature == 0.0,
-            temperature=max(params.temperature, _MIN_TEMPERATURE),
+            temperature=max(params.temperature, MIN_TEMPERATURE),
             top_k=params.top_k if 0 < params.top_k < vocab_size else None,
             top_p=params.top_p if params.top_p < 1.0 else None,
             min_p=params.min_p,
             penalties=Penalties(
-                repetition=max(params.repetition_penalty, _MIN_REPETITION_PENALTY),
+                repetition=max(params.repetition_penalty, MIN_REPETITION_PENALTY),
                 presence=params.presence_penalty,
                 frequency=params.frequency_penalty,
                 bias=dict(params.logit_bias),
@@ -256,15 +256,6 @@ class Sampler:
             self._penalty_table.record(token_ids)
         logprobs = _logprobs(logits, token_ids, batch) if batch.logprobs else None
         return SampledTokens(token_ids, numbers.isfinite(), logprobs)
-
-    @torch.no_grad()
-    def probabilities(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        """What `sample` would draw from: [batch, vocab], not scaled to a sum of 1. Rows of greedy choice are 0."""
-        x = self._changed(logits, batch)
-        probs = torch.zeros_like(x, dtype=torch.float32)
-        for drawn in batch.drawn:
-            probs = drawn.rows.put(probs, _probabilities(_as_float(drawn.rows.of(x)), drawn))
-        return probs
 
     def _changed(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         if not self._penalises and batch.mask is None:

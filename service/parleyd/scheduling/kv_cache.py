@@ -38,10 +38,9 @@ class KVLedger:
     prompt and salt is given a copy: the one who holds it may be writing its answer there.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.prefix_caching = prefix_caching
         self._ref_counts = [0] * num_blocks
         self._hashes: list[tuple[bytes, ...]] = [()] * num_blocks
         self._registered: dict[bytes, int] = {}
@@ -65,8 +64,6 @@ class KVLedger:
     def cached_prefix(self, sequence: Sequence) -> CachedPrefix:
         """The registered blocks that a sequence begins with, less what would leave none of its tokens to compute."""
         block_ids = array("i")
-        if not self.prefix_caching:
-            return CachedPrefix(block_ids, 0)
         num_blocks = (len(sequence.token_ids) - 1) // self.block_size
         self._hash_blocks(sequence, num_blocks)
         for index in range(num_blocks):
@@ -125,7 +122,7 @@ class KVLedger:
         first, last = start // self.block_size, end // self.block_size
         num_prompt_tokens = sequence.num_prompt_tokens
         ends_prompt = start < num_prompt_tokens <= end
-        if not self.prefix_caching or (first == last and not ends_prompt):
+        if first == last and not ends_prompt:
             return
         self._hash_blocks(sequence, last)
         for index in range(first, last):

@@ -63,7 +63,6 @@ class Sequence:
     num_in_flight: int = 0  # batches scheduled and not yet committed
     num_pending: int = 0  # ids that those batches will sample
     cached_prompt_tokens: int | None = None  # found in the prefix cache when first admitted
-    num_preemptions: int = 0
 
     @classmethod
     def from_request(

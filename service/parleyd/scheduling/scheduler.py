@@ -233,7 +233,6 @@ class Scheduler:
         # Its tokens are kept: computed again as a prompt, they go on where they were, often from the prefix cache.
         self._ledger.free(victim)
         victim.state = SequenceState.WAITING
-        victim.num_preemptions += 1
         self._num_preemptions += 1
         self._waiting.push(victim)
 

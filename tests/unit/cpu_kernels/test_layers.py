@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parleyd.cpu_kernels import layers
-from parleyd.kernels.layer_ops import TORCH_OPS
+from parleyd.kernels import layer_ops
 
 # Rounding to bfloat16 once.
 ROUNDING = 2.0**-8
@@ -30,7 +30,7 @@ def test_a_norm_of_a_sum(num_rows: int) -> None:
     summed = x.bfloat16()
     result = layers.add_and_normalise(summed, delta.bfloat16(), weight, 1e-5)
     assert torch.equal(summed, x.bfloat16() + delta.bfloat16())
-    assert_rounds_to(result, TORCH_OPS.add_and_normalise(summed.float(), None, weight.float(), 1e-5))
+    assert_rounds_to(result, layer_ops.add_and_normalise(summed.float(), None, weight.float(), 1e-5))
 
 
 def test_a_norm_alone_leaves_its_input_as_it_is() -> None:
@@ -38,7 +38,7 @@ def test_a_norm_alone_leaves_its_input_as_it_is() -> None:
     before = x.clone()
     assert_rounds_to(
         layers.add_and_normalise(x, None, weight, 1e-5),
-        TORCH_OPS.add_and_normalise(before.float(), None, weight.float(), 1e-5),
+        layer_ops.add_and_normalise(before.float(), None, weight.float(), 1e-5),
     )
     assert torch.equal(x, before)
 
@@ -47,7 +47,7 @@ def test_a_norm_alone_leaves_its_input_as_it_is() -> None:
 def test_a_gate(num_rows: int) -> None:
     gate_up = (10 * torch.randn(num_rows, 2 * 1536)).bfloat16()
     gate_up[0, :4] = torch.tensor([-300.0, 300.0, 0.0, -88.5])
-    assert_rounds_to(layers.gate(gate_up), TORCH_OPS.gate(gate_up.float()))
+    assert_rounds_to(layers.gate(gate_up), layer_ops.gate(gate_up.float()))
 
 
 @pytest.mark.parametrize("head_dim", [16, 64])
@@ -59,7 +59,7 @@ def test_a_rotation_and_a_writing(num_rows: int, head_dim: int) -> None:
     slots = torch.randperm(num_blocks * block_size * num_kv_heads)[: num_rows * num_kv_heads]
     caches = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).bfloat16()
     exact_caches = caches.float()
-    exact = TORCH_OPS.rotate_and_write(qkv.float(), num_kv_heads, cos.float(), sin.float(), slots, *exact_caches)
+    exact = layer_ops.rotate_and_write(qkv.float(), num_kv_heads, cos.float(), sin.float(), slots, *exact_caches)
     result = layers.rotate_and_write(qkv, num_kv_heads, cos, sin, slots, *caches)
     for actual, expected in ((result, exact), (caches, exact_caches)):
         torch.testing.assert_close(actual.float(), expected, rtol=ROUNDING, atol=1e-4)

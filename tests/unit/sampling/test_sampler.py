@@ -25,7 +25,7 @@ from transformers import (
 
 from parleyd.generation import SamplingParams
 from parleyd.sampling import draws
-from parleyd.sampling.sampler import Sampler, SamplingRow
+from parleyd.sampling.sampler import Sampler, SamplingRow, _probabilities
 
 CPU = torch.device("cpu")
 EOS = 3
@@ -50,6 +50,17 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
     sampler = Sampler(logits.shape[1], [EOS], CPU)
     ids: list[int] = sampler.sample(logits, sampler.prepare(rows)).token_ids.tolist()
     return ids
+
+
+@torch.no_grad()
+def probabilities(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """What `sample` would draw from: [rows, vocab], not scaled to a sum of 1."""
+    batch = sampler.prepare(rows)
+    x = sampler._changed(logits, batch)
+    probs = torch.zeros_like(x)
+    for drawn in batch.drawn:
+        probs = drawn.rows.put(probs, _probabilities(drawn.rows.of(x), drawn))
+    return probs
 
 
 def processed(logits: Tensor, params: Params, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
@@ -106,7 +117,7 @@ def test_distribution_equals_that_of_transformers_processors(name: str, step: fl
     rows = [row(params, key, ids[key][:20], ids[key][20:]) for key in range(num_rows)]
     sampler = Sampler(vocab_size, [EOS], CPU)
 
-    probs = sampler.probabilities(logits, sampler.prepare(rows))
+    probs = probabilities(sampler, logits, rows)
 
     for index in range(num_rows):
         expected = processed(logits[index], params, ids[index][:20], ids[index][20:]).softmax(-1)
@@ -125,7 +136,7 @@ def test_of_ties_at_the_edge_of_top_p_the_lowest_ids_are_kept(top_k: int, in_rea
     total = weights.sort(descending=True).values[:in_reach].sum()
     params = Params(do_sample=True, top_k=top_k, top_p=float((weights[1] + 1.5 * weights[2]) / total))
     sampler = Sampler(8, [EOS], CPU)
-    probs = sampler.probabilities(logits, sampler.prepare([row(params)]))
+    probs = probabilities(sampler, logits, [row(params)])
     assert (probs[0] > 0).nonzero().flatten().tolist() == [1, 2, 3]
 
 
@@ -136,8 +147,8 @@ def test_nucleus_of_a_large_vocabulary_is_found_however_wide_it_is(spread: float
     logits[:, 5::7] = -math.inf
     sampler = Sampler(8192, [EOS], CPU)
     top_ps = [0.3, 0.9, 0.999, 1e-6]
-    probs = sampler.probabilities(
-        logits, sampler.prepare([row(Params(do_sample=True, top_p=top_p), key) for key, top_p in enumerate(top_ps)])
+    probs = probabilities(
+        sampler, logits, [row(Params(do_sample=True, top_p=top_p), key) for key, top_p in enumerate(top_ps)]
     )
     # The device's way, which must find the same.
     whole = logits.softmax(-1)
@@ -180,9 +191,9 @@ def test_probabilities_are_bit_equal_alone_and_among_others() -> None:
     logits = random_logits(16, 1001, seed=8)
     rows = [row(Params(do_sample=True, **EVERYTHING), key, (1, 2), (5, 6)) for key in range(16)]  # type: ignore[arg-type]
     sampler = Sampler(1001, [EOS], CPU)
-    together = sampler.probabilities(logits, sampler.prepare(rows))
+    together = probabilities(sampler, logits, rows)
     for index in range(16):
-        alone = sampler.probabilities(logits[index : index + 1], sampler.prepare(rows[index : index + 1]))
+        alone = probabilities(sampler, logits[index : index + 1], rows[index : index + 1])
         assert torch.equal(alone[0], together[index])
 
 

@@ -266,15 +266,6 @@ def test_room_counts_cached_blocks_that_the_sequence_itself_would_revive() -> No
     assert not ledger.can_allocate(again, ledger.cached_prefix(again), num_reserved=1)
 
 
-def test_without_prefix_caching_nothing_is_found() -> None:
-    ledger = KVLedger(10, BLOCK_SIZE, prefix_caching=False)
-    one = sequence(*tokens(0, 12))
-    admit(ledger, one)
-    ledger.free(one)
-    assert num_found(ledger, *tokens(0, 12)) == 0
-    ledger.check_integrity([])
-
-
 def _leak(ledger: KVLedger, held: Sequence) -> None:
     held.block_ids.pop()
 
