@@ -15,7 +15,7 @@ def hang_up(port: int) -> None:
     To be called before `grpc.aio.Server.stop`: that one drops calls that arrive before their client has noticed, which
     then end with CANCELLED, a status that nobody tries again. A connection that ends makes them UNAVAILABLE.
     """
-    # First: a client whose connection ends comes back at once.
+    # First: a client whose connection ends comes back at once. gRPC's log calls it an error of `accept4`.
     _shut_down(port, psutil.CONN_LISTEN, socket.SHUT_RD)
     _shut_down(port, psutil.CONN_ESTABLISHED, socket.SHUT_WR)
 
