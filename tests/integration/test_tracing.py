@@ -61,7 +61,7 @@ class Spans:
 
 @pytest.fixture
 def traced(start_gateway: StartGateway) -> GatewayThread:
-    return start_gateway(max_running=2)
+    return start_gateway(worker=("--step-delay", "0.002"), max_running=2)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_items_of_a_cancelled_batch_end_their_spans_before_it(traced: GatewayThr
 
 def test_items_of_a_batch_whose_deadline_passes_say_so(traced: GatewayThread, spans: Spans) -> None:
     with pytest.raises(grpc.RpcError):
-        list(traced.stub.GenerateBatch(batch(FOREVER), timeout=2))
+        list(traced.stub.GenerateBatch(batch(FOREVER), timeout=1.001))  # gRPC tells the server 1.01 s
     assert code_of(spans.items()[0]) == code_of(spans.call("GenerateBatch")) == "DEADLINE_EXCEEDED"
 
 
