@@ -187,12 +187,26 @@ def test_books_that_do_not_add_up_end_the_engine_before_it_waits_for_more() -> N
         waiter.cancel()
 
 
-def test_a_step_that_fails_fails_only_its_requests() -> None:
-    engine = make_engine(make_model("Llama"))
-    engine.submit(request(1, (VOCAB_SIZE + 5,)))
-    (output,) = engine.step()
-    assert output.key == 1 and output.error
-    assert run(engine, request(2, (5, 6)))[2]
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_step_that_fails_fails_only_its_requests(lean: bool, overlap: bool) -> None:
+    some = prompts(4, seed=4, longest=40)
+    expected = [oracle(make_model("Llama"), prompt) for prompt in some]
+    engine = make_engine(make_model("Llama"), lean=lean, overlap=overlap)
+    for key in (0, 1):
+        engine.submit(request(key, some[key], max_new_tokens=100, ignore_eos=True))
+    decoding: set[int] = set()
+    while decoding != {0, 1}:
+        decoding |= {output.key for output in engine.step()}
+    engine.submit(request(2, some[2]))
+    engine.submit(request(3, (VOCAB_SIZE + 5,)))
+    failed: set[int] = set()
+    while 3 not in failed:
+        failed |= {output.key for output in engine.step() if output.error}
+    assert failed == {0, 1, 2, 3}
+    # Nothing of what the step did not write is taken for cached.
+    joined = run(engine, *(request(10 + key, prompt) for key, prompt in enumerate(some)))
+    assert [joined[10 + key] for key in range(4)] == expected
 
 
 @pytest.mark.parametrize("overlap", [False, True])
