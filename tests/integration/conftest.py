@@ -77,4 +77,4 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Families]:
 
 def assert_answers(gateway: GatewayThread) -> None:
     """A request of one's own comes through."""
-    assert gateway.stub.Generate(ask("ok"), timeout=10).choices[0].message.content == "ok"
+    assert gateway.stub.Generate(ask("ok"), timeout=30).choices[0].message.content == "ok"
