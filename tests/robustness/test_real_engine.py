@@ -7,11 +7,12 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from parley.v1 import chat_pb2_grpc
+from parley.v1 import chat_pb2, chat_pb2_grpc
 from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from tests.robustness.failpoints import kill_worker
@@ -27,11 +28,12 @@ pytestmark = pytest.mark.timeout(0)
 
 _NUM_REQUESTS = 60
 _NUM_TOKENS = 60
+_MAX_TRIES = 10
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    make_model("Llama", vocab_size=VOCAB_SIZE, max_position_embeddings=512).save_pretrained(tmp_path)
+    make_model("Llama", vocab_size=VOCAB_SIZE, max_position_embeddings=4096).save_pretrained(tmp_path)
     return write_tiny_tokenizer(tmp_path)
 
 
@@ -51,22 +53,37 @@ def test_no_kv_block_is_lost_whatever_ends_a_request(model_folder: Path, chance:
 
 
 def test_a_worker_that_is_killed_amid_a_prefill_changes_no_answer(model_folder: Path) -> None:
-    # A prompt of some 400 tokens takes fifty steps.
     model = ModelSettings(model=str(model_folder), max_running=4, max_batch_tokens=8, kv_cache_memory=0.01)
-    request = ask("word " * 80, max_new_tokens=20, ignore_eos=True)
     server = ServerSettings(port=0, drain_delay=0.0)
     with GatewayThread(Settings(server=server, model=model), WORKER_COMMAND) as gateway:
         at_rest = tasks_at_rest(gateway)
-        client, pid = gateway.gateway.worker, gateway.gateway.supervisor.worker_pid
+        pid = gateway.gateway.supervisor.worker_pid
         assert pid is not None
-        disturbed = gateway.stub.Generate.future(request, timeout=100)
-        eventually(lambda: any(entry.is_submitted for entry in list(client._open.values())), "nothing was submitted")
-        num_made = [entry.num_made for entry in list(client._open.values())]
+        request, disturbed = _stopped_amid_its_prefill(gateway, pid)
         os.kill(pid, signal.SIGKILL)
-        ids = list(disturbed.result().choices[0].token_ids)
-        assert (num_made, len(ids), gateway.gateway.supervisor.num_restarts) == ([0], 20, 1)
-        assert ids == list(gateway.stub.Generate(request, timeout=100).choices[0].token_ids)
+        (answer,) = disturbed.result().choices
+        assert (len(answer.token_ids), gateway.gateway.supervisor.num_restarts) == (20, 1)
+        (undisturbed,) = gateway.stub.Generate(request, timeout=100).choices
+        assert answer.token_ids == undisturbed.token_ids
+        logprobs = [[one.logprob for one in choice.logprobs] for choice in (answer, undisturbed)]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-5)
         assert_idle(gateway, at_rest)
+
+
+def _stopped_amid_its_prefill(gateway: GatewayThread, pid: int) -> tuple[chat_pb2.GenerateRequest, Any]:
+    """A request and its call, whose worker has begun with the prompt, made no token yet, and been stopped."""
+    for i in range(_MAX_TRIES):
+        # A prompt of some 3,500 tokens takes more than 400 steps; still, the machine may keep us from being in time.
+        request = ask(f"{i} " + "word " * 700, max_new_tokens=20, ignore_eos=True, logprobs=True)
+        call = gateway.stub.Generate.future(request, timeout=100)
+        eventually(lambda: gateway.gateway.load().engine.num_used_blocks > 0, "the prefill never began")
+        os.kill(pid, signal.SIGSTOP)
+        if [entry.num_made for entry in list(gateway.gateway.worker._open.values())] == [0]:
+            return request, call
+        os.kill(pid, signal.SIGCONT)
+        call.cancel()
+        eventually(lambda: gateway.gateway.load().engine.num_used_blocks == 0, "the call never ended")
+    raise AssertionError("each prefill was over too soon")
 
 
 async def _traffic(gateway: GatewayThread, chance: random.Random) -> Outcomes:

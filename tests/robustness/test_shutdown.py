@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from tests.robustness.validators import assert_no_orphans
@@ -32,7 +33,7 @@ class _Reader(threading.Thread):
     def __init__(self, stub: chat_pb2_grpc.ChatServiceStub) -> None:
         super().__init__()
         # Without a deadline: gRPC's core keeps the true time, where Python's may jump.
-        self._stream = stub.GenerateStream(ask("!forever", max_new_tokens=_NUM_TOKENS))
+        self._stream = stub.GenerateStream(ask("!hang-at 10 " + "x" * _NUM_TOKENS, max_new_tokens=_NUM_TOKENS))
         self.ids = list(next(self._stream).token_ids)
         self.error: grpc.RpcError | None = None
         self.start()
@@ -47,10 +48,13 @@ class _Reader(threading.Thread):
 
 @contextmanager
 def _streaming(folder: Path, *arguments: str) -> Iterator[tuple[Replica, _Reader]]:
+    """A replica and a stream, whose worker has stopped in its midst: it does not end before the worker is killed."""
     replica = Replica(folder, "--drain-delay", "0", "--step-delay", "0.01", "--clock-jumps", *arguments)
     try:
         with grpc.insecure_channel(replica.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             reader = _Reader(chat_pb2_grpc.ChatServiceStub(channel))
+            worker = _worker(replica)
+            eventually(lambda: worker.status() == psutil.STATUS_STOPPED, "the worker goes on")
             yield replica, reader
             reader.join(30)
     finally:
@@ -63,6 +67,18 @@ def _worker(replica: Replica) -> psutil.Process:
     return worker
 
 
+def _tell_to_go(replica: Replica) -> None:
+    """SIGTERM; returns once the replica says that it goes."""
+    with grpc.insecure_channel(replica.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        next(watch)
+        replica.process.send_signal(signal.SIGTERM)
+        for response in watch:
+            if response.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                return
+    raise AssertionError("the watch ended")
+
+
 def _replacing(replica: Replica) -> None:
     """Kills the worker, and waits for the next one's process, which then loads."""
     worker, gateway = _worker(replica), psutil.Process(replica.process.pid)
@@ -70,25 +86,36 @@ def _replacing(replica: Replica) -> None:
     eventually(lambda: {child.pid for child in gateway.children()} - {worker.pid}, "there is no new worker")
 
 
-def test_streams_that_wait_for_a_new_worker_at_sigterm_get_it_and_finish(tokenizer_folder: Path) -> None:
-    with _streaming(tokenizer_folder, "--load-delay", "0.5") as (replica, reader):
+def test_streams_that_wait_for_a_new_worker_at_sigterm_get_it_and_finish(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    hold = tmp_path / "hold"
+    with _streaming(tokenizer_folder, "--hold-if", str(hold)) as (replica, reader):
+        hold.touch()
         _replacing(replica)
-        replica.terminate()
+        _tell_to_go(replica)
+        assert reader.is_alive()
+        hold.unlink()
+        assert replica.process.wait(60) == 0
         reader.join(10)
         assert (reader.error, len(reader.ids)) == (None, _NUM_TOKENS)
 
 
-def test_they_end_with_draining_where_it_takes_too_long(tokenizer_folder: Path) -> None:
-    with _streaming(tokenizer_folder, "--load-delay", "0.8", "--drain-timeout", "0.2") as (replica, reader):
+def test_they_end_with_draining_where_it_takes_too_long(tokenizer_folder: Path, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    with _streaming(tokenizer_folder, "--hold-if", str(hold), "--drain-timeout", "0.2") as (replica, reader):
+        hold.touch()
         _replacing(replica)
         replica.terminate()
         _assert_draining(reader)
 
 
-def test_a_second_sigterm_ends_them_at_once(tokenizer_folder: Path) -> None:
-    with _streaming(tokenizer_folder, "--load-delay", "0.8") as (replica, reader):
+def test_a_second_sigterm_ends_them_at_once(tokenizer_folder: Path, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    with _streaming(tokenizer_folder, "--hold-if", str(hold), "--drain-timeout", "600") as (replica, reader):
+        hold.touch()
         _replacing(replica)
-        replica.process.send_signal(signal.SIGTERM)
+        _tell_to_go(replica)
         time.sleep(0.2)
         assert replica.process.poll() is None and reader.is_alive()
         replica.terminate()
@@ -97,20 +124,20 @@ def test_a_second_sigterm_ends_them_at_once(tokenizer_folder: Path) -> None:
 
 def test_a_worker_killed_while_its_streams_finish_is_replaced_for_them(tokenizer_folder: Path) -> None:
     with _streaming(tokenizer_folder) as (replica, reader):
-        worker = _worker(replica)
-        replica.process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        worker.kill()
-        assert replica.process.wait(20) == 0
+        _tell_to_go(replica)
+        assert reader.is_alive()
+        _worker(replica).kill()
+        assert replica.process.wait(60) == 0
         reader.join(10)
         assert (reader.error, len(reader.ids)) == (None, _NUM_TOKENS)
 
 
-def test_a_gateway_killed_while_its_worker_is_in_a_step_leaves_none(tokenizer_folder: Path) -> None:
+def test_a_gateway_killed_while_its_worker_is_in_a_step_leaves_none(tokenizer_folder: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
     replica = Replica(tokenizer_folder, "--step-delay", "60")
     with grpc.insecure_channel(replica.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        call = chat_pb2_grpc.ChatServiceStub(channel).Generate.future(ask("a long step"), timeout=30)
-        time.sleep(0.3)
+        call = chat_pb2_grpc.ChatServiceStub(channel).Generate.future(ask(f"!touch {begun}"), timeout=60)
+        eventually(begun.exists, "the step never began", timeout_s=30)
         replica.kill()
         assert call.code() is grpc.StatusCode.UNAVAILABLE
     assert_no_orphans(tokenizer_folder)

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--drain-delay", type=float, default=0.3)
     parser.add_argument("--drain-timeout", type=float, default=30.0)
     parser.add_argument("--step-delay", default="0.002")
-    parser.add_argument("--load-delay", default="0")
+    parser.add_argument("--hold-if", help="a file: workers load nothing for as long as it is there")
     parser.add_argument("--clock-jumps", action="store_true", help="time.time is a day off, now and then")
     arguments = parser.parse_args()
     settings = scripted_settings(
@@ -32,8 +32,9 @@ def main() -> None:
         drain_delay=arguments.drain_delay,
         drain_timeout=arguments.drain_timeout,
     )
-    worker = ("--max-running", "16", "--step-delay", arguments.step_delay, "--load-delay", arguments.load_delay)
-    command = scripted_command(arguments.folder, *worker)
+    worker = ("--max-running", "16", "--step-delay", arguments.step_delay)
+    hold = ("--hold-if", arguments.hold_if) if arguments.hold_if else ()
+    command = scripted_command(arguments.folder, *worker, *hold)
     with jumping_clock() if arguments.clock_jumps else nullcontext():
         asyncio.run(_serve(settings, command))
 

@@ -6,7 +6,7 @@ the end token. Some messages are orders:
 stops it there instead, `!break-at` makes `step` raise there, `!die-after 1 text` kills each worker that has made one id
 of it, `!garble` makes the worker send nonsense once, `!fail` makes the engine fail for the request, `!fail 2` for its
 choice 2, `!choice` answers with the choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is
-aborted.
+aborted, `!touch PATH` makes the file in the step that gives its first.
 """
 
 from __future__ import annotations
@@ -143,6 +143,9 @@ def script(request: EngineRequest) -> Iterator[int]:
             raise_after_first_id = RuntimeError("scripted failure")
             yield ord("x")
             raise raise_after_first_id
+        case "!touch":
+            Path(words[1]).touch()
+            yield ord("x")
         case "!ids":
             yield from map(int, filter(None, words[1:]))
         case _:
@@ -179,6 +182,7 @@ def main() -> int:
     parser.add_argument("--load-error")
     parser.add_argument("--die-if", type=Path, help="dies instead of loading if this file is there")
     parser.add_argument("--hang-if", type=Path, help="stops instead of loading if this file is there")
+    parser.add_argument("--hold-if", type=Path, help="loads nothing for as long as this file is there")
     parser.add_argument("--stop-string", action="append", default=[])
     parser.add_argument("--num-return-sequences", type=int)
     parser.add_argument("--max-running", type=int, default=4)
@@ -193,6 +197,8 @@ def main() -> int:
         if arguments.hang_if and arguments.hang_if.exists():
             arguments.hang_if.unlink()
             os.kill(os.getpid(), signal.SIGSTOP)
+        while arguments.hold_if and arguments.hold_if.exists():
+            time.sleep(0.005)
         if arguments.load_error:
             raise StartupError(arguments.load_error)
         info = ModelInfo(
