@@ -18,6 +18,10 @@ from parleyd.scheduling.kv_cache import IntegrityError, KVLedger
 from parleyd.scheduling.request import Batch, Grammar, Sequence, SequenceState
 
 _NONE: Mapping[int, TokenLogprob] = {}
+# Where each prompt token costs as much as any, a step takes no further prompt once it has so many tokens for each
+# sequence: of few prompts that come together, one after the other is done. Of many, that would take more steps than
+# it spares them waiting.
+_ENOUGH_TOKENS = 16
 
 
 class Scheduler:
@@ -38,8 +42,8 @@ class Scheduler:
         eos_token_ids: Ids[int] = (),
         mixed_prefill_tokens: Callable[[int, float], int] | None = None,
     ) -> None:
-        """`mixed_prefill_tokens`: prompt tokens in a step, where less than the whole budget: by the number of decodes
-        beside them, and of prompts that the whole budget would finish.
+        """`mixed_prefill_tokens`: prompt tokens in a step, where less than the whole budget, since each costs as much as
+        any: by the number of decodes beside them, and of prompts that the whole budget would finish.
 
         Raises StartupError where one sequence of the full context, or one token for each that runs, would not fit.
         """
@@ -244,8 +248,9 @@ class Scheduler:
             budget = min(
                 budget, max(1, self._mixed_prefill_tokens(batch.num_decodes, self._num_finished(prefills, budget)))
             )
+        enough = self._enough_tokens()
         is_admitting = True
-        while budget > 0:
+        while budget > 0 and batch.num_tokens < enough:
             head = self._waiting.first() if is_admitting else None
             if head is not None and not (prefills and prefills[0].rank < head.rank):
                 is_admitting = self._admit(head, batch)
@@ -259,6 +264,11 @@ class Scheduler:
             num_tokens = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
             batch.add(sequence, num_tokens)
             budget -= num_tokens
+
+    def _enough_tokens(self) -> int:
+        if self._mixed_prefill_tokens is None:
+            return self._max_batch_tokens
+        return _ENOUGH_TOKENS * (len(self._running) + len(self._waiting))
 
     def _num_finished(self, prefills: deque[Sequence], budget: int) -> float:
         """How many prompts so many tokens would finish, if all were as long as the first in line."""

@@ -52,6 +52,15 @@ def test_several_short_prompts_share_a_step() -> None:
     assert entries(engine.schedule()) == [(1, 0, 5), (2, 0, 5), (3, 0, 5), (4, 0, 1)]
 
 
+def test_where_each_prompt_token_costs_as_much_few_prompts_are_done_one_after_the_other() -> None:
+    engine = scheduler(tokens=300, mixed=300)
+    start(engine, *(request(key, 70) for key in (1, 2, 3, 4)))
+    assert [keys(step(engine)) for _ in range(4)] == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
+    engine = scheduler(tokens=300, mixed=300)
+    start(engine, *(request(key, 70) for key in range(1, 9)))
+    assert keys(step(engine)) == [1, 2]
+
+
 def test_no_more_run_than_allowed() -> None:
     engine = scheduler(running=2)
     start(engine, request(1, max_new_tokens=1), request(2), request(3))
