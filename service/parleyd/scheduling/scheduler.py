@@ -42,7 +42,7 @@ class Scheduler:
         eos_token_ids: Ids[int] = (),
         mixed_prefill_tokens: Callable[[int, float], int] | None = None,
     ) -> None:
-        """`mixed_prefill_tokens`: prompt tokens in a step, where less than the whole budget, since each costs as much as
+        """`mixed_prefill_tokens`: prompt tokens in a step, where less than the whole budget, as each costs as much as
         any: by the number of decodes beside them, and of prompts that the whole budget would finish.
 
         Raises StartupError where one sequence of the full context, or one token for each that runs, would not fit.

@@ -53,10 +53,10 @@ def test_several_short_prompts_share_a_step() -> None:
 
 
 def test_where_each_prompt_token_costs_as_much_few_prompts_are_done_one_after_the_other() -> None:
-    engine = scheduler(tokens=300, mixed=300)
+    engine = scheduler(400, tokens=300, context=80, mixed=300)
     start(engine, *(request(key, 70) for key in (1, 2, 3, 4)))
     assert [keys(step(engine)) for _ in range(4)] == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
-    engine = scheduler(tokens=300, mixed=300)
+    engine = scheduler(400, tokens=300, context=80, mixed=300)
     start(engine, *(request(key, 70) for key in range(1, 9)))
     assert keys(step(engine)) == [1, 2]
 
