@@ -121,7 +121,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         prompt = await self._prompts.build(served, request)
         if not prompt.token_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
-        if _has_format(request) and prompt.opens_reasoning:
+        if convert.has_format(request.response_format) and prompt.opens_reasoning:
             raise Unsupported("response_format", "the chat template has this model's answer begin with its reasoning")
         deadline = current_call.get().deadline
         if deadline is not None and deadline <= time.monotonic():
@@ -149,7 +149,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         num_earlier_calls = sum(len(message.tool_calls) for message in request.messages)
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
         # What has the form of response_format is content from its first token to its last.
-        is_all_content = _has_format(request)
+        is_all_content = convert.has_format(request.response_format)
         markers = () if is_all_content else answer_format.markers(with_tools=bool(tool_names))
         text = SequenceText(
             self._served.tokenizer,
@@ -180,10 +180,6 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             choices=[convert.to_choice(AnswerDelta.merge(choice)) for choice in choices],
             **_closing_fields(generation),
         )
-
-
-def _has_format(request: chat_pb2.GenerateRequest) -> bool:
-    return request.response_format.WhichOneof("format") not in (None, "text")
 
 
 def _closing_fields(generation: Generation) -> dict[str, Any]:

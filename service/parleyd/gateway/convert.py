@@ -115,11 +115,16 @@ def num_choices(config: generation_pb2.GenerationConfig, defaults: SamplingDefau
     return config.num_return_sequences or defaults.num_return_sequences or 1
 
 
+def has_format(form: generation_pb2.ResponseFormat) -> bool:
+    """Whether an answer must have a form; its source, which may be large, is not looked at."""
+    return form.WhichOneof("format") not in (None, "text")
+
+
 def to_format(form: generation_pb2.ResponseFormat) -> tuple[str, str] | None:
     """The kind of a response format and its source, as `grammar.formats` takes them; None for free text."""
+    if not has_format(form):
+        return None
     match form.WhichOneof("format"):
-        case None | "text":
-            return None
         case "json_object":
             return "json_object", ""
         case "choice":
