@@ -18,7 +18,6 @@ from parleyd.errors import EngineFault, ParleyError
 from parleyd.gateway.streamer import Delta, Streamer
 from parleyd.gateway.worker_link import WorkerLink
 from parleyd.generation import EngineRequest, Output
-from parleyd.ipc.messages import Abort, Submit
 from parleyd.telemetry.call import Call, current_call
 from parleyd.telemetry.metrics import Metrics
 
@@ -106,7 +105,7 @@ class WorkerClient:
             if request.key in self._open:
                 self._forget(request.key)
                 if self._link is not None and entry.is_submitted:
-                    self._link.send(Abort(request.key))
+                    self._link.abort(request.key)
                 on_end()
                 self._go_on()
 
@@ -238,7 +237,7 @@ class WorkerClient:
         entry.is_submitted = True
         self.num_submitted += 1
         self._unsettled[entry.request.key] = entry
-        link.send(Submit(entry.remainder))
+        link.submit(entry.remainder)
 
     def _settle(self, entry: _OpenRequest) -> None:
         entry.num_strikes, entry.num_deaths, entry.num_outstayed = 0, 0, 0

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from parleyd.generation import EngineRequest
 from parleyd.ipc import messages
 from parleyd.ipc.framing import frame, read_frame_async
 
@@ -27,6 +28,8 @@ class WorkerLink:
         self._process = process
         self._reader = reader
         self._writer = writer
+        self._submitted: list[EngineRequest] = []
+        self._aborted: list[int] = []
 
     @classmethod
     async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> WorkerLink:
@@ -57,10 +60,29 @@ class WorkerLink:
         if not self._writer.is_closing():
             self._writer.write(frame(messages.encode(message)))
 
+    def submit(self, request: EngineRequest) -> None:
+        """Has a request generated: told in one message with all that changes before the loop's next turn."""
+        self._send_changes_soon()
+        self._submitted.append(request)
+
+    def abort(self, key: int) -> None:
+        """Has nothing more generated for a request; told as in `submit`."""
+        self._send_changes_soon()
+        self._aborted.append(key)
+
     async def receive(self) -> messages.ToGateway | None:
         """The worker's next message, or None when it is gone."""
         payload = await read_frame_async(self._reader)
         return None if payload is None else messages.decode_to_gateway(payload)
+
+    def _send_changes_soon(self) -> None:
+        if not self._submitted and not self._aborted:
+            asyncio.get_running_loop().call_soon(self._send_changes)
+
+    def _send_changes(self) -> None:
+        changes = messages.Changes(self._submitted, self._aborted)
+        self._submitted, self._aborted = [], []
+        self.send(changes)
 
     def kill(self) -> None:
         """Ends the process without a word, also one that is stopped, and the connection, whoever else holds it."""

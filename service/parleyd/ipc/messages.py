@@ -1,4 +1,4 @@
-"""The messages between the processes, in MessagePack. One `Step` carries all of a step's tokens."""
+"""The messages between the processes, in MessagePack: one a step each way, for all requests together."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ class Start(msgspec.Struct, tag=True, frozen=True):
     log_format: str = "text"
 
 
-class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Gateway to worker: generate this."""
+class Changes(msgspec.Struct, tag=True, frozen=True):
+    """Gateway to worker: generate what is `submitted`, and nothing more of those whose keys are `aborted`.
 
-    request: EngineRequest
+    What is aborted is answered by nothing: outputs already on their way are to be ignored.
+    """
 
-
-class Abort(msgspec.Struct, tag=True, frozen=True):
-    """Gateway to worker: stop generating this. Answered by nothing: outputs already on their way are to be ignored."""
-
-    key: int
+    submitted: list[EngineRequest] = []
+    aborted: list[int] = []
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -49,7 +47,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
 class Progress(msgspec.Struct, tag=True, frozen=True):
     """Worker to gateway, now and then while it works: it is alive, even if a long prompt has made no token yet.
 
-    `progress` is the engine's. At least one with a new number comes after each Submit, aborted or not; one with the
+    `progress` is the engine's. At least one with a new number comes after each submission, aborted or not; one with the
     number of the last only tells that the stats have changed, as they do where a request joins others behind a hang.
     """
 
@@ -79,7 +77,7 @@ class GrammarChecked(msgspec.Struct, tag=True, frozen=True):
     breaks_off: bool = False
 
 
-ToWorker = Start | Submit | Abort
+ToWorker = Start | Changes
 ToGateway = Ready | LoadFailed | Step | Progress | GrammarChecked
 
 encode = msgspec.msgpack.Encoder().encode

@@ -99,7 +99,8 @@ def _take_messages(sock: socket.socket, start: Future[messages.Start], engine: F
         match messages.decode_to_worker(payload):
             case messages.Start() as message:
                 start.set_result(message)
-            case messages.Submit(request):
-                engine.result().submit(request)
-            case messages.Abort(key):
-                engine.result().abort(key)
+            case messages.Changes(submitted, aborted):
+                for request in submitted:
+                    engine.result().submit(request)
+                for key in aborted:
+                    engine.result().abort(key)

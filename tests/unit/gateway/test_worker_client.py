@@ -10,7 +10,7 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -19,7 +19,6 @@ from parleyd.gateway import worker_client
 from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WorkerLink
 from parleyd.generation import EngineRequest, EngineStats, FinishReason, Output, SamplingParams
-from parleyd.ipc.messages import Abort, Submit
 from parleyd.telemetry.call import Call, current_call
 from parleyd.telemetry.metrics import Load, Metrics
 
@@ -33,14 +32,13 @@ class Worker:
         self.open: dict[int, int] = {}  # key: ids made so far, by any worker
         self.num_made: dict[int, int] = {}
 
-    def send(self, message: object) -> None:
-        match message:
-            case Submit(request):
-                assert request.key not in self.open
-                self.open[request.key], self.num_made[request.key] = len(request.output_ids), 0
-                assert request.output_ids == tuple(range(len(request.output_ids)))
-            case Abort(key):
-                self.open.pop(key, None)
+    def submit(self, request: EngineRequest) -> None:
+        assert request.key not in self.open
+        self.open[request.key], self.num_made[request.key] = len(request.output_ids), 0
+        assert request.output_ids == tuple(range(len(request.output_ids)))
+
+    def abort(self, key: int) -> None:
+        self.open.pop(key, None)
 
     def make(self, key: int, *, last: bool) -> Output:
         position = self.open[key]
@@ -224,7 +222,9 @@ class WorkersComeAndGo(RuleBasedStateMachine):
         assert self.client.num_open == 0
 
 
-WorkersComeAndGo.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+WorkersComeAndGo.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestWorkersComeAndGo = WorkersComeAndGo.TestCase
 
 

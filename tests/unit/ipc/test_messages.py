@@ -32,9 +32,7 @@ INFO = ModelInfo(
 OUTPUTS = [Output(key=1, token_ids=(5,)), Output(key=2, finish_reason=FinishReason.STOP), Output(key=3, error="x")]
 
 
-@pytest.mark.parametrize(
-    "message", [messages.Start(ModelSettings(model="x")), messages.Submit(REQUEST), messages.Abort(7)]
-)
+@pytest.mark.parametrize("message", [messages.Start(ModelSettings(model="x")), messages.Changes([REQUEST], [7])])
 def test_messages_to_the_worker_arrive_as_they_were(message: messages.ToWorker) -> None:
     assert messages.decode_to_worker(messages.encode(message)) == message
 

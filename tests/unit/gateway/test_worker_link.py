@@ -1,0 +1,34 @@
+"""What goes over the socket pair, as the worker reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import cast
+
+from parleyd.gateway.worker_link import WorkerLink
+from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.ipc import messages
+from parleyd.ipc.framing import read_frame
+
+
+async def test_what_changes_in_a_turn_of_the_loop_goes_in_one_message() -> None:
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    link = WorkerLink(cast(asyncio.subprocess.Process, None), reader, writer)
+    requests = [EngineRequest(key=key, prompt_ids=(1,), params=SamplingParams(max_new_tokens=1)) for key in range(3)]
+    with theirs, theirs.makefile("rb") as stream:
+
+        async def received() -> messages.ToWorker:
+            payload = await asyncio.to_thread(read_frame, stream)
+            assert payload is not None
+            return messages.decode_to_worker(payload)
+
+        link.submit(requests[0])
+        link.abort(7)
+        link.submit(requests[1])
+        assert await received() == messages.Changes(requests[:2], [7])
+        link.submit(requests[2])
+        assert await received() == messages.Changes(requests[2:], [])
+    writer.close()
+    await writer.wait_closed()
