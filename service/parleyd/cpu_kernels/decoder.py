@@ -7,7 +7,7 @@ so long that one would take them for a hang: so there the kernel is called for e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -26,6 +26,10 @@ from parleyd.cpu_kernels.tiles import BLOCK_SIZE
 _MANY_ROWS = 128
 
 
+# A linear layer's weights for steps of so many rows.
+WeightsFor = Callable[[int], Weights]
+
+
 class Layer(NamedTuple):
     """One decoder layer. `keys`, `values`: its part of the KV cache, `[blocks, kv_heads, block_size, head_dim]`."""
 
@@ -33,23 +37,24 @@ class Layer(NamedTuple):
     post_norm: Tensor
     keys: Tensor
     values: Tensor
-    qkv: Weights
-    out: Weights
-    gate_up: Weights
-    down: Weights
+    qkv: WeightsFor
+    out: WeightsFor
+    gate_up: WeightsFor
+    down: WeightsFor
 
 
 class Decoder:
     """Holds what the kernel needs to know of the layers. `num_layers_run` may be read from another thread."""
 
     def __init__(self, layers: Sequence[Layer], epsilon: float) -> None:
-        self._layers = list(layers)  # whose memory the table points to
-        self._table = torch.tensor([_addresses(layer) for layer in layers])
+        self._layers = list(layers)  # whose memory the tables point to
+        self._tables: dict[int, Tensor] = {}  # by numbers of rows
         first = layers[0]
         _, self._num_kv_heads, self._block_size, self._head_dim = first.keys.shape
-        self._num_heads = first.qkv.num_outs // self._head_dim
+        self._num_outs, self._num_attended = first.qkv(1).num_outs, first.out(1).num_ins
+        self._num_heads = self._num_outs // self._head_dim
         self._group = self._num_heads // self._num_kv_heads - 2
-        self._width = first.down.num_ins
+        self._width = first.down(1).num_ins
         self._scale, self._epsilon = bits_of(self._head_dim**-0.5 * LOG2_E), bits_of(epsilon)
         attend = attend_head(self._group, self._head_dim, self._block_size)
         rotate = rotate_and_write_row(self._head_dim)
@@ -64,14 +69,14 @@ class Decoder:
         `cos`, `sin`, `slots`: see LayerOps; `table`, `lengths`: see DecodeKernel.
         """
         num_rows, hidden = x.shape
-        first = self._layers[0]
-        inputs = x.new_empty((num_rows, max(hidden, first.out.num_ins, self._width)))
-        outputs = x.new_empty((num_rows, max(first.qkv.num_outs, first.gate_up.num_outs)))
+        inputs = x.new_empty((num_rows, max(hidden, self._num_attended, self._width)))
+        outputs = x.new_empty((num_rows, max(self._num_outs, 2 * self._width)))
         codes, scales = scratch(*inputs.shape)
         num_scores = num_weights(self._group, table.shape[1] * self._block_size)
         scores = torch.empty((torch.get_num_threads(), num_scores))
         delta = torch.empty_like(x)
-        tensors = (x, delta, inputs, outputs, codes, scales, scores, self._table, cos, sin, slots, table, lengths)
+        layers = self._table(num_rows)
+        tensors = (x, delta, inputs, outputs, codes, scales, scores, layers, cos, sin, slots, table, lengths)
         addresses = [tensor.data_ptr() for tensor in tensors]
         num_layers = len(self._layers)
         num_at_once = 1 if num_rows >= _MANY_ROWS else num_layers
@@ -84,12 +89,17 @@ class Decoder:
             self.num_layers_run += num_at_once
         return delta
 
+    def _table(self, num_rows: int) -> Tensor:
+        if num_rows not in self._tables:
+            self._tables[num_rows] = torch.tensor([_addresses(layer, num_rows) for layer in self._layers])
+        return self._tables[num_rows]
 
-def _addresses(layer: Layer) -> list[int]:
+
+def _addresses(layer: Layer, num_rows: int) -> list[int]:
     """A row of the table."""
     numbers = [tensor.data_ptr() for tensor in (layer.input_norm, layer.post_norm, layer.keys, layer.values)]
-    for weights in (layer.qkv, layer.out, layer.gate_up, layer.down):
-        numbers += weights.arguments()
+    for weights_for in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        numbers += weights_for(num_rows).arguments()
     return numbers
 
 

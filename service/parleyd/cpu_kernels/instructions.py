@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,10 +14,17 @@ from numba.core import cgutils
 
 LANES = 16  # of a register, 32 bits each
 VECTOR_BYTES = 4 * LANES
+TILE_ROWS = 16  # of a matrix unit's register, a vector each
+TILE_BYTES = TILE_ROWS * VECTOR_BYTES
 
+_NUM_TILES = 8
+# Linux's system call for a process to ask for a processor's extension, and that of tiles' data.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
+
+_BYTE, _SHORT, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
-_HALVES, _SHORTS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(ir.IntType(16), LANES)
+_HALVES, _SHORTS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(_SHORT, LANES)
 
 
 @cache
@@ -33,9 +42,12 @@ def has_bfloat16() -> bool:
     return bool(_features().get("avx512bf16"))
 
 
+@cache
 def has_matrix_unit() -> bool:
-    """Whether this processor multiplies many rows faster than any of these can, as oneDNN has it do (AMX)."""
-    return bool(_features().get("amx-bf16"))
+    """Whether this processor has tiles of bfloat16 (AMX), and this process may use them."""
+    if not (_features().get("amx-bf16") and sys.platform == "linux"):
+        return False
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0)
 
 
 class Emitter:
@@ -51,7 +63,7 @@ class Emitter:
 
     def prefetch(self, address: Any) -> None:
         """Has a line of memory brought into the second-level cache, while we go on."""
-        builder, byte = self._builder, ir.IntType(8).as_pointer()
+        builder, byte = self._builder, _BYTE.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
         function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
         builder.call(function, [builder.inttoptr(address, byte), *map(_INT, (0, 2, 1))])  # to read, into L2, data
@@ -129,9 +141,7 @@ class Emitter:
         """The bfloat16 of two vectors in turn: the first half of each, and the second."""
         pairs = [number for index in range(2 * LANES) for number in (index, index + 2 * LANES)]
         halves = (pairs[: 2 * LANES], pairs[2 * LANES :])
-        one, other = (
-            self._builder.bitcast(vector, ir.VectorType(ir.IntType(16), 2 * LANES)) for vector in (one, other)
-        )
+        one, other = (self._builder.bitcast(vector, ir.VectorType(_SHORT, 2 * LANES)) for vector in (one, other))
         low, high = (self._builder.bitcast(self._shuffled(one, other, half), _INTS) for half in halves)
         return low, high
 
@@ -154,6 +164,9 @@ class Emitter:
         builder.position_at_end(after)
         return added
 
+    def store_ints(self, address: Any, ints: Any) -> None:
+        self._builder.store(ints, self._builder.inttoptr(address, _INTS.as_pointer()), align=4)
+
     def store(self, address: Any, floats: Any) -> None:
         self._builder.store(floats, self._builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
 
@@ -168,6 +181,48 @@ class Emitter:
         rounded = builder.lshr(builder.add(builder.add(bits, self.ints(0x7FFF)), is_odd), self.ints(16))
         pointer = builder.inttoptr(address, _SHORTS.as_pointer())
         builder.store(builder.trunc(rounded, _SHORTS), pointer, align=2)
+
+    def room(self, num_bytes: int) -> Any:
+        """The address of so many bytes on the stack."""
+        with self._builder.goto_entry_block():
+            room = self._builder.alloca(ir.ArrayType(_BYTE, num_bytes))
+            room.align = VECTOR_BYTES
+        return self._builder.ptrtoint(room, _LONG)
+
+    def configure_tiles(self, num_rows: Any, full: tuple[int, ...]) -> None:
+        """Tiles of so many rows, at most TILE_ROWS; those in `full` have them all."""
+        config = self.room(VECTOR_BYTES)
+        self.store_ints(config, self.ints(0))
+        self._put(config, 0, _BYTE(1))  # the kind of tiles
+        for tile in range(_NUM_TILES):
+            self._put(config, 16 + 2 * tile, _SHORT(VECTOR_BYTES))
+            self._put(config, 48 + tile, _BYTE(TILE_ROWS) if tile in full else self._builder.trunc(num_rows, _BYTE))
+        self._call("llvm.x86.ldtilecfg", ir.VoidType(), self._pointer(config))
+
+    def release_tiles(self) -> None:
+        """Else 8 KiB more are to be saved whenever another thread takes the processor."""
+        self._call("llvm.x86.tilerelease", ir.VoidType())
+
+    def clear_tile(self, tile: int) -> None:
+        self._call("llvm.x86.tilezero", ir.VoidType(), _BYTE(tile))
+
+    def load_tile(self, tile: int, address: Any, row_bytes: Any) -> None:
+        """Its rows, so many bytes from each to the next."""
+        self._call("llvm.x86.tileloadd64", ir.VoidType(), _BYTE(tile), self._pointer(address), row_bytes)
+
+    def store_tile(self, tile: int, address: Any) -> None:
+        """Its rows, one after the other."""
+        self._call("llvm.x86.tilestored64", ir.VoidType(), _BYTE(tile), self._pointer(address), _LONG(VECTOR_BYTES))
+
+    def add_products_of_tiles(self, sums: int, rows: int, columns: int) -> None:
+        """Of bfloat16, to sums in float32. `columns`: two numbers of a column side by side, as for vectors."""
+        self._call("llvm.x86.tdpbf16ps", ir.VoidType(), _BYTE(sums), _BYTE(rows), _BYTE(columns))
+
+    def _put(self, address: Any, offset: int, value: Any) -> None:
+        self._builder.store(value, self._builder.inttoptr(self.at(address, offset), value.type.as_pointer()), align=1)
+
+    def _pointer(self, address: Any) -> Any:
+        return self._builder.inttoptr(address, _BYTE.as_pointer())
 
     def _load(self, address: Any, kind: ir.Type) -> Any:
         return self._builder.load(self._builder.inttoptr(address, kind.as_pointer()), align=1)

@@ -10,10 +10,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from numba import carray
+from numba import carray, njit
 from torch import Tensor
 
-from parleyd.cpu_kernels.instructions import LANES, has_bfloat16, has_bytes
+from parleyd.cpu_kernels.instructions import LANES, has_bfloat16, has_bytes, has_matrix_unit
+from parleyd.cpu_kernels.matrix_tiles import TILE_INS, multiply_tiles
 from parleyd.cpu_kernels.numbers import bfloat16_array, call, rounded, widened
 from parleyd.cpu_kernels.rows import quantise_blocks
 from parleyd.cpu_kernels.threads import Function, Kernel, barrier, num_threads, thread_index
@@ -92,6 +93,7 @@ def scratch(num_rows: int, num_ins: int) -> tuple[Tensor, Tensor]:
 @cache
 def multiply_share() -> Function:
     """One of `num_shares` parts of a product's columns. `codes`, `scales`: of activations for blocks, see `scratch`."""
+    multiply_bfloat16 = _by_tiles if has_matrix_unit() else _by_vectors
 
     def apply(share, num_shares, x, codes, scales, packed, bias_at, num_bits, product, num_rows, num_outs, num_ins):
         num_groups = num_outs // LANES
@@ -103,7 +105,7 @@ def multiply_share() -> Function:
         elif num_bits == 8:
             multiply_rows(8, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
         else:
-            multiply_rows(16, num_own, weights, x, 0, num_ins, num_rows, columns, 2 * num_outs)
+            multiply_bfloat16(num_own, weights, x, num_ins, num_rows, columns, 2 * num_outs)
         if bias_at:
             bias = bfloat16_array(bias_at, (num_groups, LANES))
             products = bfloat16_array(product, (num_rows, num_groups, LANES))
@@ -114,6 +116,20 @@ def multiply_share() -> Function:
                         products[row, group, lane] = rounded(summed)
 
     return Function(apply)
+
+
+@njit
+def _by_tiles(num_groups, weights, x, num_ins, num_rows, product, product_stride):
+    # Tiles of no rows at all would be an error.
+    if num_ins % TILE_INS == 0 and num_rows > 0:
+        multiply_tiles(num_groups, weights, x, num_ins, num_rows, product, product_stride)
+    else:
+        _by_vectors(num_groups, weights, x, num_ins, num_rows, product, product_stride)
+
+
+@njit
+def _by_vectors(num_groups, weights, x, num_ins, num_rows, product, product_stride):
+    multiply_rows(16, num_groups, weights, x, 0, num_ins, num_rows, product, product_stride)
 
 
 @cache

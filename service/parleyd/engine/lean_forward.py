@@ -19,7 +19,7 @@ from parleyd.kernels.layer_ops import LayerOps
 from parleyd.kernels.layout import StepLayout, attend_to_written
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.lean_model import EMBEDDING, HEAD, LeanModel
-from parleyd.model.linear.compiled import CompiledLinear
+from parleyd.model.linear.compiled import compiled_weights
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
 
@@ -119,12 +119,11 @@ def _compiled_decoder(layers: list[_Layer], cache: PagedKVCache, epsilon: float)
     """None where the layers are not all of what it knows."""
     known = []
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
-        linears = [
-            linear for linear in (layer.qkv, layer.out, layer.gate_up, layer.down) if isinstance(linear, CompiledLinear)
-        ]
-        if len(linears) < 4 or layer.qk_norms is not None or cache.kernels.decode is None:
+        linears = [compiled_weights(linear) for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        weights = [weights_for for weights_for in linears if weights_for is not None]
+        if len(weights) < 4 or layer.qk_norms is not None or cache.kernels.decode is None:
             return None
-        known.append((layer.input_norm, layer.post_norm, keys, values, *(linear.weights for linear in linears)))
+        known.append((layer.input_norm, layer.post_norm, keys, values, *weights))
     from parleyd.cpu_kernels.decoder import Decoder, Layer
 
     return Decoder([Layer(*one) for one in known], epsilon)

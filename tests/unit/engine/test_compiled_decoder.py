@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import decoder, layers, products
 from parleyd.cpu_kernels.decode import paged_decode
-from parleyd.cpu_kernels.instructions import has_matrix_unit
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.choice import probe_batch
@@ -23,6 +22,8 @@ from parleyd.kernels.layout import StepLayout
 from parleyd.kernels.paged import Kernels
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.lean_model import LeanModel
+from parleyd.model.linear import maker
+from parleyd.model.linear.by_rows import ByRows
 from parleyd.model.loader import load_model
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import make_model
@@ -37,8 +38,8 @@ MANY_ROWS = [(5, 1), (17, 1), (0, 56), (9, 20)]
 pytestmark = [
     pytest.mark.usefixtures("two_threads"),
     pytest.mark.skipif(
-        not (products.can_multiply_blocks(32, 32) and products.can_multiply_bfloat16(32, 32)) or has_matrix_unit(),
-        reason="this processor has no such instructions, or better ones",
+        not (products.can_multiply_blocks(32, 32) and products.can_multiply_bfloat16(32, 32)),
+        reason="this processor has no such instructions",
     ),
 ]
 
@@ -107,6 +108,22 @@ def test_with_a_files_blocks(tmp_path: Path, kind: GGMLQuantizationType) -> None
     loaded = load_model(ModelSettings(model=str(path), cache=str(tmp_path / "cache"), dtype="bfloat16"))
     assert loaded.blocks is not None
     assert_same_kernel_by_kernel(*make_forward(loaded.model, loaded.blocks))
+
+
+def test_with_a_files_blocks_for_few_rows_and_bfloat16_for_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", matrices=GGMLQuantizationType.Q4_1)
+    loaded = load_model(ModelSettings(model=str(path), cache=str(tmp_path / "cache"), dtype="bfloat16"))
+    monkeypatch.setattr(maker, "are_blocks_fastest", lambda: False)
+    monkeypatch.setattr(maker, "choose_by_cost", _choose_blocks_for_few_rows)
+    assert_same_kernel_by_kernel(*make_forward(loaded.model, loaded.blocks))
+
+
+def _choose_blocks_for_few_rows(layers: Sequence[ByRows], dtype: torch.dtype) -> dict[tuple[int, int], int]:
+    for layer in layers:
+        layer.max_narrow_rows = 16
+    return {}
 
 
 def test_a_step_of_many_rows_tells_progress_at_each_layer_and_computes_the_same(

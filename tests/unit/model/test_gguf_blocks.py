@@ -15,7 +15,7 @@ from torch import Tensor
 from parleyd.config import ModelSettings
 from parleyd.model.gguf_blocks import FILE_NAME, Numbers
 from parleyd.model.linear import by_rows
-from parleyd.model.linear.compiled import CompiledLinear, are_fastest, can_compile_blocks, compiled_block_linear
+from parleyd.model.linear.compiled import CompiledLinear, are_blocks_fastest, can_compile_blocks, compiled_block_linear
 from parleyd.model.linear.four_bit import four_bit_linear
 from parleyd.model.linear.maker import LinearMaker
 from parleyd.model.linear.plain import Linear
@@ -87,7 +87,7 @@ def test_fused_layers_in_four_bits_agree_with_their_modules(tmp_path: Path) -> N
 def test_fused_compiled_layers_agree_with_their_modules(tmp_path: Path) -> None:
     loaded = load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_1)
     attention = loaded.model.model.layers[0].self_attn
-    if not (can_compile_blocks(attention.q_proj.weight) and are_fastest()):
+    if not (can_compile_blocks(attention.q_proj.weight) and are_blocks_fastest()):
         pytest.skip("this processor has no such instructions, or better ones")
     x = torch.randn(3, 32).bfloat16()
     expected = torch.cat([module(x).detach() for module in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)

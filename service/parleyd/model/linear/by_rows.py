@@ -31,7 +31,10 @@ class ByRows:
         self.wide = wide
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (self.narrow if x.shape[0] <= self.max_narrow_rows else self.wide)(x)
+        return (self.narrow if self.takes_narrow(x.shape[0]) else self.wide)(x)
+
+    def takes_narrow(self, num_rows: int) -> bool:
+        return num_rows <= self.max_narrow_rows
 
 
 @torch.inference_mode()

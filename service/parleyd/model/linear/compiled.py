@@ -6,12 +6,15 @@ one is made: it takes some tenths of a second.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from parleyd.model.gguf_blocks import Numbers
+from parleyd.model.linear.by_rows import ByRows
+from parleyd.model.linear.plain import Linear
 
 if TYPE_CHECKING:
     from parleyd.cpu_kernels.products import Weights
@@ -44,11 +47,22 @@ def compiled_block_linear(numbers: Numbers, bias: Tensor | None) -> CompiledLine
     return CompiledLinear(pack_blocks(*numbers.as_whole(), bias))
 
 
+def compiled_weights(linear: Linear) -> Callable[[int], Weights] | None:
+    """A compiled layer's weights for steps of so many rows; None where it is not compiled for all numbers of them."""
+    if isinstance(linear, CompiledLinear):
+        return lambda num_rows: linear.weights
+    if isinstance(linear, ByRows):
+        narrow, wide = linear.narrow, linear.wide
+        if isinstance(narrow, CompiledLinear) and isinstance(wide, CompiledLinear):
+            return lambda num_rows: (narrow if linear.takes_narrow(num_rows) else wide).weights
+    return None
+
+
 def can_compile(weight: Tensor) -> bool:
-    """Whether `compiled_linear` is to be had for weights such as this, `[out, in]`, and the fastest."""
+    """Whether `compiled_linear` is to be had for weights such as this, `[out, in]`."""
     from parleyd.cpu_kernels import products
 
-    return are_fastest() and _is_bfloat16(weight) and products.can_multiply_bfloat16(*weight.shape)
+    return _is_bfloat16(weight) and products.can_multiply_bfloat16(*weight.shape)
 
 
 def can_compile_blocks(weight: Tensor) -> bool:
@@ -58,8 +72,8 @@ def can_compile_blocks(weight: Tensor) -> bool:
     return _is_bfloat16(weight) and products.can_multiply_blocks(*weight.shape)
 
 
-def are_fastest() -> bool:
-    """Whether no other kind is faster for any number of rows, and a file's blocks before bfloat16: as measured."""
+def are_blocks_fastest() -> bool:
+    """Whether they are for any number of rows, as measured where there is no matrix unit."""
     from parleyd.cpu_kernels.instructions import has_matrix_unit
 
     return not has_matrix_unit()

@@ -11,7 +11,7 @@ from parleyd.model.gguf_blocks import GgufBlocks, concatenated
 from parleyd.model.linear.by_rows import ByRows, choose_by_cost
 from parleyd.model.linear.compiled import (
     CompiledLinear,
-    are_fastest,
+    are_blocks_fastest,
     can_compile,
     can_compile_blocks,
     compiled_block_linear,
@@ -48,7 +48,7 @@ class LinearMaker:
         biases = [name.removesuffix("weight") + "bias" for name in names]
         bias = _joined([self._weights.pop(name) for name in biases]) if biases[0] in self._weights else None
         narrow = self._narrow(weight, bias, names)
-        if isinstance(narrow, CompiledLinear) and are_fastest():
+        if isinstance(narrow, CompiledLinear) and are_blocks_fastest():
             return narrow
         if narrow is None:
             return self._wide(weight, bias)
