@@ -7,25 +7,25 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
 from parleyd.cpu_kernels.attention_tiles import DIM_MULTIPLE, add_values, score_tokens
 from parleyd.cpu_kernels.instructions import LANES, has_bfloat16
+from parleyd.cpu_kernels.matrix_attention import attend_on_tiles, can_attend_on_tiles, num_rows_on_tiles
 from parleyd.cpu_kernels.numbers import (
-    FAST,
     address_of,
     bfloat16_array,
     call,
     float32_array,
     float_argument,
     int32_array,
-    power_of_two,
     prefetch,
     rounded,
     stack_floats,
     widened,
 )
+from parleyd.cpu_kernels.rows import softmax
 from parleyd.cpu_kernels.threads import Function, Kernel, bits_of, num_threads, thread_index
 
 # Scores are powers of 2.
@@ -40,11 +40,13 @@ def paged_decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
         query = query.contiguous()
     attended = torch.empty(query.shape, dtype=query.dtype)
     group = num_heads // num_kv_heads
-    scores = torch.empty((torch.get_num_threads(), num_weights(group, table.shape[1] * block_size)))
+    max_rows = num_rows_at_once(group, head_dim, block_size)
+    num_items = -(-num_rows // max_rows) * num_kv_heads
+    scores = torch.empty((torch.get_num_threads(), num_weights(max_rows * group, table.shape[1] * block_size)))
     _kernel()(
-        num_rows * num_kv_heads, attend_head(group, head_dim, block_size).address,
+        num_items, attend_head(group, head_dim, block_size).address,
         *(tensor.data_ptr() for tensor in (query, keys, values, table, lengths, attended, scores)),
-        num_rows, query.stride(0), num_kv_heads, table.stride(0), bits_of(scale * LOG2_E), scores.stride(0),
+        num_items, num_rows, query.stride(0), num_kv_heads, table.stride(0), bits_of(scale * LOG2_E), scores.stride(0),
     )  # fmt: skip
     return attended
 
@@ -52,12 +54,12 @@ def paged_decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
 @cache
 def _kernel() -> Kernel:
     def apply(arguments):
-        (attend, queries, keys, values, table, lengths, attended, scores,
-         num_rows, query_stride, num_kv_heads, width, scale, num_scores) = carray(arguments, (14,))  # fmt: skip
+        (attend, queries, keys, values, table, lengths, attended, scores, num_items,
+         num_rows, query_stride, num_kv_heads, width, scale, num_scores) = carray(arguments, (15,))  # fmt: skip
         own_scores = scores + 4 * thread_index() * num_scores
-        for head in range(thread_index(), num_rows * num_kv_heads, num_threads()):
+        for item in range(thread_index(), num_items, num_threads()):
             call(
-                attend, head, num_rows, queries, query_stride, keys, values, table, width, lengths, attended,
+                attend, item, num_rows, queries, query_stride, keys, values, table, width, lengths, attended,
                 num_kv_heads, scale, own_scores,
             )  # fmt: skip
 
@@ -65,13 +67,15 @@ def _kernel() -> Kernel:
 
 
 def attend_head(group: int, head_dim: int, block_size: int) -> Function:
-    """Attends for the queries of one row that share a KV head. `head` counts those of all rows, one KV head's of all
-    rows before the next one's: the rows of a prompt then find what they read in the cache.
+    """Attends for the queries of one row that share a KV head, or of `num_rows_at_once`. `item` counts those of all
+    rows, one KV head's of all rows before the next one's: a prompt's rows then find what they read in the cache.
 
     Constants, so that loops over them can be unrolled: `group`, how many queries those are; `head_dim`; `block_size`.
     `query_stride`: numbers from a row's queries to the next row's; `width`: blocks of a row of the table; `scale_bits`:
     of scores, times LOG2_E; `weights_at`: see `num_weights`.
     """
+    if can_attend_on_tiles(group, head_dim, block_size):
+        return attend_on_tiles(group, head_dim, block_size)
     if attends_by_products(head_dim, block_size):
         return _attend_head_with_products(group, head_dim, block_size)
     return _attend_head(group, head_dim, block_size)
@@ -83,9 +87,15 @@ def attends_by_products(head_dim: int, block_size: int) -> bool:
     return has_bfloat16() and head_dim % DIM_MULTIPLE == 0 and block_size % LANES == 0
 
 
-def num_weights(group: int, num_tokens: int) -> int:
-    """The room, in float32, that `attend_head` needs for a row of so many tokens: scores, then weights in bfloat16."""
-    return group * num_tokens * 3 // 2
+def num_rows_at_once(group: int, head_dim: int, block_size: int) -> int:
+    """How many rows an item of `attend_head` has; the last one may have fewer."""
+    return num_rows_on_tiles(group) if can_attend_on_tiles(group, head_dim, block_size) else 1
+
+
+def num_weights(num_queries: int, num_tokens: int) -> int:
+    """The room, in float32, that `attend_head` needs for an item's queries of so many tokens: scores, then weights in
+    bfloat16."""
+    return num_queries * num_tokens * 3 // 2
 
 
 @cache
@@ -122,7 +132,7 @@ def _attend_head_with_products(group: int, head_dim: int, block_size: int) -> Fu
                         weights_at + 4 * (query_head * num_tokens + block * block_size + tile * LANES),
                     )  # fmt: skip
         for query_head in range(group):
-            _softmax(scores[query_head, :length])
+            softmax(scores[query_head, :length])
             for token in range(length):
                 weights[query_head, token] = rounded(scores[query_head, token])
             if length % 2:
@@ -183,7 +193,7 @@ def _attend_head(group: int, head_dim: int, block_size: int) -> Function:
                 for query_head in range(group):
                     weights[query_head, block * block_size + token] = scores[query_head]
         for query_head in range(group):
-            _softmax(weights[query_head, :length])
+            softmax(weights[query_head, :length])
         for i in range(group * head_dim):
             sums[i] = np.float32(0)
         for block in range(last + 1):
@@ -201,17 +211,3 @@ def _attend_head(group: int, head_dim: int, block_size: int) -> Function:
                 attended[row, kv_head, query_head, i] = rounded(sums[query_head * head_dim + i])
 
     return Function(apply)
-
-
-@njit(fastmath=FAST, error_model="numpy")
-def _softmax(scores):
-    """In place, of the scores times ln 2."""
-    highest = scores[0]
-    for i in range(len(scores)):
-        highest = scores[i] if scores[i] > highest else highest
-    total = np.float32(0)
-    for i in range(len(scores)):
-        scores[i] = power_of_two(scores[i] - highest)
-        total += scores[i]
-    for i in range(len(scores)):
-        scores[i] /= total

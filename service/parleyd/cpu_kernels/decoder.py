@@ -15,7 +15,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from parleyd.cpu_kernels.decode import LOG2_E, attend_head, num_weights
+from parleyd.cpu_kernels.decode import LOG2_E, attend_head, num_rows_at_once, num_weights
 from parleyd.cpu_kernels.numbers import call, int64_array
 from parleyd.cpu_kernels.products import Weights, multiply_share, scratch
 from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, quantise_blocks, rotate_and_write_row
@@ -54,6 +54,7 @@ class Decoder:
         self._num_outs, self._num_attended = first.qkv(1).num_outs, first.out(1).num_ins
         self._num_heads = self._num_outs // self._head_dim
         self._group = self._num_heads // self._num_kv_heads - 2
+        self._max_rows = num_rows_at_once(self._group, self._head_dim, self._block_size)
         self._width = first.down(1).num_ins
         self._scale, self._epsilon = bits_of(self._head_dim**-0.5 * LOG2_E), bits_of(epsilon)
         attend = attend_head(self._group, self._head_dim, self._block_size)
@@ -72,7 +73,8 @@ class Decoder:
         inputs = x.new_empty((num_rows, max(hidden, self._num_attended, self._width)))
         outputs = x.new_empty((num_rows, max(self._num_outs, 2 * self._width)))
         codes, scales = scratch(*inputs.shape)
-        num_scores = num_weights(self._group, table.shape[1] * self._block_size)
+        num_scores = num_weights(self._max_rows * self._group, table.shape[1] * self._block_size)
+        num_items = -(-num_rows // self._max_rows) * self._num_kv_heads
         scores = torch.empty((torch.get_num_threads(), num_scores))
         delta = torch.empty_like(x)
         layers = self._table(num_rows)
@@ -82,7 +84,7 @@ class Decoder:
         num_at_once = 1 if num_rows >= _MANY_ROWS else num_layers
         for start in range(0, num_layers, num_at_once):
             self._kernel(
-                len(scores), *self._functions, *addresses, start, start + num_at_once, num_rows, hidden,
+                len(scores), *self._functions, *addresses, start, start + num_at_once, num_items, num_rows, hidden,
                 self._num_heads, self._num_kv_heads, self._head_dim, self._width, table.stride(0), scores.stride(0),
                 self._scale, self._epsilon,
             )  # fmt: skip
@@ -113,8 +115,8 @@ def _kernel() -> Kernel:
     def run(arguments):
         (normalise, rotate, attend, gate, quantise, multiply,
          x, delta, inputs, outputs, codes, scales, scores, layers, cos, sin, slots, table, lengths,
-         start, end, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_scores,
-         scale, epsilon) = carray(arguments, (31,))  # fmt: skip
+         start, end, num_items, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_scores,
+         scale, epsilon) = carray(arguments, (32,))  # fmt: skip
         thread, num = thread_index(), num_threads()
         own_scores = scores + 4 * thread * num_scores
         num_attended, num_outs = (num_heads - 2 * num_kv_heads) * head_dim, num_heads * head_dim
@@ -128,9 +130,9 @@ def _kernel() -> Kernel:
             for row in range(thread, num_rows, num):
                 call(rotate, row, outputs, cos, sin, slots, keys, values, num_heads, num_kv_heads)
             barrier()
-            for head in range(thread, num_rows * num_kv_heads, num):
+            for item in range(thread, num_items, num):
                 call(
-                    attend, head, num_rows, outputs, num_outs, keys, values, table, table_width, lengths, inputs,
+                    attend, item, num_rows, outputs, num_outs, keys, values, table, table_width, lengths, inputs,
                     num_kv_heads, scale, own_scores,
                 )  # fmt: skip
             _multiply(functions, layer[_OUT : _OUT + 3], step, delta, hidden, num_attended)

@@ -137,6 +137,20 @@ class Emitter:
             size //= 2
         return vectors[0]
 
+    def transposed(self, vectors: list[Any]) -> list[Any]:
+        """LANES vectors, each of the same lane of all."""
+        lanes, size = range(LANES), LANES // 2
+        # Each round swaps the half of one vector for the other half of another.
+        while size:
+            for index in (index for index in lanes if not index & size):
+                one, other = vectors[index], vectors[index | size]
+                low = [LANES + (lane ^ size) if lane & size else lane for lane in lanes]
+                high = [LANES + lane if lane & size else lane | size for lane in lanes]
+                vectors[index] = self._shuffled(one, other, low)
+                vectors[index | size] = self._shuffled(one, other, high)
+            size //= 2
+        return vectors
+
     def interleaved(self, one: Any, other: Any) -> tuple[Any, Any]:
         """The bfloat16 of two vectors in turn: the first half of each, and the second."""
         pairs = [number for index in range(2 * LANES) for number in (index, index + 2 * LANES)]

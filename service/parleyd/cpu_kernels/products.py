@@ -93,43 +93,59 @@ def scratch(num_rows: int, num_ins: int) -> tuple[Tensor, Tensor]:
 @cache
 def multiply_share() -> Function:
     """One of `num_shares` parts of a product's columns. `codes`, `scales`: of activations for blocks, see `scratch`."""
-    multiply_bfloat16 = _by_tiles if has_matrix_unit() else _by_vectors
+    return Function(_by_tiles if has_matrix_unit() else _by_vectors.py_func)
 
-    def apply(share, num_shares, x, codes, scales, packed, bias_at, num_bits, product, num_rows, num_outs, num_ins):
-        num_groups = num_outs // LANES
-        group_bytes = 2 * LANES * num_ins if num_bits == 16 else num_ins // BLOCK_SIZE * block_bytes(num_bits)
-        first, end = num_groups * share // num_shares, num_groups * (share + 1) // num_shares
-        num_own, weights, columns = end - first, packed + first * group_bytes, product + first * 2 * LANES
-        if num_bits == 4:
-            multiply_rows(4, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
-        elif num_bits == 8:
-            multiply_rows(8, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
-        else:
-            multiply_bfloat16(num_own, weights, x, num_ins, num_rows, columns, 2 * num_outs)
-        if bias_at:
-            bias = bfloat16_array(bias_at, (num_groups, LANES))
-            products = bfloat16_array(product, (num_rows, num_groups, LANES))
-            for row in range(num_rows):
-                for group in range(first, end):
-                    for lane in range(LANES):
-                        summed = widened(products[row, group, lane]) + widened(bias[group, lane])
-                        products[row, group, lane] = rounded(summed)
 
-    return Function(apply)
+def _by_tiles(
+    share, num_shares, x, codes, scales, packed, bias_at, num_bits, product, num_rows, num_outs, num_ins
+):  # fmt: skip
+    if num_bits < 16 or num_ins % TILE_INS or num_rows == 0:
+        _by_vectors(
+            share, num_shares, x, codes, scales, packed, bias_at, num_bits, product, num_rows, num_outs, num_ins
+        )  # fmt: skip
+        return
+    first, end = _groups(share, num_shares, num_outs)
+    multiply_tiles(
+        end - first, packed + first * 2 * LANES * num_ins, x, num_ins, num_rows,
+        product + first * 2 * LANES, 2 * num_outs,
+    )  # fmt: skip
+    if bias_at:
+        _add_bias(bias_at, product, num_rows, num_outs, first, end)
 
 
 @njit
-def _by_tiles(num_groups, weights, x, num_ins, num_rows, product, product_stride):
-    # Tiles of no rows at all would be an error.
-    if num_ins % TILE_INS == 0 and num_rows > 0:
-        multiply_tiles(num_groups, weights, x, num_ins, num_rows, product, product_stride)
+def _by_vectors(
+    share, num_shares, x, codes, scales, packed, bias_at, num_bits, product, num_rows, num_outs, num_ins
+):  # fmt: skip
+    first, end = _groups(share, num_shares, num_outs)
+    group_bytes = 2 * LANES * num_ins if num_bits == 16 else num_ins // BLOCK_SIZE * block_bytes(num_bits)
+    num_own, weights, columns = end - first, packed + first * group_bytes, product + first * 2 * LANES
+    if num_bits == 4:
+        multiply_rows(4, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
+    elif num_bits == 8:
+        multiply_rows(8, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
     else:
-        _by_vectors(num_groups, weights, x, num_ins, num_rows, product, product_stride)
+        multiply_rows(16, num_own, weights, x, 0, num_ins, num_rows, columns, 2 * num_outs)
+    if bias_at:
+        _add_bias(bias_at, product, num_rows, num_outs, first, end)
 
 
 @njit
-def _by_vectors(num_groups, weights, x, num_ins, num_rows, product, product_stride):
-    multiply_rows(16, num_groups, weights, x, 0, num_ins, num_rows, product, product_stride)
+def _groups(share, num_shares, num_outs):
+    """The first of a share's groups of columns, and the one after its last."""
+    num_groups = num_outs // LANES
+    return num_groups * share // num_shares, num_groups * (share + 1) // num_shares
+
+
+@njit
+def _add_bias(bias_at, product, num_rows, num_outs, first, end):
+    bias = bfloat16_array(bias_at, (num_outs // LANES, LANES))
+    products = bfloat16_array(product, (num_rows, num_outs // LANES, LANES))
+    for row in range(num_rows):
+        for group in range(first, end):
+            for lane in range(LANES):
+                summed = widened(products[row, group, lane]) + widened(bias[group, lane])
+                products[row, group, lane] = rounded(summed)
 
 
 @cache

@@ -6,8 +6,11 @@ import math
 from functools import cache
 
 import numpy as np
+from numba import njit
 
+from parleyd.cpu_kernels.instructions import LANES
 from parleyd.cpu_kernels.numbers import (
+    FAST,
     bfloat16_array,
     bits_of_float,
     float32_array,
@@ -111,3 +114,32 @@ def quantise_blocks() -> Function:
             scales[1, block] = largest / np.float32(127) * np.float32(total)
 
     return Function(apply)
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def softmax(scores):
+    """In place, of the scores times ln 2."""
+    highest = _highest(scores)
+    total = np.float32(0)
+    for i in range(len(scores)):
+        scores[i] = power_of_two(scores[i] - highest)
+        total += scores[i]
+    for i in range(len(scores)):
+        scores[i] /= total
+
+
+@njit
+def _highest(scores):
+    """In LANES parts side by side, as no compiler dares to: it would not be the same for NaN."""
+    highest, num_whole = stack_floats(LANES), len(scores) // LANES * LANES
+    for lane in range(LANES):
+        highest[lane] = scores[0]
+    for start in range(0, num_whole, LANES):
+        for lane in range(LANES):
+            score = scores[start + lane]
+            highest[lane] = score if score > highest[lane] else highest[lane]
+    for i in range(num_whole, len(scores)):
+        highest[0] = max(highest[0], scores[i])
+    for lane in range(1, LANES):
+        highest[0] = max(highest[0], highest[lane])
+    return highest[0]

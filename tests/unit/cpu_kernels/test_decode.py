@@ -53,6 +53,36 @@ def test_a_row_has_the_same_bits_alone_and_among_neighbours() -> None:
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize(("group", "head_dim"), [(3, 64), (8, 128), (3, 16)])
+def test_rows_that_follow_each_other_attend_as_each_does_alone(group: int, head_dim: int) -> None:
+    keys, values, _, _ = make_cache(2, head_dim)
+    # A prompt; one that begins with the same block, and whose lengths go on where its end; one that decodes.
+    rows = [((1, 2, 3), length) for length in range(20, 71)]
+    rows += [((1, 5, 6), length) for length in (71, 72, 73)]
+    rows += [((1, 5, 7), 73), ((9, 8, 4), 74), ((1, 5, 6), 74), ((1, 5, 6), 75)]
+    table = torch.tensor([blocks for blocks, _ in rows], dtype=torch.int32)
+    lengths = torch.tensor([length for _, length in rows], dtype=torch.int32)
+    query = torch.randn(len(rows), 2 * group, head_dim).bfloat16()
+    together = paged_decode(query, keys, values, table, lengths, head_dim**-0.5)
+    for row, (_, length) in enumerate(rows):
+        one = slice(row, row + 1)
+        alone = paged_decode(query[one], keys, values, table[one], lengths[one], head_dim**-0.5)
+        assert torch.equal(alone[0], together[row])
+        expected = attended(query[row], keys, values, table[row], length, head_dim**-0.5)
+        torch.testing.assert_close(together[row].float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_nothing_is_made_of_what_lies_behind_the_last_token() -> None:
+    keys, values, table, lengths = make_cache(3, 64)
+    query = torch.randn(len(LENGTHS), 9, 64).bfloat16()
+    expected = paged_decode(query, keys, values, table, lengths, 0.125)
+    for row, length in enumerate(LENGTHS):
+        if within := length % BLOCK_SIZE:
+            for of in (keys, values):
+                of[table[row, length // BLOCK_SIZE], :, within:] = torch.nan
+    assert torch.equal(paged_decode(query, keys, values, table, lengths, 0.125), expected)
+
+
 def test_scores_far_apart_are_no_trouble() -> None:
     keys, values, table, lengths = make_cache(3, 64)
     query = 100 * torch.randn(len(LENGTHS), 9, 64).bfloat16()

@@ -76,13 +76,20 @@ def test_layers_that_compute_something_else_are_not_taken(
     assert "something else" in caplog.text
 
 
-def test_what_has_been_compiled_is_kept(tmp_path: Path) -> None:
-    """In a process of its own: this one may have compiled them already."""
+def test_what_has_been_compiled_is_kept_and_found_again(tmp_path: Path) -> None:
+    """In processes of their own: this one may have compiled them already."""
     code = """
 import pathlib, sys
+from parleyd.cpu_kernels.decode import attend_head
 from parleyd.kernels.compiled import CompiledKernels, compiled_kernels
-assert compiled_kernels(pathlib.Path(sys.argv[1]), 16)
+assert compiled_kernels(pathlib.Path(sys.argv[1]), 64)
+attend_head(3, 64, 32)
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    kept = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
-    assert kept == {".nbc", ".nbi"}
+
+    def compiled() -> dict[Path, int]:
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+
+    first = compiled()
+    assert {file.suffix for file in first} == {".nbc", ".nbi"}
+    assert compiled() == first
