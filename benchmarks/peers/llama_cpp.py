@@ -50,7 +50,10 @@ class LlamaEngine:
 
     def __init__(self, path: str) -> None:
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        model_params = llama_cpp.llama_model_default_params()
+        # Its kernels for a matrix unit (AMX) end the process by SIGILL; others of this kind know neither Q4_1 nor bf16.
+        model_params.use_extra_bufts = False
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = _MAX_RUNNING * _SLOT_TOKENS, _BATCH_TOKENS, _BATCH_TOKENS
         # Else only sequences of adjacent slots share a pass over the weights.

@@ -12,9 +12,9 @@ from torch import Tensor
 from parleyd.model.linear.plain import Linear
 
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_MIN_TRIALS, _MAX_TRIALS = 2, 8
+_MIN_TRIALS, _MAX_TRIALS = 2, 16
 # For one shape and width.
-_MAX_SECONDS = 0.0125
+_MAX_SECONDS = 0.02
 # A shape is measured on as many layers as have about this many weights, so that they come from memory as in a step.
 _MEASURED_WEIGHTS = 12_000_000
 # The wide kind stays where the narrow one gains less, as that is no more than noise.
