@@ -189,12 +189,8 @@ class Emitter:
 
     def store_bfloat16(self, address: Any, floats: Any) -> None:
         """Each rounded to the nearest; between two, to the even one."""
-        builder = self._builder
-        bits = builder.bitcast(floats, _INTS)
-        is_odd = builder.and_(builder.lshr(bits, self.ints(16)), self.ints(1))
-        rounded = builder.lshr(builder.add(builder.add(bits, self.ints(0x7FFF)), is_odd), self.ints(16))
-        pointer = builder.inttoptr(address, _SHORTS.as_pointer())
-        builder.store(builder.trunc(rounded, _SHORTS), pointer, align=2)
+        pointer = self._builder.inttoptr(address, _SHORTS.as_pointer())
+        self._builder.store(self._rounded(floats), pointer, align=2)
 
     def room(self, num_bytes: int) -> Any:
         """The address of so many bytes on the stack."""
@@ -231,6 +227,15 @@ class Emitter:
     def add_products_of_tiles(self, sums: int, rows: int, columns: int) -> None:
         """Of bfloat16, to sums in float32. `columns`: two numbers of a column side by side, as for vectors."""
         self._call("llvm.x86.tdpbf16ps", ir.VoidType(), _BYTE(sums), _BYTE(rows), _BYTE(columns))
+
+    def _rounded(self, floats: Any) -> Any:
+        if has_bfloat16():
+            return self._call("llvm.x86.avx512bf16.cvtneps2bf16.512", _SHORTS, floats)
+        builder = self._builder
+        bits = builder.bitcast(floats, _INTS)
+        is_odd = builder.and_(builder.lshr(bits, self.ints(16)), self.ints(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, self.ints(0x7FFF)), is_odd), self.ints(16))
+        return builder.trunc(rounded, _SHORTS)
 
     def _put(self, address: Any, offset: int, value: Any) -> None:
         self._builder.store(value, self._builder.inttoptr(self.at(address, offset), value.type.as_pointer()), align=1)

@@ -83,7 +83,8 @@ class _Product:
             emit.clear_tile(tile)
         with cgutils.for_range(builder, self._num_turns) as turn:
             for tile, group in zip(_COLUMNS, groups, strict=False):
-                self._load_columns(tile, emit.at(self._weights, group, self._group_bytes), turn.index, len(groups))
+                weights = emit.at(self._weights, group, self._group_bytes)
+                self._load_columns(tile, weights, turn.index, len(groups), row_tiles[0])
             for tile, row in zip(_ROWS, first_rows, strict=False):
                 inputs = emit.at(emit.at(self._x, row, self._row_bytes), turn.index, VECTOR_BYTES)
                 emit.load_tile(tile, inputs, self._row_bytes)
@@ -102,11 +103,12 @@ class _Product:
         is_whole = self._builder.icmp_unsigned("<", row, self._last_first_row)
         return self._builder.select(is_whole, row, self._last_first_row)
 
-    def _load_columns(self, tile: int, group: Any, turn: Any, num_groups: int) -> None:
-        """Brings nearer those of the groups after these: the processor by itself is late."""
+    def _load_columns(self, tile: int, group: Any, turn: Any, num_groups: int, row_tile: Any) -> None:
+        """For the first rows, brings nearer those of the groups after these: the processor by itself is late."""
         emit = self._emit
         here = emit.at(group, turn, TILE_BYTES)
-        ahead = emit.at(here, num_groups, self._group_bytes)
-        for line in range(TILE_BYTES // VECTOR_BYTES):
-            emit.prefetch(emit.at(ahead, line, VECTOR_BYTES))
+        with self._builder.if_then(self._builder.icmp_unsigned("==", row_tile, self._kind(0))):
+            ahead = emit.at(here, num_groups, self._group_bytes)
+            for line in range(TILE_BYTES // VECTOR_BYTES):
+                emit.prefetch(emit.at(ahead, line, VECTOR_BYTES))
         emit.load_tile(tile, here, self._kind(VECTOR_BYTES))

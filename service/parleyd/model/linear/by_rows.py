@@ -22,10 +22,11 @@ _MIN_GAIN = 0.05
 
 
 class ByRows:
-    """`narrow` for up to `max_narrow_rows` rows, `wide` for more. `shape`: `[out, in]`."""
+    """`narrow` for up to `max_narrow_rows` rows, `wide` for more. `shape`: `[out, in]`; `limit`: never more rows."""
 
-    def __init__(self, narrow: Linear, wide: Linear, shape: tuple[int, int]) -> None:
+    def __init__(self, narrow: Linear, wide: Linear, shape: tuple[int, int], limit: int = _WIDTHS[-1]) -> None:
         self.shape = shape
+        self.limit = limit
         self.max_narrow_rows = 0
         self.narrow = narrow
         self.wide = wide
@@ -55,8 +56,9 @@ def _widest_gain(group: Sequence[ByRows], dtype: torch.dtype) -> int:
 
     Each further row costs the narrow kind more than the wide one, so few widths need be measured, and those well.
     """
-    widths = bisect_left(_WIDTHS, True, key=lambda rows: not _gains(group, rows, dtype))
-    return _WIDTHS[widths - 1] if widths else 0
+    widths = [width for width in _WIDTHS if width <= group[0].limit]
+    num_narrow = bisect_left(widths, True, key=lambda rows: not _gains(group, rows, dtype))
+    return widths[num_narrow - 1] if num_narrow else 0
 
 
 def _gains(group: Sequence[ByRows], rows: int, dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from parleyd.model.gguf_blocks import GgufBlocks, concatenated
 from parleyd.model.linear.by_rows import ByRows, choose_by_cost
 from parleyd.model.linear.compiled import (
+    MAX_BLOCK_ROWS,
     CompiledLinear,
     are_blocks_fastest,
     can_compile,
@@ -52,7 +53,9 @@ class LinearMaker:
             return narrow
         if narrow is None:
             return self._wide(weight, bias)
-        by_rows = ByRows(narrow, self._wide(weight, bias), (weight.shape[0], weight.shape[1]))
+        wide, shape = self._wide(weight, bias), (weight.shape[0], weight.shape[1])
+        are_compiled = isinstance(narrow, CompiledLinear) and isinstance(wide, CompiledLinear)
+        by_rows = ByRows(narrow, wide, shape, MAX_BLOCK_ROWS) if are_compiled else ByRows(narrow, wide, shape)
         self._by_rows.append(by_rows)
         return by_rows
 
