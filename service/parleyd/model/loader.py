@@ -18,7 +18,7 @@ from parleyd.model import explain, generation_config
 from parleyd.model.checkpoint import Checkpoint
 from parleyd.model.files import ModelFiles, find_files
 from parleyd.model.gguf_blocks import GgufBlocks, open_blocks
-from parleyd.model.quantization import quantization_config
+from parleyd.model.quantization import quantization_config, unpack
 from parleyd.model.quiet import silence_transformers
 
 _logger = logging.getLogger("parleyd.model")
@@ -78,6 +78,8 @@ def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization:
             output_loading_info=True,
             **optional,
         )
+        if not report["missing_keys"]:
+            unpack(model)
     except Exception as error:  # a broken or unusual model fails in many places, and each is for the operator to mend
         _logger.debug("loading %s failed", checkpoint.folder, exc_info=True)
         raise StartupError(f"--model {settings.model}: {_reason(error, settings)}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils.import_utils import (
@@ -18,6 +18,9 @@ from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
 from parleyd.model.checkpoint import Checkpoint
 from parleyd.model.memory import is_on_cpu
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What transformers needs for each method, as packages are called, and whether that is here.
 _PACKAGES: dict[str, dict[str, Callable[[], bool]]] = {
@@ -45,6 +48,18 @@ def quantization_config(settings: ModelSettings, checkpoint: Checkpoint) -> Any 
         )
     _check_packages(f"--quantization {wanted}", wanted.partition("-")[0])
     return _CONFIGS[wanted](is_on_cpu(settings.device_map))
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Does now what compressed-tensors leaves to the first forward pass: makes its weights numbers of the model's type.
+
+    They take several times as much memory then, and a KV cache gets its share of what is free after that.
+    """
+    if hasattr(model, "ct_decompress_hook"):
+        device_map = getattr(model, "hf_device_map", None)
+        model.hf_quantizer.compressor.decompress_model(model)
+        if device_map is not None:  # it is lost on the way, and still says which devices the model is on
+            model.hf_device_map = device_map
 
 
 def _method_of(checkpoint: Checkpoint) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from parleyd.config import ModelSettings
 from parleyd.engine.build import build_engine
@@ -30,14 +31,8 @@ def greedy_ids(loaded: LoadedModel, settings: ModelSettings, prompt: list[int]) 
     return [token_id for output in outputs for token_id in output.token_ids]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("method", METHODS)
-def test_weights_quantised_at_load_serve_in_engine_batching(method: str, tmp_path: Path) -> None:
-    pytest.importorskip(METHODS[method])
-    folder = write_llama(tmp_path / "tiny-llama", hidden_size=64, intermediate_size=128)
-    settings = ModelSettings(model=str(folder), quantization=method, device_map="cpu")
-    loaded = load_model(settings)
-    plain = load_model(ModelSettings(model=str(folder))).model
+def check_serves(loaded: LoadedModel, settings: ModelSettings, plain_folder: Path) -> None:
+    plain = load_model(ModelSettings(model=str(plain_folder))).model
     prompt = list(range(5, 25))
     with torch.inference_mode():
         ours, exact = loaded.model(torch.tensor([prompt])).logits, plain(torch.tensor([prompt])).logits
@@ -45,6 +40,51 @@ def test_weights_quantised_at_load_serve_in_engine_batching(method: str, tmp_pat
     config: Any = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
     expected = loaded.model.generate(torch.tensor([prompt]), generation_config=config)  # type: ignore[operator]
     assert greedy_ids(loaded, settings, prompt) == expected[0, len(prompt) :].tolist()
+
+
+def write_compressed(plain: Path, folder: Path, scheme: str) -> Path:
+    """The same model with the linear layers of its decoder compressed as compressed-tensors' `scheme` has it."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    shutil.copytree(plain, folder)
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    groups = {"group_0": preset_name_to_scheme(scheme, ["Linear"])}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            weights = module.weight.detach().unflatten(1, (module.weight_scale.shape[1], -1))
+            scale, _ = calculate_qparams(weights.amin(-1), weights.amax(-1), module.quantization_scheme.weights)
+            module.weight_scale.data.copy_(scale)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_quantised_at_load_serve_in_engine_batching(method: str, tmp_path: Path) -> None:
+    pytest.importorskip(METHODS[method])
+    folder = write_llama(tmp_path / "tiny-llama", hidden_size=64, intermediate_size=128)
+    settings = ModelSettings(model=str(folder), quantization=method, device_map="cpu")
+    loaded = load_model(settings)
+    check_serves(loaded, settings, folder)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "W8A8", "FP8_DYNAMIC"])
+def test_compressed_tensors_serve_in_engine_batching(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    plain = write_llama(tmp_path / "tiny-llama", hidden_size=128, intermediate_size=128)
+    folder = write_compressed(plain, tmp_path / "compressed", scheme)
+    settings = ModelSettings(model=str(folder), device_map="cpu")
+    loaded = load_model(settings)
+    num_bytes = loaded.model.get_memory_footprint()
+    check_serves(loaded, settings, plain)
+    assert loaded.model.get_memory_footprint() == num_bytes  # beside which the KV cache was given its share
 
 
 @pytest.mark.parametrize(
