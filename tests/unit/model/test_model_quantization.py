@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from parleyd.config import ModelSettings
@@ -17,6 +19,8 @@ from parleyd.model import quantization
 from parleyd.model.loader import LoadedModel, load_model
 from tests.unit.model.conftest import edit_json, startup_error, write_llama
 
+# How AWQ's files have the columns of eight in a row.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 METHODS = {"torchao-int8": "torchao", "bitsandbytes-8bit": "bitsandbytes", "bitsandbytes-4bit": "bitsandbytes"}
 
 
@@ -64,6 +68,39 @@ def write_compressed(plain: Path, folder: Path, scheme: str) -> Path:
     return folder
 
 
+def write_packed(plain: Path, folder: Path, method: str) -> Path:
+    """The same model with the linear layers of its decoder in 4 bits, as files of GPTQ or AWQ have them: rounded to the
+    nearest, a scale and a zero for each 32 inputs of an output."""
+    shutil.copytree(plain, folder)
+    weights: dict[str, Tensor] = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            weights[name] = weight
+            continue
+        layer, groups = name.removesuffix("weight"), weight.float().unflatten(1, (-1, 32))
+        scales = (groups.amax(-1) - groups.amin(-1)) / 15
+        zeros = (-groups.amin(-1) / scales).round()
+        codes = (groups / scales[:, :, None] + zeros[:, :, None]).round().clamp(0, 15).flatten(1)
+        weights[f"{layer}scales"] = scales.T.half().contiguous()
+        if method == "gptq":
+            weights[f"{layer}qweight"] = pack(codes).T.contiguous()
+            weights[f"{layer}qzeros"] = pack(zeros.T - 1)
+            weights[f"{layer}g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // 32
+        else:
+            weights[f"{layer}qweight"] = pack(codes.T, AWQ_ORDER)
+            weights[f"{layer}qzeros"] = pack(zeros.T, AWQ_ORDER)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    own = {"gptq": {"desc_act": False, "sym": False}, "awq": {"zero_point": True, "version": "gemm"}}[method]
+    edit_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4, "group_size": 32, **own})
+    return folder
+
+
+def pack(values: Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Tensor:
+    """Eight 4-bit numbers of a row in each 32-bit one, the first of `order` lowest."""
+    eights = values.int().unflatten(1, (-1, 8))[:, :, list(order)]
+    return (eights << torch.arange(0, 32, 4)).sum(-1, dtype=torch.int32)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_quantised_at_load_serve_in_engine_batching(method: str, tmp_path: Path) -> None:
@@ -85,6 +122,18 @@ def test_compressed_tensors_serve_in_engine_batching(scheme: str, tmp_path: Path
     num_bytes = loaded.model.get_memory_footprint()
     check_serves(loaded, settings, plain)
     assert loaded.model.get_memory_footprint() == num_bytes  # beside which the KV cache was given its share
+
+
+@pytest.mark.timeout(600)  # gptqmodel compiles its kernel for this processor, once
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_gptq_and_awq_serve_in_engine_batching(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("gptqmodel")
+    if method == "gptq":
+        pytest.importorskip("optimum")
+    plain = write_llama(tmp_path / "tiny-llama", hidden_size=128, intermediate_size=128)
+    settings = ModelSettings(model=str(write_packed(plain, tmp_path / method, method)), device_map="cpu")
+    check_serves(load_model(settings), settings, plain)
 
 
 @pytest.mark.parametrize(
