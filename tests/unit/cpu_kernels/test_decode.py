@@ -83,6 +83,15 @@ def test_nothing_is_made_of_what_lies_behind_the_last_token() -> None:
     assert torch.equal(paged_decode(query, keys, values, table, lengths, 0.125), expected)
 
 
+def test_what_is_broken_in_a_sequence_stays_in_it() -> None:
+    keys, values, _, _ = make_cache(1, 64)
+    values[5] = torch.nan
+    # The second goes on where the first ends, in a block of its own.
+    table, lengths = torch.tensor([[1, 0], [1, 5]], dtype=torch.int32), torch.tensor([32, 33], dtype=torch.int32)
+    result = paged_decode(torch.randn(2, 3, 64).bfloat16(), keys, values, table, lengths, 0.125)
+    assert result[0].isfinite().all() and result[1].isnan().all()
+
+
 def test_scores_far_apart_are_no_trouble() -> None:
     keys, values, table, lengths = make_cache(3, 64)
     query = 100 * torch.randn(len(LENGTHS), 9, 64).bfloat16()
