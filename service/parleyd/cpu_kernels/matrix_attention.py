@@ -49,8 +49,8 @@ def num_rows_on_tiles(group: int) -> int:
 @cache
 def attend_on_tiles(group: int, head_dim: int, block_size: int) -> Function:
     """As `decode.attend_head`, of `num_rows_on_tiles` at a time."""
-    num_lines, row_bytes, max_rows = head_dim // 2, 2 * head_dim, num_rows_on_tiles(group)
-    num_columns, num_sums = num_lines * LANES, _NUM_DIMS * TILE_ROWS
+    row_bytes, max_rows = 2 * head_dim, num_rows_on_tiles(group)
+    num_columns, num_sums = head_dim // 2 * LANES, _NUM_DIMS * TILE_ROWS
     block_bytes, tile_bytes = row_bytes * block_size, row_bytes * LANES
 
     def apply(
@@ -77,14 +77,8 @@ def attend_on_tiles(group: int, head_dim: int, block_size: int) -> Function:
                 row += 1
             num_queries, length = (row - first) * group, lengths[row - 1]
             last = (length - 1) // block_size
-            for i in range(num_columns):
-                columns[i] = np.float32(0)
-            for query in range(num_queries):
-                head = kv_head * group + query % group
-                place = 2 * ((first + query // group) * query_stride + head * head_dim)
-                numbers = float32_array(queries_at + place, (num_lines,))  # two of bfloat16 each
-                for line in range(num_lines):
-                    columns[line * LANES + query] = numbers[line]
+            queries = queries_at + 2 * (first * query_stride + kv_head * group * head_dim)
+            _lay_out(columns, queries, query_stride, num_queries, group, head_dim)
             if num_queries != configured:  # which takes about as long as to attend to 16 tokens
                 _configure(num_queries)
                 configured = num_queries
@@ -101,12 +95,7 @@ def attend_on_tiles(group: int, head_dim: int, block_size: int) -> Function:
                         ahead + tile * tile_bytes,
                     )  # fmt: skip
             for query in range(num_queries):
-                own = lengths[first + query // group]
-                softmax(scores[query, :own])
-                for token in range(own):
-                    weights[query, token] = rounded(scores[query, token])
-                for token in range(own, (last + 1) * block_size):
-                    weights[query, token] = 0
+                _weigh(scores[query], weights[query], lengths[first + query // group], (last + 1) * block_size)
             for start in range(0, head_dim, _NUM_DIMS):
                 _clear_sums()
                 for block in range(last + 1):
@@ -132,6 +121,29 @@ def attend_on_tiles(group: int, head_dim: int, block_size: int) -> Function:
         _release()
 
     return Function(apply)
+
+
+@njit(forceinline=True)
+def _lay_out(columns, queries_at, query_stride, num_queries, group, head_dim):
+    """Queries side by side, two numbers of each in turn: `[head_dim / 2, LANES, 2]`, 0 where there is none."""
+    num_lines = head_dim // 2
+    for i in range(num_lines * LANES):
+        columns[i] = np.float32(0)
+    for query in range(num_queries):
+        place = queries_at + 2 * (query // group * query_stride + query % group * head_dim)
+        pairs = float32_array(place, (num_lines,))
+        for line in range(num_lines):
+            columns[line * LANES + query] = pairs[line]
+
+
+@njit(forceinline=True)
+def _weigh(scores, weights, length, num_tokens):
+    """From scores to weights of the tokens that a query sees; of others, up to `num_tokens`, they are 0."""
+    softmax(scores[:length])
+    for token in range(length):
+        weights[token] = rounded(scores[token])
+    for token in range(length, num_tokens):
+        weights[token] = 0
 
 
 @njit
