@@ -37,7 +37,8 @@ FOREVER = ask("!forever", max_new_tokens=4000)
 
 @pytest.fixture
 def observed(start_gateway: StartGateway) -> GatewayThread:
-    return start_gateway(max_running=2, max_queue=0, admin_port=0)
+    # Slow enough that FOREVER is not over before it is cancelled.
+    return start_gateway(worker=("--step-delay", "0.001"), max_running=2, max_queue=0, admin_port=0)
 
 
 def get(gateway: GatewayThread, path: str) -> tuple[int, str]:
