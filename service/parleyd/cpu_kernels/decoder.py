@@ -77,7 +77,7 @@ class Decoder:
         num_items = -(-num_rows // self._max_rows) * self._num_kv_heads
         scores = torch.empty((torch.get_num_threads(), num_scores))
         delta = torch.empty_like(x)
-        layers = self._table(num_rows)
+        layers = self._table(min(num_rows, _MANY_ROWS))  # of more, all take the same weights
         tensors = (x, delta, inputs, outputs, codes, scales, scores, layers, cos, sin, slots, table, lengths)
         addresses = [tensor.data_ptr() for tensor in tensors]
         num_layers = len(self._layers)

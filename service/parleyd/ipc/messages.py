@@ -1,4 +1,6 @@
-"""The messages between the processes, in MessagePack: one a step each way, for all requests together."""
+"""The messages between the processes, in MessagePack: for all requests together, one a step back, and there one for all
+that changes in a turn of the event loop.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ class Changes(msgspec.Struct, tag=True, frozen=True):
     What is aborted is answered by nothing: outputs already on their way are to be ignored.
     """
 
-    submitted: list[EngineRequest] = []
-    aborted: list[int] = []
+    submitted: list[EngineRequest]
+    aborted: list[int]
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
