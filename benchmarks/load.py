@@ -33,6 +33,7 @@ class Run:
     num_tokens: int = 0
     num_answers: int = 0
     first_token_s: list[float] = field(default_factory=list)
+    cut_first_token_s: list[float] = field(default_factory=list)  # how long those cut off had waited for theirs
     between_tokens_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -63,6 +64,11 @@ class Clock:
         self._last = now
         self._num_tokens += num_tokens
         self._run.num_tokens += num_tokens
+
+    def cut_off(self) -> None:
+        """The loop ends here."""
+        if not self._num_tokens:
+            self._run.cut_first_token_s.append(time.perf_counter() - self._last)
 
     def refused(self) -> None:
         """There will be no answer."""
@@ -104,6 +110,9 @@ async def _answer(client: Client, request: Request, run: Run) -> None:
     try:
         async for num_tokens in client.stream(request):
             clock.saw(num_tokens)
+    except asyncio.CancelledError:
+        clock.cut_off()
+        raise
     except Refused:
         clock.refused()
     except Exception as error:  # of whatever library: a peer that fails is a result

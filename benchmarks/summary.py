@@ -22,14 +22,15 @@ def summarise(labels: Row, runs: Sequence[Run], bytes_per_step: float | None = N
     A step serves all streams at once, so the bandwidth used is that of tokens/s by the concurrency.
     """
     tokens_per_s = [run.tokens_per_s for run in runs]
+    first_tokens_s = [_first_tokens_s(run) for run in runs]
     row = {
         **labels,
         "tokens_per_s": round(statistics.median(tokens_per_s), 1),
         "rounds": [round(value, 2) for value in tokens_per_s],
         "num_answers": sum(run.num_answers for run in runs),
-        **_times("ttft", [value for run in runs for value in run.first_token_s]),
+        **_times("ttft", [value for first_tokens in first_tokens_s for value in first_tokens]),
         **_times("itl", [value for run in runs for value in run.between_tokens_s]),
-        "ttft_p50_rounds_ms": [_milliseconds(run.first_token_s, 50) for run in runs],
+        "ttft_p50_rounds_ms": [_milliseconds(first_tokens, 50) for first_tokens in first_tokens_s],
     }
     if bytes_per_step and gb_limit:
         gb_per_s = bytes_per_step * row["tokens_per_s"] / labels["concurrency"] / 1e9
@@ -42,6 +43,15 @@ def summarise(labels: Row, runs: Sequence[Run], bytes_per_step: float | None = N
     if errors := [error for run in runs for error in run.errors]:
         row["num_errors"], row["first_error"] = len(errors), errors[0]
     return row
+
+
+def _first_tokens_s(run: Run) -> list[float]:
+    """Those that were cut off too, if they had waited longer than half of the others: theirs would have been later yet.
+
+    Without them, a server that lets most wait until the end would be judged by the few that it began with.
+    """
+    median = percentile(run.first_token_s, 50) if run.first_token_s else 0.0
+    return run.first_token_s + [seconds for seconds in run.cut_first_token_s if seconds > median]
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

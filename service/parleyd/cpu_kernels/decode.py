@@ -76,14 +76,13 @@ def attend_head(group: int, head_dim: int, block_size: int) -> Function:
     """
     if can_attend_on_tiles(group, head_dim, block_size):
         return attend_on_tiles(group, head_dim, block_size)
-    if attends_by_products(head_dim, block_size):
+    if _can_attend_by_products(head_dim, block_size):
         return _attend_head_with_products(group, head_dim, block_size)
     return _attend_head(group, head_dim, block_size)
 
 
-def attends_by_products(head_dim: int, block_size: int) -> bool:
-    """Whether this processor has the instructions, and this shape fits them: then no other way is faster, not even for
-    the rows of long prompts."""
+def _can_attend_by_products(head_dim: int, block_size: int) -> bool:
+    """Whether this processor has the instructions, and this shape fits them."""
     return has_bfloat16() and head_dim % DIM_MULTIPLE == 0 and block_size % LANES == 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba import config
 from numba.core import cgutils
 
 LANES = 16  # of a register, 32 bits each
@@ -25,27 +26,45 @@ _BYTE, _SHORT, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
 _HALVES, _SHORTS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(_SHORT, LANES)
+_SHORT_PAIRS = ir.VectorType(_SHORT, 2 * LANES)
+
+
+def _has(*names: str) -> bool:
+    return _features().issuperset(names)
 
 
 @cache
-def _features() -> dict[str, bool]:
-    return dict(llvm.get_host_cpu_features())
+def _features() -> frozenset[str]:
+    """Of this processor, or of the one that numba is told to compile for."""
+    if config.CPU_FEATURES is not None:
+        return frozenset(name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+"))
+    return frozenset(name for name, is_there in llvm.get_host_cpu_features().items() if is_there)
+
+
+def has_vectors() -> bool:
+    """Whether this processor has what an Emitter emits: that of all x86 processors of the last ten years."""
+    return _has("avx2", "fma", "f16c")
 
 
 def has_bytes() -> bool:
-    """Whether this processor has `add_products_of_bytes`."""
-    return bool(_features().get("avx512vnni"))
+    """Whether `add_products_of_bytes` is an instruction here."""
+    return _has("avx512vnni")
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor has `add_products_of_bfloat16`."""
-    return bool(_features().get("avx512bf16"))
+    """Whether `add_products_of_bfloat16` is an instruction here."""
+    return _has("avx512bf16")
+
+
+def has_many_registers() -> bool:
+    """Whether this processor has 32 registers of LANES, and not 16 of half of them."""
+    return _has("avx512f")
 
 
 @cache
 def has_matrix_unit() -> bool:
     """Whether this processor has tiles of bfloat16 (AMX), and this process may use them."""
-    if not (_features().get("amx-bf16") and sys.platform == "linux"):
+    if not (_has("amx-bf16") and has_bfloat16() and sys.platform == "linux"):
         return False
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0)
 
@@ -115,13 +134,42 @@ class Emitter:
         """To each float32, the product of two."""
         return self._call("llvm.fma.v16f32", _FLOATS, one, other, sums)
 
+    def no_products_of_bytes(self) -> Any:
+        """The sums that `add_products_of_bytes` begins with."""
+        return self.ints(0) if has_bytes() else ir.Constant(_SHORT_PAIRS, [0] * (2 * LANES))
+
     def add_products_of_bytes(self, sums: Any, unsigned: Any, signed: Any) -> Any:
-        """To each int32, the four products of bytes in its lanes. AVX-512 VNNI."""
-        return self._call("llvm.x86.avx512.vpdpbusd.512", _INTS, sums, unsigned, signed)
+        """To each lane's sum, the four products of bytes in it. Without `has_bytes` a sum is in two int16: the caller
+        sees to it that neither overflows."""
+        if has_bytes():
+            return self._call("llvm.x86.avx512.vpdpbusd.512", _INTS, sums, unsigned, signed)
+        products = self._by_halves("llvm.x86.avx2.pmadd.ub.sw", _SHORTS, (unsigned, signed), _BYTE)
+        return self._builder.add(sums, products)
+
+    def whole_sums(self, sums: Any) -> Any:
+        """What `add_products_of_bytes` has added, as int32."""
+        if has_bytes():
+            return sums
+        ones = ir.Constant(_SHORT_PAIRS, [1] * (2 * LANES))
+        return self._by_halves("llvm.x86.avx2.pmadd.wd", ir.VectorType(_INT, LANES // 2), (sums, ones), _SHORT)
+
+    def add_16_times(self, one: Any, other: Any) -> Any:
+        """To each int32, 16 times another."""
+        return self._builder.add(one, self._builder.shl(other, self.ints(4)))
 
     def add_products_of_bfloat16(self, sums: Any, one: Any, other: Any) -> Any:
-        """To each float32, the two products of bfloat16 in its lanes. AVX-512 BF16."""
-        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, sums, one, other)
+        """To each float32, the two products of bfloat16 in its lanes."""
+        if has_bfloat16():
+            return self._call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, sums, one, other)
+        for first, second in zip(self._widened(one), self._widened(other), strict=True):
+            sums = self.add_product(sums, first, second)
+        return sums
+
+    def _widened(self, pairs: Any) -> list[Any]:
+        """The first bfloat16 of each lane, and the second, as float32."""
+        builder = self._builder
+        halves = builder.shl(pairs, self.ints(16)), builder.and_(pairs, self.ints(-(2**16)))
+        return [builder.bitcast(half, _FLOATS) for half in halves]
 
     def sums_of(self, vectors: list[Any]) -> Any:
         """LANES vectors of float32 as one: in each lane, the sum of a vector."""
@@ -248,6 +296,16 @@ class Emitter:
 
     def _shuffled(self, one: Any, other: Any, lanes: list[int]) -> Any:
         return self._builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
+
+    def _by_halves(self, name: str, result: ir.Type, vectors: tuple[Any, Any], kind: ir.Type) -> Any:
+        """An instruction for vectors half as long, of numbers of that kind, on both halves."""
+        num = VECTOR_BYTES * 8 // kind.width
+        cast = [self._builder.bitcast(vector, ir.VectorType(kind, num)) for vector in vectors]
+        low, high = (
+            self._call(name, result, *(self._shuffled(one, one, lanes) for one in cast))
+            for lanes in (list(range(num // 2)), list(range(num // 2, num)))
+        )
+        return self._shuffled(low, high, list(range(2 * result.count)))
 
     def _call(self, name: str, result: ir.Type, *arguments: Any) -> Any:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])

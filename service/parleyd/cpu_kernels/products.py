@@ -13,7 +13,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from parleyd.cpu_kernels.instructions import LANES, has_bfloat16, has_bytes, has_matrix_unit
+from parleyd.cpu_kernels.instructions import LANES, has_matrix_unit, has_vectors
 from parleyd.cpu_kernels.matrix_tiles import TILE_INS, multiply_tiles
 from parleyd.cpu_kernels.numbers import bfloat16_array, call, rounded, widened
 from parleyd.cpu_kernels.rows import quantise_blocks
@@ -37,12 +37,12 @@ class Weights(NamedTuple):
 
 def can_multiply_blocks(num_outs: int, num_ins: int) -> bool:
     """Whether this processor has the instructions for 4- and 8-bit weights, and this shape fits them."""
-    return has_bytes() and num_outs % LANES == 0 and num_ins % BLOCK_SIZE == 0
+    return has_vectors() and num_outs % LANES == 0 and num_ins % BLOCK_SIZE == 0
 
 
 def can_multiply_bfloat16(num_outs: int, num_ins: int) -> bool:
     """The same for bfloat16."""
-    return has_bfloat16() and num_outs % LANES == 0 and num_ins % UNROLLED_INS == 0
+    return has_vectors() and num_outs % LANES == 0 and num_ins % UNROLLED_INS == 0
 
 
 def pack_bfloat16(weight: Tensor, bias: Tensor | None = None) -> Weights:

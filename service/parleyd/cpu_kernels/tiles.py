@@ -6,20 +6,21 @@ Whatever the tile, a row's sums are taken in the same order: they do not depend 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter
+from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter, has_bytes, has_many_registers
 
 BLOCK_SIZE = 32  # weights of a row that share a scale and a minimum
 SCALES_BYTES = 2 * 2 * LANES  # of LANES blocks, float16
 # In bfloat16, the columns of the weights that a turn of the loop takes.
 UNROLLED_INS = 8
 
-_MAX_ROWS = 8
+_MAX_ROWS = 8 if has_many_registers() else 4
 # From so many rows on, it is the processor and not memory that takes the time, and two groups of columns side by side
 # keep it busier: eight sums alone would wait for each other's additions.
 _MIN_ROWS_OF_PAIRS = 16
@@ -80,12 +81,17 @@ class _Product:
     def emit(self) -> None:
         """Pairs of groups where there are enough rows, then what is left, one by one."""
         builder, num_groups, num_rows = self._builder, self._operands.num_groups, self._operands.num_rows
-        kind = num_rows.type
-        has_pairs = builder.icmp_unsigned(">=", num_rows, kind(_MIN_ROWS_OF_PAIRS))
-        num_paired = builder.select(has_pairs, builder.and_(num_groups, kind(-2)), kind(0))
-        for start, end, width in ((kind(0), num_paired, 2), (num_paired, num_groups, 1)):
-            with cgutils.for_range_slice(builder, start, end, kind(width)) as (group, _):
-                self._columns([builder.add(group, kind(index)) for index in range(width)])
+        kind, num_paired = num_rows.type, num_rows.type(0)
+        if has_many_registers():
+            has_pairs = builder.icmp_unsigned(">=", num_rows, kind(_MIN_ROWS_OF_PAIRS))
+            num_paired = builder.select(has_pairs, builder.and_(num_groups, kind(-2)), num_paired)
+            self._groups(kind(0), num_paired, 2)
+        self._groups(num_paired, num_groups, 1)
+
+    def _groups(self, start: Any, end: Any, width: int) -> None:
+        builder = self._builder
+        with cgutils.for_range_slice(builder, start, end, start.type(width)) as (group, _):
+            self._columns([builder.add(group, start.type(index)) for index in range(width)])
 
     def _columns(self, groups: list[Any]) -> None:
         """Tiles of the most rows, then those that are left, as a sum of powers of two."""
@@ -151,20 +157,30 @@ class _Product:
 
     def _dots(self, weights: list[Any], blocks: list[Any]) -> list[Any]:
         """Of a block of each row and one of each group's columns, in whole numbers."""
-        emit, operands = self._emit, self._operands
-        dots = [emit.ints(0)] * (len(blocks) * len(weights))
+        emit = self._emit
         self._prefetch(weights, 0)  # the scales
+        if self._num_bits == 4:
+            return self._sums(weights, blocks, emit.nibbles)
+        if has_bytes():
+            return self._sums(weights, blocks, lambda vector: (vector,))
+        # A block's sums of whole bytes would be too large.
+        low = self._sums(weights, blocks, lambda vector: emit.nibbles(vector)[:1])
+        high = self._sums(weights, blocks, lambda vector: emit.nibbles(vector)[1:])
+        return [emit.add_16_times(one, other) for one, other in zip(low, high, strict=True)]
+
+    def _sums(self, weights: list[Any], blocks: list[Any], parts: Callable[[Any], Sequence[Any]]) -> list[Any]:
+        """Of products of `parts` of a vector, four columns in each lane: the first of all, then the second."""
+        emit, operands = self._emit, self._operands
+        sums = [emit.no_products_of_bytes()] * (len(blocks) * len(weights))
         num_lines = BLOCK_SIZE // 4 * self._num_bits // 8
         for line in range(num_lines):
             vectors = self._lines(weights, SCALES_BYTES // VECTOR_BYTES + line)
-            # The low halves of its bytes are of four columns, the high ones of four that come after all low ones.
-            quads = [vectors] if self._num_bits == 8 else zip(*map(emit.nibbles, vectors), strict=True)
-            for half, columns in enumerate(quads):
-                place = 4 * (line + half * num_lines)
+            for part, columns in enumerate(zip(*map(parts, vectors), strict=True)):
+                place = 4 * (line + part * num_lines)
                 codes = (emit.repeat_int(emit.at(emit.at(operands.x, block, BLOCK_SIZE), place)) for block in blocks)
-                earlier = iter(dots)
-                dots = [emit.add_products_of_bytes(next(earlier), column, code) for code in codes for column in columns]
-        return dots
+                earlier = iter(sums)
+                sums = [emit.add_products_of_bytes(next(earlier), column, code) for code in codes for column in columns]
+        return [emit.whole_sums(one) for one in sums]
 
     def _lines(self, weights: list[Any], index: int) -> list[Any]:
         """A vector of each group's weights; brings nearer those of the groups after these."""

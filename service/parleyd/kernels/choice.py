@@ -4,7 +4,7 @@
 |---|---|---|
 | CUDA, torch >= 2.12 | triton_decode.py, else varlen.py | varlen.py |
 | CUDA, torch 2.11 | triton_decode.py | gathered.py |
-| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | compiled too; without AVX-512 BF16 long ones gathered |
+| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | compiled |
 | any other | gathered | gathered |
 """
 
@@ -108,7 +108,7 @@ def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: 
 def _compiled(compiled: CompiledKernels | None, shape: AttentionShape) -> Kernels:
     if compiled is None:
         return NO_KERNELS
-    kernels = Kernels(compiled.decode, max_row_tokens=compiled.max_row_tokens)
+    kernels = Kernels(compiled.decode, takes_prompts=True)
     try:
         check_kernels(kernels, BLOCK_SIZE, shape)
     except Exception as error:

@@ -6,7 +6,6 @@ Imports numba only when asked for them: it takes some tenths of a second.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from parleyd.kernels import layer_ops
 from parleyd.kernels.layer_ops import LayerOps
-from parleyd.kernels.paged import BLOCK_SIZE, DecodeKernel
+from parleyd.kernels.paged import DecodeKernel
 from parleyd.model.cache import cache_key
 
 _logger = logging.getLogger("parleyd.engine")
@@ -29,8 +28,6 @@ class CompiledKernels(NamedTuple):
 
     decode: DecodeKernel
     layers: LayerOps
-    # Prompts up to this position are attended to by `decode`, row by row, since that is faster.
-    max_row_tokens: int = 256
 
 
 def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
@@ -48,8 +45,6 @@ def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
     except Exception as error:
         _logger.warning("no compiled kernels: %s", first_line(error))
         return None
-    if decode.attends_by_products(head_dim, BLOCK_SIZE):
-        return CompiledKernels(decode.paged_decode, layers, max_row_tokens=sys.maxsize)
     return CompiledKernels(decode.paged_decode, layers)
 
 

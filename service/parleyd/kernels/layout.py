@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,14 +40,12 @@ class StepLayout:
         """The layout of a batch, on the cache's device."""
         decodes, prefills = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
         parts: list[Part] = []
-        if cache.kernels.decode is None:
-            parts += [GatheredDecode.of(decodes, cache)] if decodes else []
-        else:
-            # Short prompts after the decodes are attended to with them.
-            ends = (item.start + item.num_tokens for item in prefills)
-            num_short = len(list(itertools.takewhile(cache.kernels.max_row_tokens.__ge__, ends)))
-            decodes, prefills = decodes + prefills[:num_short], prefills[num_short:]
-            parts += [PagedDecode.of(decodes, cache.block_size, cache.device)] if decodes else []
+        if cache.kernels.takes_prompts:
+            decodes, prefills = batch.scheduled, []
+        if decodes and cache.kernels.decode is not None:
+            parts.append(PagedDecode.of(decodes, cache.block_size, cache.device))
+        elif decodes:
+            parts.append(GatheredDecode.of(decodes, cache))
         row = sum(item.num_tokens for item in decodes)
         if prefills and cache.kernels.prefill is not None:
             parts.append(PagedPrefill.of(prefills, row, cache.block_size, cache.device))

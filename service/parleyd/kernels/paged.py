@@ -32,13 +32,12 @@ PrefillKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, f
 class Kernels(NamedTuple):
     """What attends where there is something better than to gather the blocks; None where there is not.
 
-    `max_row_tokens`: prompts up to this position, with no longer one before them in the step, are gathered no more than
-    decodes are; `decode` takes their rows.
+    `takes_prompts`: `decode` attends for prompts too, for each row as if its sequence ended there.
     """
 
     decode: DecodeKernel | None = None
     prefill: PrefillKernel | None = None
-    max_row_tokens: int = 0
+    takes_prompts: bool = False
 
 
 NO_KERNELS = Kernels()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from benchmarks import workload
-from benchmarks.load import Clock, Run
+from benchmarks.load import Clock, Run, closed_loop
 from benchmarks.online import maker
 from benchmarks.report import targets_table, throughput_table
-from benchmarks.summary import percentile, ratio
+from benchmarks.summary import percentile, ratio, summarise
 from benchmarks.targets import TARGETS
 
 
@@ -83,6 +85,28 @@ def test_tokens_of_one_message_share_its_time_and_a_short_answer_is_an_error() -
     assert len(run.first_token_s) == 1 and len(run.between_tokens_s) == 4 and len(set(run.between_tokens_s)) == 1
     clock.ended(6)
     assert run.num_answers == 0 and run.errors == ["5 tokens instead of 6"]
+
+
+class NeverBegins:
+    """A server that answers nobody."""
+
+    async def stream(self, request: workload.Request) -> AsyncIterator[int]:
+        await asyncio.Event().wait()
+        yield 1
+
+    async def close(self) -> None: ...
+
+
+async def test_who_waits_for_a_first_token_when_the_time_is_over_has_waited_so_long() -> None:
+    run = await closed_loop(NeverBegins(), workload.fixed(0, 4, 8), 2, limit_s=0.05)
+    assert run.is_cut and len(run.cut_first_token_s) == 2 and min(run.cut_first_token_s) > 0.04
+    assert summarise({"concurrency": 2}, [run])["ttft_p50_ms"] > 40
+
+
+def test_a_wait_that_was_cut_off_early_tells_nothing() -> None:
+    run = Run(first_token_s=[1.0, 2.0, 3.0], cut_first_token_s=[0.5, 10.0, 10.0])
+    assert summarise({"concurrency": 2}, [run])["ttft_curve_ms"][-1] == [100, 10_000]
+    assert summarise({"concurrency": 2}, [run])["ttft_p50_rounds_ms"] == [3000]
 
 
 def test_workloads_are_seeded_and_no_two_prompts_alike() -> None:

@@ -53,7 +53,7 @@ def make_forward(model: PreTrainedModel, blocks: GgufBlocks | None = None) -> tu
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     shape = (config.num_hidden_layers, 16, BLOCK_SIZE, config.num_key_value_heads, head_dim)
-    cache = PagedKVCache(shape, torch.bfloat16, "cpu", Kernels(paged_decode, max_row_tokens=64))
+    cache = PagedKVCache(shape, torch.bfloat16, "cpu", Kernels(paged_decode, takes_prompts=True))
     return LeanForward(LeanModel.of(model), cache, blocks=blocks, compiled=COMPILED), cache
 
 

@@ -86,9 +86,9 @@ def test_gathering_attends_as_sdpa_does_alone(
     )
 
 
-@pytest.mark.parametrize("max_row_tokens", [0, 20, 100])
-def test_the_compiled_kernel_attends_as_sdpa_does_for_decodes_and_short_prompts(max_row_tokens: int) -> None:
-    kernels = Kernels(paged_decode, max_row_tokens=max_row_tokens)
+@pytest.mark.parametrize("takes_prompts", [False, True])
+def test_the_compiled_kernel_attends_as_sdpa_does(*, takes_prompts: bool) -> None:
+    kernels = Kernels(paged_decode, takes_prompts=takes_prompts)
     torch.testing.assert_close(
         run(MIXED, kernels, torch.bfloat16), run(MIXED, torch_kernels.KERNELS, torch.bfloat16), rtol=0.02, atol=0.02
     )
