@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter
@@ -13,31 +14,76 @@ from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter
 DIM_MULTIPLE = 2 * LANES
 
 
+@intrinsic
+def widen(context, narrow, num_vectors, wide, ahead):
+    """Makes float32 at `wide` of the LANES bfloat16 of each vector at `narrow`; as many at `ahead` are read next."""
+
+    def generate(context, builder, signature, args):
+        narrow, num_vectors, wide, ahead = args
+        emit = Emitter(builder)
+        with cgutils.for_range(builder, num_vectors) as loop:
+            emit.prefetch(emit.at(ahead, loop.index, VECTOR_BYTES // 2))
+            numbers = emit.load_bfloat16(emit.at(narrow, loop.index, VECTOR_BYTES // 2))
+            emit.store(emit.at(wide, loop.index, VECTOR_BYTES), numbers)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
 @intrinsic(prefer_literal=True)
-def score_tokens(context, head_dim, query, keys, scale, scores):
-    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other. `head_dim`: a constant, of DIM_MULTIPLE.
+def score_tokens(context, head_dim, item_bytes, query, keys, scale, scores):
+    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other. `head_dim`, of DIM_MULTIPLE or LANES, and
+    `item_bytes`, of a number of query and keys, are constants: 2 of a bfloat16, 4 of a float32.
 
     Addresses but for `scale`, a float32; `scores` are float32.
     """
-    num_vectors = head_dim.literal_value // DIM_MULTIPLE
+    num_vectors = head_dim.literal_value * item_bytes.literal_value // VECTOR_BYTES
+    is_wide = item_bytes.literal_value == 4
 
     def generate(context, builder, signature, args):
-        _, query, keys, scale, scores = args
+        _, _, query, keys, scale, scores = args
         emit = Emitter(builder)
-        queries = [emit.load_ints(emit.at(query, index, VECTOR_BYTES)) for index in range(num_vectors)]
+        load, add = emit.load_ints, emit.add_products_of_bfloat16
+        if is_wide:
+            load, add = emit.load_floats, emit.add_product
+        queries = [load(emit.at(query, index, VECTOR_BYTES)) for index in range(num_vectors)]
 
         def score(token: int) -> Any:
             total = emit.floats(0.0)
             for index, vector in enumerate(queries):
-                key = emit.load_ints(emit.at(keys, token * num_vectors + index, VECTOR_BYTES))
-                total = emit.add_products_of_bfloat16(total, vector, key)
+                total = add(total, vector, load(emit.at(keys, token * num_vectors + index, VECTOR_BYTES)))
             return total
 
-        dots = emit.sums_of([score(token) for token in range(LANES)])
+        dots = emit.sums_of(map(score, range(LANES)))
         emit.store(scores, emit.multiply(dots, emit.repeat(scale)))
         return context.get_dummy_value()
 
-    return types.void(head_dim, types.int64, types.int64, types.float32, types.int64), generate
+    return types.void(head_dim, item_bytes, types.int64, types.int64, types.float32, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def add_wide_values(context, group, weights, weights_stride, values, row_bytes, num_tokens, sums, sums_stride):
+    """As `add_values`, to LANES numbers of the sums, where weights and values are float32."""
+    num_heads = group.literal_value
+
+    def generate(context, builder, signature, args):
+        _, weights, weights_stride, values, row_bytes, num_tokens, sums, sums_stride = args
+        emit = Emitter(builder)
+
+        def add(token: Any, totals: list[Any]) -> list[Any]:
+            vector = emit.load_floats(emit.at(values, token, row_bytes))
+            heads = [emit.at(emit.at(weights, head, weights_stride), token, 4) for head in range(num_heads)]
+            return [
+                emit.add_product(total, vector, emit.repeat_float(weight))
+                for total, weight in zip(totals, heads, strict=True)
+            ]
+
+        for head, total in enumerate(emit.sums(num_heads, num_tokens, add)):
+            address = emit.at(sums, head, sums_stride)
+            emit.store(address, emit.add(emit.load_floats(address), total))
+        return context.get_dummy_value()
+
+    return types.void(group, *[types.int64] * 7), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -23,10 +23,10 @@ from parleyd.cpu_kernels.numbers import (
     prefetch,
     rounded,
     stack_floats,
-    widened,
 )
 from parleyd.cpu_kernels.rows import softmax
 from parleyd.cpu_kernels.threads import Function, Kernel, bits_of, num_threads, thread_index
+from parleyd.cpu_kernels.widened_attention import attend_widened, num_rows_widened
 
 # Scores are powers of 2.
 LOG2_E = math.log2(math.e)
@@ -40,7 +40,7 @@ def paged_decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
         query = query.contiguous()
     attended = torch.empty(query.shape, dtype=query.dtype)
     group = num_heads // num_kv_heads
-    max_rows = num_rows_at_once(group, head_dim, block_size)
+    max_rows = num_rows_at_once(group, head_dim, block_size, num_rows)
     num_items = -(-num_rows // max_rows) * num_kv_heads
     scores = torch.empty((torch.get_num_threads(), num_weights(max_rows * group, table.shape[1] * block_size)))
     _kernel()(
@@ -73,12 +73,16 @@ def attend_head(group: int, head_dim: int, block_size: int) -> Function:
     Constants, so that loops over them can be unrolled: `group`, how many queries those are; `head_dim`; `block_size`.
     `query_stride`: numbers from a row's queries to the next row's; `width`: blocks of a row of the table; `scale_bits`:
     of scores, times LOG2_E; `weights_at`: see `num_weights`.
+
+    Raises ValueError where vectors of LANES numbers do not fit the shape.
     """
+    if head_dim % LANES or block_size % LANES:
+        raise ValueError(f"heads of {head_dim} numbers, in blocks of {block_size} tokens")
     if can_attend_on_tiles(group, head_dim, block_size):
         return attend_on_tiles(group, head_dim, block_size)
     if _can_attend_by_products(head_dim, block_size):
         return _attend_head_with_products(group, head_dim, block_size)
-    return _attend_head(group, head_dim, block_size)
+    return attend_widened(group, head_dim, block_size)
 
 
 def _can_attend_by_products(head_dim: int, block_size: int) -> bool:
@@ -86,9 +90,11 @@ def _can_attend_by_products(head_dim: int, block_size: int) -> bool:
     return has_bfloat16() and head_dim % DIM_MULTIPLE == 0 and block_size % LANES == 0
 
 
-def num_rows_at_once(group: int, head_dim: int, block_size: int) -> int:
-    """How many rows an item of `attend_head` has; the last one may have fewer."""
-    return num_rows_on_tiles(group) if can_attend_on_tiles(group, head_dim, block_size) else 1
+def num_rows_at_once(group: int, head_dim: int, block_size: int, num_rows: int) -> int:
+    """How many rows of a step an item of `attend_head` has; the last one may have fewer."""
+    if can_attend_on_tiles(group, head_dim, block_size):
+        return num_rows_on_tiles(group)
+    return 1 if _can_attend_by_products(head_dim, block_size) else num_rows_widened(group, num_rows)
 
 
 def num_weights(num_queries: int, num_tokens: int) -> int:
@@ -126,7 +132,7 @@ def _attend_head_with_products(group: int, head_dim: int, block_size: int) -> Fu
                 prefetch(ahead + tile * tile_bytes, tile_bytes)
                 for query_head in range(group):
                     score_tokens(
-                        head_dim, query_at + query_head * row_bytes, keys + tile * tile_bytes,
+                        head_dim, 2, query_at + query_head * row_bytes, keys + tile * tile_bytes,
                         float_argument(scale_bits),
                         weights_at + 4 * (query_head * num_tokens + block * block_size + tile * LANES),
                     )  # fmt: skip
@@ -148,63 +154,6 @@ def _attend_head_with_products(group: int, head_dim: int, block_size: int) -> Fu
                     row_bytes, min(block_size, length - block * block_size),
                     address_of(sums) + 4 * DIM_MULTIPLE * part, 4 * head_dim, ahead + 2 * DIM_MULTIPLE * part,
                 )  # fmt: skip
-        for query_head in range(group):
-            for i in range(head_dim):
-                attended[row, kv_head, query_head, i] = rounded(sums[query_head * head_dim + i])
-
-    return Function(apply)
-
-
-@cache
-def _attend_head(group: int, head_dim: int, block_size: int) -> Function:
-    num_queries, block_bytes = group * head_dim, 2 * block_size * head_dim
-
-    def apply(
-        head, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
-        num_kv_heads, scale_bits, weights_at,
-    ):  # fmt: skip
-        kv_head, row = divmod(head, num_rows)
-        queries = bfloat16_array(queries_at, (row + 1, query_stride // head_dim, head_dim))
-        table, lengths = int32_array(table_at, (row + 1, width)), int32_array(lengths_at, (row + 1,))
-        attended = bfloat16_array(attended_at, (row + 1, num_kv_heads, group, head_dim))
-        weights = float32_array(weights_at, (group, width * block_size))
-        query, sums, scores = stack_floats(num_queries), stack_floats(num_queries), stack_floats(group)
-        scale = float_argument(scale_bits)
-        length = lengths[row]
-        last = (length - 1) // block_size
-        for query_head in range(group):
-            for i in range(head_dim):
-                query[query_head * head_dim + i] = widened(queries[row, kv_head * group + query_head, i]) * scale
-        for block in range(last + 1):
-            place = (table[row, block] * num_kv_heads + kv_head) * block_bytes
-            keys = bfloat16_array(keys_at + place, (block_size, head_dim))
-            if block < last:
-                ahead = keys_at + (table[row, block + 1] * num_kv_heads + kv_head) * block_bytes
-            else:
-                ahead = values_at + (table[row, 0] * num_kv_heads + kv_head) * block_bytes
-            for token in range(min(block_size, length - block * block_size)):
-                prefetch(ahead + token * head_dim * 2, head_dim * 2)
-                for query_head in range(group):
-                    score = np.float32(0)
-                    for i in range(head_dim):
-                        score += query[query_head * head_dim + i] * widened(keys[token, i])
-                    scores[query_head] = score
-                for query_head in range(group):
-                    weights[query_head, block * block_size + token] = scores[query_head]
-        for query_head in range(group):
-            softmax(weights[query_head, :length])
-        for i in range(group * head_dim):
-            sums[i] = np.float32(0)
-        for block in range(last + 1):
-            place = (table[row, block] * num_kv_heads + kv_head) * block_bytes
-            values = bfloat16_array(values_at + place, (block_size, head_dim))
-            ahead = values_at + (table[row, min(block + 1, last)] * num_kv_heads + kv_head) * block_bytes
-            for token in range(min(block_size, length - block * block_size)):
-                prefetch(ahead + token * head_dim * 2, head_dim * 2)
-                for query_head in range(group):
-                    weight = weights[query_head, block * block_size + token]
-                    for i in range(head_dim):
-                        sums[query_head * head_dim + i] += weight * widened(values[token, i])
         for query_head in range(group):
             for i in range(head_dim):
                 attended[row, kv_head, query_head, i] = rounded(sums[query_head * head_dim + i])

@@ -54,7 +54,6 @@ class Decoder:
         self._num_outs, self._num_attended = first.qkv(1).num_outs, first.out(1).num_ins
         self._num_heads = self._num_outs // self._head_dim
         self._group = self._num_heads // self._num_kv_heads - 2
-        self._max_rows = num_rows_at_once(self._group, self._head_dim, self._block_size)
         self._width = first.down(1).num_ins
         self._scale, self._epsilon = bits_of(self._head_dim**-0.5 * LOG2_E), bits_of(epsilon)
         attend = attend_head(self._group, self._head_dim, self._block_size)
@@ -73,8 +72,9 @@ class Decoder:
         inputs = x.new_empty((num_rows, max(hidden, self._num_attended, self._width)))
         outputs = x.new_empty((num_rows, max(self._num_outs, 2 * self._width)))
         codes, scales = scratch(*inputs.shape)
-        num_scores = num_weights(self._max_rows * self._group, table.shape[1] * self._block_size)
-        num_items = -(-num_rows // self._max_rows) * self._num_kv_heads
+        max_rows = num_rows_at_once(self._group, self._head_dim, self._block_size, num_rows)
+        num_scores = num_weights(max_rows * self._group, table.shape[1] * self._block_size)
+        num_items = -(-num_rows // max_rows) * self._num_kv_heads
         scores = torch.empty((torch.get_num_threads(), num_scores))
         delta = torch.empty_like(x)
         layers = self._table(min(num_rows, _MANY_ROWS))  # of more, all take the same weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -94,6 +94,11 @@ class Emitter:
         """LANES float16, as float32."""
         return self._builder.fpext(self._load(address, _HALVES), _FLOATS)
 
+    def load_bfloat16(self, address: Any) -> Any:
+        """LANES bfloat16, as float32."""
+        bits = self._builder.zext(self._load(address, _SHORTS), _INTS)
+        return self._builder.bitcast(self._builder.shl(bits, self.ints(16)), _FLOATS)
+
     def repeat(self, value: Any) -> Any:
         """In all lanes."""
         undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
@@ -171,19 +176,20 @@ class Emitter:
         halves = builder.shl(pairs, self.ints(16)), builder.and_(pairs, self.ints(-(2**16)))
         return [builder.bitcast(half, _FLOATS) for half in halves]
 
-    def sums_of(self, vectors: list[Any]) -> Any:
-        """LANES vectors of float32 as one: in each lane, the sum of a vector."""
-        builder, size = self._builder, LANES // 2
-        # Each round adds half of the lanes of two vectors to the other half, and keeps both sums in one vector.
-        while size:
-            low = [index for index in range(2 * LANES) if not index & size]
-            high = [index | size for index in low]
-            vectors = [
-                builder.fadd(self._shuffled(one, other, low), self._shuffled(one, other, high))
-                for one, other in zip(vectors[::2], vectors[1::2], strict=True)
-            ]
-            size //= 2
-        return vectors[0]
+    def sums_of(self, vectors: Iterable[Any]) -> Any:
+        """LANES vectors of float32 as one: in each lane, the sum of a vector. Few of them are held at a time."""
+        waiting: list[tuple[int, Any]] = []
+        for vector in vectors:
+            size = LANES // 2
+            # Half of the lanes of two vectors are added to the other half, and both sums kept in one vector.
+            while waiting and waiting[-1][0] == size:
+                low = [index for index in range(2 * LANES) if not index & size]
+                pair = waiting.pop()[1], vector
+                high = self._shuffled(*pair, [index | size for index in low])
+                vector = self._builder.fadd(self._shuffled(*pair, low), high)
+                size //= 2
+            waiting.append((size, vector))
+        return waiting[0][1]
 
     def transposed(self, vectors: list[Any]) -> list[Any]:
         """LANES vectors, each of the same lane of all."""

@@ -24,7 +24,7 @@ from parleyd.cpu_kernels.numbers import (
     rounded,
     stack_floats,
 )
-from parleyd.cpu_kernels.rows import softmax
+from parleyd.cpu_kernels.rows import follows, softmax
 from parleyd.cpu_kernels.threads import Function
 
 # Tokens that a tile of weights has, and numbers of a head whose sums are held at a time.
@@ -73,7 +73,7 @@ def attend_on_tiles(group: int, head_dim: int, block_size: int) -> Function:
         configured = 0
         while row < end:
             first, row = row, row + 1
-            while row < end and _follows(row, table, lengths, block_size):
+            while row < end and follows(row, table, lengths, block_size):
                 row += 1
             num_queries, length = (row - first) * group, lengths[row - 1]
             last = (length - 1) // block_size
@@ -144,17 +144,6 @@ def _weigh(scores, weights, length, num_tokens):
         weights[token] = rounded(scores[token])
     for token in range(length, num_tokens):
         weights[token] = 0
-
-
-@njit
-def _follows(row, table, lengths, block_size):
-    """Whether a row sees what the one before it sees, and one token more in the same block: so it is of the same
-    sequence, and where it sees NaN, theirs are the same."""
-    length = lengths[row - 1]
-    block, num_blocks = 0, (length + block_size - 1) // block_size
-    while block < num_blocks and table[row, block] == table[row - 1, block]:
-        block += 1
-    return block == num_blocks and lengths[row] == length + 1 and length % block_size != 0
 
 
 @intrinsic

@@ -143,3 +143,14 @@ def _highest(scores):
     for lane in range(1, LANES):
         highest[0] = max(highest[0], highest[lane])
     return highest[0]
+
+
+@njit
+def follows(row, table, lengths, block_size):
+    """Whether a row sees what the one before it sees, and one token more in the same block: so it is of the same
+    sequence, and where it sees NaN, theirs are the same."""
+    length = lengths[row - 1]
+    block, num_blocks = 0, (length + block_size - 1) // block_size
+    while block < num_blocks and table[row, block] == table[row - 1, block]:
+        block += 1
+    return block == num_blocks and lengths[row] == length + 1 and length % block_size != 0

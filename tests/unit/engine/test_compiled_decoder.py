@@ -29,11 +29,11 @@ from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import make_model
 
 COMPILED = CompiledKernels(paged_decode, layers)
-BLOCK_SIZE = 8
+BLOCK_SIZE = 16
 # Two sequences that decode, and two prompts, one of which goes on.
 # Of many rows each layer is a call of its own, which needs no more than the threshold below.
-FEW_ROWS = [(5, 1), (17, 1), (0, 4), (9, 3)]
-MANY_ROWS = [(5, 1), (17, 1), (0, 56), (9, 20)]
+FEW_ROWS = [(5, 1), (37, 1), (0, 4), (19, 3)]
+MANY_ROWS = [(5, 1), (37, 1), (0, 56), (19, 20)]
 
 pytestmark = [
     pytest.mark.usefixtures("two_threads"),

@@ -26,7 +26,7 @@ from tests.support import torch_kernels
 from tests.support.tiny_models import make_engine, make_model, oracle, prompts, request
 from tests.support.tiny_models import run as run_engine
 
-HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 6, 2, 16, 8, 200
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 6, 2, 16, 16, 200
 
 
 def make_batch(decodes: list[int], chunks: list[tuple[int, int]] = [], block_size: int = BLOCK_SIZE) -> Batch:  # noqa: B006
@@ -114,8 +114,9 @@ def test_each_token_is_written_to_its_own_slot() -> None:
     batch = make_batch([20], [(5, 7)])
     rows = torch.arange(1.0, 9.0)[:, None, None].expand(8, KV_HEADS, HEAD_DIM)
     attend(cache, 0, StepLayout.of(batch, cache), rows.repeat(1, 3, 1), rows, -rows, 1.0)
-    written = np.array([(item.block_ids[p // 8], p % 8) for item, n in zip(batch.scheduled, (1, 7), strict=True)
-                        for p in range(item.start, item.start + n)])  # fmt: skip
+    positions = [(item, p) for item, n in zip(batch.scheduled, (1, 7), strict=True)
+                 for p in range(item.start, item.start + n)]  # fmt: skip
+    written = np.array([(item.block_ids[p // BLOCK_SIZE], p % BLOCK_SIZE) for item, p in positions])
     assert torch.equal(cache.keys[0, written[:, 0], :, written[:, 1]], rows)
     assert cache.keys.count_nonzero() == rows.numel() == cache.values.count_nonzero()
 

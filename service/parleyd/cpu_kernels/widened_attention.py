@@ -1,0 +1,99 @@
+"""Attention in float32, for any processor: keys and values are widened once for the rows of one sequence that follow
+each other. What a row makes of its tokens is the same bit for bit whichever are beside it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from parleyd.cpu_kernels.attention_tiles import add_wide_values, score_tokens, widen
+from parleyd.cpu_kernels.instructions import LANES
+from parleyd.cpu_kernels.numbers import (
+    address_of,
+    bfloat16_array,
+    float32_array,
+    float_argument,
+    int32_array,
+    rounded,
+    stack_floats,
+    widened,
+)
+from parleyd.cpu_kernels.rows import follows, softmax
+from parleyd.cpu_kernels.threads import Function
+
+# Queries that keys and values are widened for, in steps of so many rows that there is enough to do for all threads.
+_MAX_QUERIES, _MIN_ROWS = 24, 32
+
+
+def num_rows_widened(group: int, num_rows: int) -> int:
+    """The most that attend together, of a step's `num_rows`."""
+    return max(1, _MAX_QUERIES // group) if num_rows >= _MIN_ROWS else 1
+
+
+@cache
+def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
+    """As `decode.attend_head`, of `num_rows_widened` at a time."""
+    max_rows, block_bytes = num_rows_widened(group, _MIN_ROWS), 2 * block_size * head_dim
+    num_numbers, num_wide = max_rows * group * head_dim, block_size * head_dim
+
+    def apply(
+        item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
+        num_kv_heads, scale_bits, weights_at,
+    ):  # fmt: skip
+        num_at_once = max_rows if num_rows >= _MIN_ROWS else 1
+        kv_head, chunk = divmod(item, (num_rows + num_at_once - 1) // num_at_once)
+        row, end = chunk * num_at_once, min((chunk + 1) * num_at_once, num_rows)
+        table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
+        attended = bfloat16_array(attended_at, (num_rows, num_kv_heads, group, head_dim))
+        num_tokens = width * block_size
+        scores = float32_array(weights_at, (max_rows * group, num_tokens))
+        queries, sums, wide = stack_floats(num_numbers), stack_floats(num_numbers), stack_floats(num_wide)
+        while row < end:
+            first, row = row, row + 1
+            while row < end and follows(row, table, lengths, block_size):
+                row += 1
+            num_queries, last = (row - first) * group, (lengths[row - 1] - 1) // block_size
+            for query in range(num_queries):
+                place = 2 * ((first + query // group) * query_stride + (kv_head * group + query % group) * head_dim)
+                numbers = bfloat16_array(queries_at + place, (head_dim,))
+                for i in range(head_dim):
+                    queries[query * head_dim + i] = widened(numbers[i])
+                    sums[query * head_dim + i] = np.float32(0)
+            for block in range(last + 1):
+                keys = keys_at + (table[row - 1, block] * num_kv_heads + kv_head) * block_bytes
+                if block < last:
+                    ahead = keys_at + (table[row - 1, block + 1] * num_kv_heads + kv_head) * block_bytes
+                else:
+                    ahead = values_at + (table[row - 1, 0] * num_kv_heads + kv_head) * block_bytes
+                # What lies behind the last token is scored too, and not looked at.
+                widen(keys, block_size * head_dim // LANES, address_of(wide), ahead)
+                for query in range(num_queries):
+                    for tile in range(block_size // LANES):
+                        score_tokens(
+                            head_dim, 4, address_of(queries) + 4 * query * head_dim,
+                            address_of(wide) + 4 * tile * LANES * head_dim, float_argument(scale_bits),
+                            weights_at + 4 * (query * num_tokens + block * block_size + tile * LANES),
+                        )  # fmt: skip
+            for query in range(num_queries):
+                softmax(scores[query, : lengths[first + query // group]])
+            for block in range(last + 1):
+                values = values_at + (table[row - 1, block] * num_kv_heads + kv_head) * block_bytes
+                ahead = values_at + (table[row - 1, min(block + 1, last)] * num_kv_heads + kv_head) * block_bytes
+                num_here = min(block_size, lengths[row - 1] - block * block_size)
+                widen(values, num_here * head_dim // LANES, address_of(wide), ahead)
+                for index in range(row - first):
+                    num_seen = min(num_here, lengths[first + index] - block * block_size)
+                    for part in range(head_dim // LANES):
+                        add_wide_values(
+                            group, weights_at + 4 * (index * group * num_tokens + block * block_size), 4 * num_tokens,
+                            address_of(wide) + 4 * LANES * part, 4 * head_dim, num_seen,
+                            address_of(sums) + 4 * (index * group * head_dim + LANES * part), 4 * head_dim,
+                        )  # fmt: skip
+            for query in range(num_queries):
+                for i in range(head_dim):
+                    total = rounded(sums[query * head_dim + i])
+                    attended[first + query // group, kv_head, query % group, i] = total
+
+    return Function(apply)
