@@ -42,7 +42,7 @@ def _features() -> frozenset[str]:
 
 
 def has_vectors() -> bool:
-    """Whether this processor has what an Emitter emits: that of all x86 processors of the last ten years."""
+    """Whether this processor has what an Emitter emits: x86 servers have had it for ten years."""
     return _has("avx2", "fma", "f16c")
 
 
