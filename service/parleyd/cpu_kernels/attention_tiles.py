@@ -32,8 +32,8 @@ def widen(context, narrow, num_vectors, wide, ahead):
 
 @intrinsic(prefer_literal=True)
 def score_tokens(context, head_dim, item_bytes, query, keys, scale, scores):
-    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other. `head_dim`, of DIM_MULTIPLE or LANES, and
-    `item_bytes`, of a number of query and keys, are constants: 2 of a bfloat16, 4 of a float32.
+    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other. `head_dim`, and
+    `item_bytes` of a number of query and keys, are constants: 2 of a bfloat16, 4 of a float32.
 
     Addresses but for `scale`, a float32; `scores` are float32.
     """

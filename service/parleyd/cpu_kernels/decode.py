@@ -36,7 +36,7 @@ def paged_decode(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, len
     """As `DecodeKernel` says; all but table and lengths (int32) in bfloat16."""
     num_rows, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = keys.shape
-    if query.stride()[1:] != (head_dim, 1) or query.stride(0) % head_dim:
+    if query.stride()[1:] != (head_dim, 1):
         query = query.contiguous()
     attended = torch.empty(query.shape, dtype=query.dtype)
     group = num_heads // num_kv_heads
@@ -80,21 +80,23 @@ def attend_head(group: int, head_dim: int, block_size: int) -> Function:
         raise ValueError(f"heads of {head_dim} numbers, in blocks of {block_size} tokens")
     if can_attend_on_tiles(group, head_dim, block_size):
         return attend_on_tiles(group, head_dim, block_size)
-    if _can_attend_by_products(head_dim, block_size):
+    if _can_attend_by_products(head_dim):
         return _attend_head_with_products(group, head_dim, block_size)
     return attend_widened(group, head_dim, block_size)
 
 
-def _can_attend_by_products(head_dim: int, block_size: int) -> bool:
+def _can_attend_by_products(head_dim: int) -> bool:
     """Whether this processor has the instructions, and this shape fits them."""
-    return has_bfloat16() and head_dim % DIM_MULTIPLE == 0 and block_size % LANES == 0
+    return has_bfloat16() and head_dim % DIM_MULTIPLE == 0
 
 
 def num_rows_at_once(group: int, head_dim: int, block_size: int, num_rows: int) -> int:
     """How many rows of a step an item of `attend_head` has; the last one may have fewer."""
     if can_attend_on_tiles(group, head_dim, block_size):
         return num_rows_on_tiles(group)
-    return 1 if _can_attend_by_products(head_dim, block_size) else num_rows_widened(group, num_rows)
+    if _can_attend_by_products(head_dim):
+        return 1
+    return num_rows_widened(group, num_rows, torch.get_num_threads())
 
 
 def num_weights(num_queries: int, num_tokens: int) -> int:

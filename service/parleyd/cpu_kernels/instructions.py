@@ -38,7 +38,9 @@ def _features() -> frozenset[str]:
     """Of this processor, or of the one that numba is told to compile for."""
     if config.CPU_FEATURES is not None:
         return frozenset(name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+"))
-    return frozenset(name for name, is_there in llvm.get_host_cpu_features().items() if is_there)
+    features = frozenset(name for name, is_there in llvm.get_host_cpu_features().items() if is_there)
+    # Numba does without them where the processor's name says that it cannot have them, as in some virtual machines.
+    return features if config.ENABLE_AVX else frozenset(name for name in features if not name.startswith("avx"))
 
 
 def has_vectors() -> bool:
@@ -136,8 +138,9 @@ class Emitter:
         return self._builder.fmul(one, other)
 
     def add_product(self, sums: Any, one: Any, other: Any) -> Any:
-        """To each float32, the product of two."""
-        return self._call("llvm.fma.v16f32", _FLOATS, one, other, sums)
+        """To each float32, the product of two, rounded once where this processor can."""
+        flags = ("contract",)
+        return self._builder.fadd(sums, self._builder.fmul(one, other, flags=flags), flags=flags)
 
     def no_products_of_bytes(self) -> Any:
         """The sums that `add_products_of_bytes` begins with."""

@@ -21,28 +21,30 @@ from parleyd.cpu_kernels.numbers import (
     widened,
 )
 from parleyd.cpu_kernels.rows import follows, softmax
-from parleyd.cpu_kernels.threads import Function
+from parleyd.cpu_kernels.threads import Function, num_threads
 
-# Queries that keys and values are widened for, in steps of so many rows that there is enough to do for all threads.
-_MAX_QUERIES, _MIN_ROWS = 24, 32
+# That keys and values are widened for at a time.
+_MAX_QUERIES = 24
+# Of each KV head, so that all threads have about as much to do.
+_CHUNKS_PER_THREAD = 4
 
 
-def num_rows_widened(group: int, num_rows: int) -> int:
+def num_rows_widened(group: int, num_rows: int, num_threads: int) -> int:
     """The most that attend together, of a step's `num_rows`."""
-    return max(1, _MAX_QUERIES // group) if num_rows >= _MIN_ROWS else 1
+    return min(max(1, num_rows // (_CHUNKS_PER_THREAD * num_threads)), max(1, _MAX_QUERIES // group))
 
 
 @cache
 def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
     """As `decode.attend_head`, of `num_rows_widened` at a time."""
-    max_rows, block_bytes = num_rows_widened(group, _MIN_ROWS), 2 * block_size * head_dim
+    max_rows, block_bytes = max(1, _MAX_QUERIES // group), 2 * block_size * head_dim
     num_numbers, num_wide = max_rows * group * head_dim, block_size * head_dim
 
     def apply(
         item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
         num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        num_at_once = max_rows if num_rows >= _MIN_ROWS else 1
+        num_at_once = min(max(1, num_rows // (_CHUNKS_PER_THREAD * num_threads())), max_rows)
         kv_head, chunk = divmod(item, (num_rows + num_at_once - 1) // num_at_once)
         row, end = chunk * num_at_once, min((chunk + 1) * num_at_once, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))

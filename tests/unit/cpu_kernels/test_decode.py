@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parleyd.cpu_kernels.decode import paged_decode
+from parleyd.cpu_kernels.decode import attend_head, paged_decode
 
 BLOCK_SIZE, NUM_BLOCKS = 32, 40
 LENGTHS = (1, 31, 32, 33, 64, 300)
@@ -90,6 +90,11 @@ def test_what_is_broken_in_a_sequence_stays_in_it() -> None:
     table, lengths = torch.tensor([[1, 0], [1, 5]], dtype=torch.int32), torch.tensor([32, 33], dtype=torch.int32)
     result = paged_decode(torch.randn(2, 3, 64).bfloat16(), keys, values, table, lengths, 0.125)
     assert result[0].isfinite().all() and result[1].isnan().all()
+
+
+def test_heads_that_fit_no_vectors_are_told() -> None:
+    with pytest.raises(ValueError, match="heads of 24 numbers"):
+        attend_head(3, 24, BLOCK_SIZE)
 
 
 def test_scores_far_apart_are_no_trouble() -> None:

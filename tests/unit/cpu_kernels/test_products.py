@@ -39,7 +39,7 @@ def rounded_to_blocks(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("num_outs", "num_ins"), SHAPES)
 def test_bfloat16(num_rows: int, num_outs: int, num_ins: int) -> None:
     if not products.can_multiply_bfloat16(num_outs, num_ins):
-        pytest.skip("this processor has no such instructions, or better ones")
+        pytest.skip("this processor has no such instructions")
     weight, x = torch.randn(num_outs, num_ins).bfloat16(), torch.randn(num_rows, num_ins).bfloat16()
     exact = x.float() @ weight.float().T
     result = products.multiply(x, products.pack_bfloat16(weight))
@@ -68,7 +68,7 @@ def test_blocks(num_rows: int, num_outs: int, num_ins: int, num_bits: int) -> No
 def test_a_bias_is_added_to_the_rounded_product(num_rows: int, num_bits: int) -> None:
     # Of these columns each thread has two pairs of groups, and one group more.
     if not (products.can_multiply_blocks(160, 96) and products.can_multiply_bfloat16(160, 96)):
-        pytest.skip("this processor has no such instructions, or better ones")
+        pytest.skip("this processor has no such instructions")
     x, bias = torch.randn(num_rows, 96).bfloat16(), torch.randn(160).bfloat16()
     if num_bits == 16:
         weight = torch.randn(160, 96).bfloat16()
@@ -98,7 +98,7 @@ def test_inputs_of_zero_give_zero() -> None:
 @pytest.mark.parametrize("num_bits", [4, 8, 16])
 def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(num_bits: int) -> None:
     if not (products.can_multiply_blocks(160, 576) and products.can_multiply_bfloat16(160, 576)):
-        pytest.skip("this processor has no such instructions, or better ones")
+        pytest.skip("this processor has no such instructions")
     x = torch.randn(55, 576).bfloat16()
     if num_bits == 16:
         packed = products.pack_bfloat16(torch.randn(160, 576).bfloat16())

@@ -88,7 +88,7 @@ def test_fused_compiled_layers_agree_with_their_modules(tmp_path: Path) -> None:
     loaded = load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_1)
     attention = loaded.model.model.layers[0].self_attn
     if not (can_compile_blocks(attention.q_proj.weight) and are_blocks_fastest()):
-        pytest.skip("this processor has no such instructions, or better ones")
+        pytest.skip("this processor has no such instructions")
     x = torch.randn(3, 32).bfloat16()
     expected = torch.cat([module(x).detach() for module in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
     maker = LinearMaker(dict(loaded.model.state_dict()), packed=True, blocks=loaded.blocks, compiled=True)
