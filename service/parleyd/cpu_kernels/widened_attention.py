@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+from numba import njit
 
 from parleyd.cpu_kernels.attention_tiles import add_wide_values, score_tokens, widen
 from parleyd.cpu_kernels.instructions import LANES
@@ -29,7 +30,8 @@ _MAX_QUERIES = 24
 _CHUNKS_PER_THREAD = 4
 
 
-def num_rows_widened(group: int, num_rows: int, num_threads: int) -> int:
+@njit
+def num_rows_widened(group, num_rows, num_threads):
     """The most that attend together, of a step's `num_rows`."""
     return min(max(1, num_rows // (_CHUNKS_PER_THREAD * num_threads)), max(1, _MAX_QUERIES // group))
 
@@ -44,7 +46,7 @@ def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
         item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
         num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        num_at_once = min(max(1, num_rows // (_CHUNKS_PER_THREAD * num_threads())), max_rows)
+        num_at_once = num_rows_widened(group, num_rows, num_threads())
         kv_head, chunk = divmod(item, (num_rows + num_at_once - 1) // num_at_once)
         row, end = chunk * num_at_once, min((chunk + 1) * num_at_once, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
