@@ -1,4 +1,4 @@
-"""The innermost loops of attention, for LANES tokens or two rows of values at a time: bfloat16, sums in float32."""
+"""The innermost loops of attention, for LANES tokens or two rows of values at a time: sums in float32."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def widen(context, narrow, num_vectors, wide, ahead):
 
 @intrinsic(prefer_literal=True)
 def score_tokens(context, head_dim, item_bytes, query, keys, scale, scores):
-    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other. `head_dim`, and
-    `item_bytes` of a number of query and keys, are constants: 2 of a bfloat16, 4 of a float32.
+    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other. Constants:
+    `head_dim`; `item_bytes`, of a number of query and keys: 2 of a bfloat16, 4 of a float32.
 
     Addresses but for `scale`, a float32; `scores` are float32.
     """

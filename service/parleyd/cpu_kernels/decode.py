@@ -96,7 +96,7 @@ def num_rows_at_once(group: int, head_dim: int, block_size: int, num_rows: int) 
         return num_rows_on_tiles(group)
     if _can_attend_by_products(head_dim):
         return 1
-    return int(num_rows_widened.py_func(group, num_rows, torch.get_num_threads()))
+    return int(num_rows_widened.py_func(group, num_rows))
 
 
 def num_weights(num_queries: int, num_tokens: int) -> int:

@@ -22,18 +22,18 @@ from parleyd.cpu_kernels.numbers import (
     widened,
 )
 from parleyd.cpu_kernels.rows import follows, softmax
-from parleyd.cpu_kernels.threads import Function, num_threads
+from parleyd.cpu_kernels.threads import Function
 
 # That keys and values are widened for at a time.
 _MAX_QUERIES = 24
-# Of each KV head, so that all threads have about as much to do.
-_CHUNKS_PER_THREAD = 4
+# Of a step's rows for each KV head, if it has so many, so that threads have about as much to do each.
+_MIN_CHUNKS = 16
 
 
 @njit
-def num_rows_widened(group, num_rows, num_threads):
+def num_rows_widened(group, num_rows):
     """The most that attend together, of a step's `num_rows`."""
-    return min(max(1, num_rows // (_CHUNKS_PER_THREAD * num_threads)), max(1, _MAX_QUERIES // group))
+    return min(max(1, num_rows // _MIN_CHUNKS), max(1, _MAX_QUERIES // group))
 
 
 @cache
@@ -46,7 +46,7 @@ def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
         item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
         num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        num_at_once = num_rows_widened(group, num_rows, num_threads())
+        num_at_once = num_rows_widened(group, num_rows)
         kv_head, chunk = divmod(item, (num_rows + num_at_once - 1) // num_at_once)
         row, end = chunk * num_at_once, min((chunk + 1) * num_at_once, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
