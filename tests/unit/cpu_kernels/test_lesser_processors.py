@@ -1,4 +1,4 @@
-"""The kernels as compiled for processors that have less than this one: their tests once more, in a process for each."""
+"""The kernels where there is less than here, of instructions or threads: their tests once more, each in a process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,18 @@ def test_the_kernels_compute_the_same(lacking: tuple[str, ...]) -> None:
     left = sorted(name for name in AVAILABLE if not name.startswith(lacking))
     if len(left) == len(AVAILABLE):
         pytest.skip("it lacks no more than this processor, for which all tests run")
-    environ = dict(os.environ, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=",".join(f"+{name}" for name in left))
+    run_with(NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES=",".join(f"+{name}" for name in left))
+
+
+@pytest.mark.timeout(300)
+def test_fewer_threads_than_torch_counts_compute_the_same() -> None:
+    run_with(OMP_THREAD_LIMIT="1")
+
+
+def run_with(**environ: str) -> None:
+    """All tests of products and attention, in a process with this environment."""
     tests = [str(Path(__file__).parent / name) for name in ("test_products.py", "test_decode.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "skipped" not in done.stdout
