@@ -142,14 +142,16 @@ async def _queue_cost(
             asyncio.create_task(_wait(queueing[index % num_connections], request))
             for index, request in enumerate(waiting)
         ]
-        await _until_queued(admin_port, num_queued)
+        queued = asyncio.create_task(_until_queued(admin_port, num_queued))
+        ended, _ = await asyncio.wait([queued, *queued_tasks], return_when=asyncio.FIRST_COMPLETED)
+        ended.pop().result()  # raises where one of those that should wait could not
         seconds = time.perf_counter() - started
-        queued = await running.fresh_rate(num_queued)
+        while_queued = await running.fresh_rate(num_queued)
         await _cancel(queued_tasks)
         await _until_queued(admin_port, 0)
         after = await running.fresh_rate(0)
         await running.cancel()
-    return before, queued, after, seconds
+    return before, while_queued, after, seconds
 
 
 class _Streams:

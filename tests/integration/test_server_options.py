@@ -144,7 +144,13 @@ async def test_max_pending_requests_take_effect() -> None:
     assert await _num_cancelled_of_a_burst(without(*PENDING)) > 0  # what happens without the options
 
 
-async def _num_cancelled_of_a_burst(options: dict[str, int]) -> int:
+async def test_how_long_a_call_may_pend_takes_effect() -> None:
+    option = "grpc.server_max_unrequested_time_in_server"
+    assert OPTIONS[option] > 600
+    assert await _num_cancelled_of_a_burst(OPTIONS | {option: 1}, busy_s=3.0) > 0  # as without it, after 30 seconds
+
+
+async def _num_cancelled_of_a_burst(options: dict[str, int], busy_s: float = 1.0) -> int:
     """Of 1,500 calls that arrive while the event loop is busy."""
 
     def burst(port: int) -> int:
@@ -156,7 +162,7 @@ async def _num_cancelled_of_a_burst(options: dict[str, int]) -> int:
     async with server_with(options) as port:
         answers = asyncio.create_task(asyncio.to_thread(burst, port))
         await asyncio.sleep(0.1)
-        time.sleep(1.0)  # noqa: ASYNC251 - keeps the event loop from taking calls
+        time.sleep(busy_s)  # noqa: ASYNC251 - keeps the event loop from taking calls
         return await answers
 
 
@@ -207,7 +213,7 @@ def test_every_option_has_a_test_here() -> None:
     tested = {
         *PINGS, *PENDING, "grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.max_receive_message_length",
         "grpc.so_reuseport", "grpc.max_concurrent_streams", "grpc.server_handshake_timeout_ms",
-        "grpc.http2.settings_timeout",
+        "grpc.http2.settings_timeout", "grpc.server_max_unrequested_time_in_server",
     }  # fmt: skip
     assert set(OPTIONS) == tested
 

@@ -6,6 +6,8 @@ from parleyd.config import ServerSettings
 
 # Calls that have arrived and that the event loop has not seen yet: some 20 KiB each.
 _MAX_PENDING_CALLS = 10_000
+# Of a call, until the event loop has seen it: who waits says for how long by a deadline.
+_MAX_PENDING_SECONDS = 3600
 # Of one connection, or strangers could open calls without end; each takes 20 KiB before its message is here.
 _MAX_STREAMS = 4096
 # Until a connection has shown its certificate and said that it speaks HTTP/2; gRPC's own default is two minutes.
@@ -31,6 +33,8 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         # By default gRPC cancels some calls of a burst as soon as 1,000 pend, with no word of why; ours are refused.
         ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
+        # By default it cancels what has pended for 30 seconds too, as some of 10,000 calls at once do on busy processors.
+        ("grpc.server_max_unrequested_time_in_server", _MAX_PENDING_SECONDS),
         ("grpc.max_concurrent_streams", _MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
         ("grpc.http2.settings_timeout", _SETTINGS_TIMEOUT_MS),
