@@ -33,7 +33,7 @@ def server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         # By default gRPC cancels some calls of a burst as soon as 1,000 pend, with no word of why; ours are refused.
         ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
-        # By default it cancels what has pended for 30 seconds too, as some of 10,000 calls at once do on busy processors.
+        # By default it also cancels what has pended for 30 seconds, as some of 10,000 calls at once do on busy cores.
         ("grpc.server_max_unrequested_time_in_server", _MAX_PENDING_SECONDS),
         ("grpc.max_concurrent_streams", _MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),

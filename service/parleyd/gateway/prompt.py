@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, PromptTooLong, Violation
@@ -65,20 +65,33 @@ class PromptBuilder:
 
 
 def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> Prompt:
+    mark = _as_it_is if served.spellings is None else served.spellings.mark
     messages, described = served.answer_format.for_template(
-        convert.to_template_messages(request.messages), tools.to_template_tools(tools.offered(request))
+        mark(convert.to_template_messages(request.messages)), mark(tools.to_template_tools(tools.offered(request)))
     )
     text = served.template.render(
         messages,
         tools=described,
         continue_final_message=request.continue_final_message,
-        kwargs=convert.to_template_kwargs(request),
+        kwargs=mark(convert.to_template_kwargs(request)),
     )
+    opens_reasoning = served.answer_format.opens_reasoning(text, convert.continued(request))
+    return Prompt(_tokenize(served, text), opens_reasoning)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _tokenize(served: ServedModel, text: str) -> list[int]:
+    spellings = served.spellings
+    num_marks = 0 if spellings is None else spellings.count(text)
     encoding = served.tokenizer.encode_lazily(text)
-    if len(encoding) >= served.info.max_context_tokens:
-        raise PromptTooLong(len(encoding), served.info.max_context_tokens)
-    token_ids = encoding.ids
+    num_tokens = len(encoding) - num_marks
+    if num_tokens >= served.info.max_context_tokens:
+        raise PromptTooLong(num_tokens, served.info.max_context_tokens)
+    token_ids = encoding.ids if spellings is None else spellings.without_marks(encoding.ids)
     # A tokenizer may know tokens that the model has no embedding for, and users may spell them.
     if token_ids and max(token_ids) >= served.info.vocab_size:
         raise InvalidRequest([Violation("messages", "spell a token that the model does not know")])
-    return Prompt(token_ids, served.answer_format.opens_reasoning(text, convert.continued(request)))
+    return token_ids

@@ -16,6 +16,7 @@ from parleyd.generation import ModelInfo, SamplingParams
 from parleyd.ipc.messages import CheckGrammar
 from parleyd.text.answer_format import AnswerFormat
 from parleyd.text.chat_template import ChatTemplate
+from parleyd.text.special_spellings import SpecialSpellings
 from parleyd.text.tokenizer import ByteCoding, Tokenizer
 
 _MAX_VIOLATIONS = 200
@@ -28,7 +29,7 @@ _FORMATS = ("json_object", "json_schema", "regex", "grammar", "choice")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Made once the worker tells what it has loaded."""
+    """Made once the worker tells what it has loaded. `spellings`: None where those of special tokens are tokens."""
 
     name: str
     info: ModelInfo
@@ -36,6 +37,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate
     answer_format: AnswerFormat
+    spellings: SpecialSpellings | None
     grammar_obstacle: str | None
     description: chat_pb2.GetModelResponse
 
@@ -47,6 +49,7 @@ class ServedModel:
         answer_format = AnswerFormat.find(
             template, tokenizer, tool_format=settings.tool_format, reasoning_format=settings.reasoning_format
         )
+        spellings = SpecialSpellings(tokenizer) if settings.split_special_tokens else None
         defaults = convert.effective_defaults(info, settings.default_max_new_tokens)
         grammar_obstacle = _grammar_obstacle(info, tokenizer)
         description = chat_pb2.GetModelResponse(
@@ -63,7 +66,7 @@ class ServedModel:
             dtype=info.dtype,
             device=info.device,
         )
-        return cls(name, info, defaults, tokenizer, template, answer_format, grammar_obstacle, description)
+        return cls(name, info, defaults, tokenizer, template, answer_format, spellings, grammar_obstacle, description)
 
     def ending_ids(self, params: SamplingParams) -> frozenset[int]:
         """The ids that end an answer."""

@@ -62,6 +62,10 @@ class Tokenizer:
         # the fast variant leaves out the character offsets that nobody here reads.
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
 
+    def add_special_token(self, text: str) -> None:
+        """Has `encode` read one more, which no model knows."""
+        self._backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that make no character become U+FFFD, ids outside the vocabulary nothing."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
