@@ -27,7 +27,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_gateway(tokenizer_folder: Path) -> Iterator[GatewayThread]:
     """One gateway for all tests that leave it as they found it."""
-    with GatewayThread(scripted_settings(max_running=4), scripted_command(tokenizer_folder)) as gateway:
+    # Slow enough that a stream of thousands of tokens, of which a slow reader gets many in a message, is not over while
+    # a test still holds it.
+    command = scripted_command(tokenizer_folder, "--step-delay", "0.001")
+    with GatewayThread(scripted_settings(max_running=4), command) as gateway:
         yield gateway
 
 

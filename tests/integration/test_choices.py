@@ -71,7 +71,9 @@ def test_the_failure_of_one_choice_ends_the_call_and_frees_the_others(gateway: G
 def test_cancelling_frees_all_choices(gateway: GatewayThread, order: str) -> None:
     call = gateway.stub.GenerateStream(several(order, max_new_tokens=4000), timeout=20)
     if order == "!forever":
-        assert {next(call).index for _ in range(200)} == {0, 1, 2}
+        seen: set[int] = set()
+        while seen != {0, 1, 2}:
+            seen.add(next(call).index)
     call.cancel()
     gateway.wait_idle()
 
