@@ -144,7 +144,8 @@ async def _queue_cost(
         ]
         queued = asyncio.create_task(_until_queued(admin_port, num_queued))
         ended, _ = await asyncio.wait([queued, *queued_tasks], return_when=asyncio.FIRST_COMPLETED)
-        ended.pop().result()  # raises where one of those that should wait could not
+        for task in ended:
+            task.result()  # raises where one of those that should wait could not
         seconds = time.perf_counter() - started
         while_queued = await running.fresh_rate(num_queued)
         await _cancel(queued_tasks)

@@ -147,6 +147,7 @@ async def test_max_pending_requests_take_effect() -> None:
 async def test_how_long_a_call_may_pend_takes_effect() -> None:
     option = "grpc.server_max_unrequested_time_in_server"
     assert OPTIONS[option] > 600
+    assert await _num_cancelled_of_a_burst(OPTIONS, busy_s=3.0) == 0
     assert await _num_cancelled_of_a_burst(OPTIONS | {option: 1}, busy_s=3.0) > 0  # as without it, after 30 seconds
 
 
