@@ -128,8 +128,8 @@ class ServerSettings:
     )
     split_special_tokens: bool = _option(
         False,
-        "Take special tokens that requests spell, such as <|im_end|>, as ordinary text, so that nobody's text can pose "
-        "as another turn. By default they are tokens, as in transformers.",
+        "Take special tokens that requests spell, such as <|im_end|>, as ordinary text, so that text cannot pose as "
+        "another turn where those mark turns. By default they are tokens, as in transformers.",
     )
     drain_delay: float = _option(
         1.0, "After SIGTERM, seconds in which new calls are still served, for load balancers to notice.", minimum=0
