@@ -243,6 +243,9 @@ class Stream(Iterator[Piece]):
 
     Leaving the iteration early (`break`, an exception, Ctrl-C), `cancel()`, leaving a `with` block, or dropping the
     stream cancels the call, which frees the model. Only the iteration itself must stay in one thread.
+
+    A program that goes on after Ctrl-C, such as a notebook, better iterates in another thread than the main one:
+    KeyboardInterrupt within gRPC can leave a lock held that every later call of the client waits for.
     """
 
     def __init__(self, begin: Callable[..., Any], message: chat_pb2.GenerateRequest, patience: Patience) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message as ProtoMessage
@@ -17,7 +21,11 @@ from parley_client.errors import ConnectionFailed, DeadlineExceeded, ParleyError
 from parley_client.health import HealthStatus
 from parley_client.messages import Message, system, user
 from parley_client.options import ChatOptions
+from parley_client.piece import Piece
 
+T = TypeVar("T")
+
+_INTERRUPT_CHECK_S = 0.1
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 
 
@@ -119,7 +127,7 @@ def print_pieces(stream: Stream) -> None:
     shows_reasoning, was_reasoning = sys.stdout.isatty(), False
     try:
         with stream:
-            for piece in stream:
+            for piece in _read_aside(stream):
                 if shows_reasoning and piece.reasoning_content:
                     print(_DIM + piece.reasoning_content, end=_NOT_DIM, flush=True)
                     was_reasoning = True
@@ -132,6 +140,42 @@ def print_pieces(stream: Stream) -> None:
             print(flush=True)
         raise
     print(flush=True)
+
+
+def _read_aside(stream: Stream) -> Iterator[Piece]:
+    """The pieces, each read in another thread once it is wanted.
+
+    Ctrl-C strikes the main thread wherever it is: within gRPC it can leave a lock held that every later call of the
+    channel waits for, within a SimpleQueue it cannot.
+    """
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    read: SimpleQueue[Piece | Exception | None] = SimpleQueue()
+
+    def read_wanted() -> None:
+        while wanted.get():
+            try:
+                read.put(next(stream, None))
+            except Exception as error:
+                read.put(error)
+
+    Thread(target=read_wanted, daemon=True).start()
+    try:
+        while True:
+            wanted.put(True)
+            piece = _wait_for(read)
+            if piece is None:
+                return
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+    finally:
+        wanted.put(False)
+
+
+def _wait_for(queue: SimpleQueue[T]) -> T:
+    while True:  # a Ctrl-C just before the wait is only seen after it
+        with contextlib.suppress(Empty):
+            return queue.get(timeout=_INTERRUPT_CHECK_S)
 
 
 def to_json(proto: ProtoMessage) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
+from parley_client import Stream
 from parley_client.cli import main
 
 
@@ -221,6 +222,22 @@ def test_ctrl_c_ends_generate_quietly(server, parley):
     assert server.has_seen_the_end()
     assert process.communicate() == (b"\n", b"")
     assert process.returncode == 130
+
+
+def test_where_ctrl_c_strikes_no_stream_is_read(server, monkeypatch, capsys):
+    # gRPC's locks do not survive a KeyboardInterrupt in their midst, and that is raised in the main thread.
+    readers = set()
+    read = Stream.__next__
+
+    def note_reader(stream):
+        readers.add(threading.current_thread())
+        return read(stream)
+
+    monkeypatch.setattr(Stream, "__next__", note_reader)
+    server.says("Hello", " there")
+    assert main(["generate", "Hi"]) == 0
+    assert capsys.readouterr().out == "Hello there\n"
+    assert readers and threading.main_thread() not in readers
 
 
 def test_chat_over_a_pipe_keeps_the_history(server, parley):
