@@ -15,7 +15,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from parleyd.cpu_kernels.decode import LOG2_E, attend_head, num_rows_at_once, num_weights
+from parleyd.cpu_kernels.decode import LOG2_E, attend_head, shares
 from parleyd.cpu_kernels.numbers import call, int64_array
 from parleyd.cpu_kernels.products import Weights, multiply_share, scratch
 from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, quantise_blocks, rotate_and_write_row
@@ -72,20 +72,20 @@ class Decoder:
         inputs = x.new_empty((num_rows, max(hidden, self._num_attended, self._width)))
         outputs = x.new_empty((num_rows, max(self._num_outs, 2 * self._width)))
         codes, scales = scratch(*inputs.shape)
-        max_rows = num_rows_at_once(self._group, self._head_dim, self._block_size, num_rows)
-        num_scores = num_weights(max_rows * self._group, table.shape[1] * self._block_size)
+        num_tokens = table.shape[1] * self._block_size
+        max_rows, num_weights = shares(self._group, self._head_dim, self._block_size, num_rows, num_tokens)
         num_items = -(-num_rows // max_rows) * self._num_kv_heads
-        scores = torch.empty((torch.get_num_threads(), num_scores))
+        weights = torch.empty((torch.get_num_threads(), num_weights))
         delta = torch.empty_like(x)
         layers = self._table(min(num_rows, _MANY_ROWS))  # of more, all take the same weights
-        tensors = (x, delta, inputs, outputs, codes, scales, scores, layers, cos, sin, slots, table, lengths)
+        tensors = (x, delta, inputs, outputs, codes, scales, weights, layers, cos, sin, slots, table, lengths)
         addresses = [tensor.data_ptr() for tensor in tensors]
         num_layers = len(self._layers)
         num_at_once = 1 if num_rows >= _MANY_ROWS else num_layers
         for start in range(0, num_layers, num_at_once):
             self._kernel(
-                len(scores), *self._functions, *addresses, start, start + num_at_once, num_items, num_rows, hidden,
-                self._num_heads, self._num_kv_heads, self._head_dim, self._width, table.stride(0), scores.stride(0),
+                len(weights), *self._functions, *addresses, start, start + num_at_once, num_items, num_rows, hidden,
+                self._num_heads, self._num_kv_heads, self._head_dim, self._width, table.stride(0), weights.stride(0),
                 self._scale, self._epsilon,
             )  # fmt: skip
             self.num_layers_run += num_at_once
@@ -114,11 +114,11 @@ _ROW = 16
 def _kernel() -> Kernel:
     def run(arguments):
         (normalise, rotate, attend, gate, quantise, multiply,
-         x, delta, inputs, outputs, codes, scales, scores, layers, cos, sin, slots, table, lengths,
-         start, end, num_items, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_scores,
+         x, delta, inputs, outputs, codes, scales, weights, layers, cos, sin, slots, table, lengths,
+         start, end, num_items, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_weights,
          scale, epsilon) = carray(arguments, (32,))  # fmt: skip
         thread, num = thread_index(), num_threads()
-        own_scores = scores + 4 * thread * num_scores
+        own_weights = weights + 4 * thread * num_weights
         num_attended, num_outs = (num_heads - 2 * num_kv_heads) * head_dim, num_heads * head_dim
         functions, step = (quantise, multiply), (inputs, codes, scales, num_rows)
         for index in range(start, end):
@@ -133,7 +133,7 @@ def _kernel() -> Kernel:
             for item in range(thread, num_items, num):
                 call(
                     attend, item, num_rows, outputs, num_outs, keys, values, table, table_width, lengths, inputs,
-                    num_kv_heads, scale, own_scores,
+                    num_kv_heads, scale, own_weights,
                 )  # fmt: skip
             _multiply(functions, layer[_OUT : _OUT + 3], step, delta, hidden, num_attended)
             for row in range(thread, num_rows, num):

@@ -18,6 +18,9 @@ VECTOR_BYTES = 4 * LANES
 TILE_ROWS = 16  # of a matrix unit's register, a vector each
 TILE_BYTES = TILE_ROWS * VECTOR_BYTES
 
+# Of a polynomial for 2**x on [0, 1), off by less than 2e-7 of it: the coefficients, that of the highest power first.
+POWER_OF_TWO = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1)
+
 _NUM_TILES = 8
 # Linux's system call for a process to ask for a processor's extension, and that of tiles' data.
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
@@ -134,6 +137,9 @@ class Emitter:
     def add(self, one: Any, other: Any) -> Any:
         return self._builder.fadd(one, other)
 
+    def subtract(self, one: Any, other: Any) -> Any:
+        return self._builder.fsub(one, other)
+
     def multiply(self, one: Any, other: Any) -> Any:
         return self._builder.fmul(one, other)
 
@@ -164,6 +170,36 @@ class Emitter:
     def add_16_times(self, one: Any, other: Any) -> Any:
         """To each int32, 16 times another."""
         return self._builder.add(one, self._builder.shl(other, self.ints(4)))
+
+    def power_of_two(self, exponents: Any) -> Any:
+        """2 to each float32, as `numbers.power_of_two`, where `has_bfloat16`."""
+        whole = self._call("llvm.floor.v16f32", _FLOATS, exponents)
+        part = self._builder.fsub(exponents, whole)
+        power = self.floats(POWER_OF_TWO[0])
+        for coefficient in POWER_OF_TWO[1:]:
+            power = self.add_product(self.floats(coefficient), power, part)
+        current_rounding = _INT(4)
+        return self._call(
+            "llvm.x86.avx512.mask.scalef.ps.512", _FLOATS, power, whole, power, _SHORT(-1), current_rounding
+        )
+
+    def first(self, count: Any, floats: Any, other: float) -> Any:
+        """The first `count` of a vector's numbers, and `other` in their neighbours' place."""
+        lanes = ir.Constant(_INTS, list(range(LANES)))
+        is_first = self._builder.icmp_signed("<", lanes, self.repeat(self._builder.trunc(count, _INT)))
+        return self._builder.select(is_first, floats, self.floats(other))
+
+    def larger(self, ones: Any, others: Any) -> Any:
+        """Of each two float32; where the first is NaN, the second."""
+        return self._builder.select(self._builder.fcmp_ordered(">", ones, others), ones, others)
+
+    def folded(self, floats: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """One number of all of a vector's."""
+        size = LANES // 2
+        while size:
+            moved = self._shuffled(floats, floats, [(lane + size) % LANES for lane in range(LANES)])
+            floats, size = combine(floats, moved), size // 2
+        return self._builder.extract_element(floats, _INT(0))
 
     def add_products_of_bfloat16(self, sums: Any, one: Any, other: Any) -> Any:
         """To each float32, the two products of bfloat16 in its lanes."""
@@ -216,9 +252,11 @@ class Emitter:
         low, high = (self._builder.bitcast(self._shuffled(one, other, half), _INTS) for half in halves)
         return low, high
 
-    def sums(self, num_sums: int, count: Any, body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
-        """So many vectors of float32, from 0, that `body(index, sums)` adds to for each index below `count`, which is
-        not 0."""
+    def sums(
+        self, num_sums: int, count: Any, body: Callable[[Any, list[Any]], list[Any]], start: Any = None
+    ) -> list[Any]:
+        """So many vectors of float32, from `start` or 0, that `body(index, sums)` adds to for each index below `count`,
+        which is not 0."""
         builder, before = self._builder, self._builder.block
         loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
         builder.branch(loop)
@@ -229,7 +267,7 @@ class Emitter:
         index.add_incoming(count.type(0), before)
         index.add_incoming(following, loop)
         for phi, added_to in zip(sums, added, strict=True):
-            phi.add_incoming(self.floats(0.0), before)
+            phi.add_incoming(self.floats(0.0) if start is None else start, before)
             phi.add_incoming(added_to, loop)
         builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
         builder.position_at_end(after)

@@ -13,6 +13,8 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from parleyd.cpu_kernels.instructions import POWER_OF_TWO
+
 # Sums may be taken in any order, so that they can be taken side by side; nothing here is infinite or NaN on purpose.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 _LINE_BYTES = 64
@@ -76,12 +78,9 @@ def power_of_two(exponent):
     exponent = min(max(exponent, np.float32(-126)), np.float32(127))
     whole = np.floor(exponent)
     part = exponent - whole
-    power = np.float32(1.8775767e-3)
-    power = power * part + np.float32(8.9893397e-3)
-    power = power * part + np.float32(5.5826318e-2)
-    power = power * part + np.float32(2.4015361e-1)
-    power = power * part + np.float32(6.9315308e-1)
-    power = power * part + np.float32(9.9999994e-1)
+    power = np.float32(POWER_OF_TWO[0])
+    for coefficient in POWER_OF_TWO[1:]:
+        power = power * part + np.float32(coefficient)
     return power * _float_of_bits(types.uint32(types.int32(whole) + types.int32(127)) << types.uint32(23))
 
 
@@ -155,23 +154,3 @@ def stack_floats(context, size):
         return builder.bitcast(floats, ir.FloatType().as_pointer())
 
     return types.CPointer(types.float32)(size), generate
-
-
-@intrinsic
-def _prefetch_line(context, address):
-    def generate(context, builder, signature, args):
-        pointer = _INT8.as_pointer()
-        kinds = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kinds)
-        # To read, into the second-level cache, data.
-        builder.call(prefetch, [builder.inttoptr(args[0], pointer), *map(_INT32, (0, 2, 1))])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@njit(forceinline=True)
-def prefetch(address, num_bytes):
-    """Has memory that will be read soon brought nearer, while we go on."""
-    for offset in range(0, num_bytes, _LINE_BYTES):
-        _prefetch_line(address + offset)

@@ -7,9 +7,8 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import njit
 
-from parleyd.cpu_kernels.attention_tiles import add_wide_values, score_tokens, widen
+from parleyd.cpu_kernels.attention_tiles import add_values, score_tokens, widen
 from parleyd.cpu_kernels.instructions import LANES
 from parleyd.cpu_kernels.numbers import (
     address_of,
@@ -21,32 +20,21 @@ from parleyd.cpu_kernels.numbers import (
     stack_floats,
     widened,
 )
-from parleyd.cpu_kernels.rows import follows, softmax
+from parleyd.cpu_kernels.rows import MAX_QUERIES, follows, num_rows_together, softmax
 from parleyd.cpu_kernels.threads import Function
-
-# That keys and values are widened for at a time.
-_MAX_QUERIES = 24
-# Of a step's rows for each KV head, if it has so many, so that threads have about as much to do each.
-_MIN_CHUNKS = 16
-
-
-@njit
-def num_rows_widened(group, num_rows):
-    """The most that attend together, of a step's `num_rows`."""
-    return min(max(1, num_rows // _MIN_CHUNKS), max(1, _MAX_QUERIES // group))
 
 
 @cache
 def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
-    """As `decode.attend_head`, of `num_rows_widened` at a time."""
-    max_rows, block_bytes = max(1, _MAX_QUERIES // group), 2 * block_size * head_dim
+    """As `decode.attend_head`, of `num_rows_together` at a time."""
+    max_rows, block_bytes = max(1, MAX_QUERIES // group), 2 * block_size * head_dim
     num_numbers, num_wide = max_rows * group * head_dim, block_size * head_dim
 
     def apply(
         item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
         num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        num_at_once = num_rows_widened(group, num_rows)
+        num_at_once = num_rows_together(group, num_rows)
         kv_head, chunk = divmod(item, (num_rows + num_at_once - 1) // num_at_once)
         row, end = chunk * num_at_once, min((chunk + 1) * num_at_once, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
@@ -76,7 +64,7 @@ def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
                 for query in range(num_queries):
                     for tile in range(block_size // LANES):
                         score_tokens(
-                            head_dim, 4, address_of(queries) + 4 * query * head_dim,
+                            head_dim, address_of(queries) + 4 * query * head_dim,
                             address_of(wide) + 4 * tile * LANES * head_dim, float_argument(scale_bits),
                             weights_at + 4 * (query * num_tokens + block * block_size + tile * LANES),
                         )  # fmt: skip
@@ -90,7 +78,7 @@ def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
                 for index in range(row - first):
                     num_seen = min(num_here, lengths[first + index] - block * block_size)
                     for part in range(head_dim // LANES):
-                        add_wide_values(
+                        add_values(
                             group, weights_at + 4 * (index * group * num_tokens + block * block_size), 4 * num_tokens,
                             address_of(wide) + 4 * LANES * part, 4 * head_dim, num_seen,
                             address_of(sums) + 4 * (index * group * head_dim + LANES * part), 4 * head_dim,

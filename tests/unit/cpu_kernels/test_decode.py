@@ -31,7 +31,9 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, length
     return ((grouped @ key.mT * scale).softmax(-1) @ value).view(query.shape)
 
 
-@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), [(3, 3, 64), (1, 7, 128), (4, 1, 16)])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group", "head_dim"), [(3, 3, 64), (1, 7, 128), (4, 1, 16), (2, 1, 96), (1, 12, 32)]
+)
 def test_each_row_attends_to_its_own_tokens(num_kv_heads: int, group: int, head_dim: int) -> None:
     keys, values, table, lengths = make_cache(num_kv_heads, head_dim)
     num_heads = num_kv_heads * group
@@ -53,14 +55,18 @@ def test_a_row_has_the_same_bits_alone_and_among_neighbours() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-@pytest.mark.parametrize(("group", "head_dim"), [(3, 64), (8, 128), (3, 16)])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 64), (8, 128), (12, 32), (3, 16)])
 def test_rows_that_follow_each_other_attend_as_each_does_alone(group: int, head_dim: int) -> None:
     keys, values, _, _ = make_cache(2, head_dim)
     # A prompt; one that begins with the same block, and whose lengths go on where its end; one that decodes.
     rows = [((1, 2, 3), length) for length in range(20, 71)]
     rows += [((1, 5, 6), length) for length in (71, 72, 73)]
     rows += [((1, 5, 7), 73), ((9, 8, 4), 74), ((1, 5, 6), 74), ((1, 5, 6), 75)]
-    table = torch.tensor([blocks for blocks, _ in rows], dtype=torch.int32)
+    # One with more tokens than are scored at a time.
+    rows += [(range(10, 30), length) for length in range(500, 600)]
+    table = torch.zeros(len(rows), 20, dtype=torch.int32)
+    for row, (blocks, _) in enumerate(rows):
+        table[row, : len(blocks)] = torch.tensor(blocks)
     lengths = torch.tensor([length for _, length in rows], dtype=torch.int32)
     query = torch.randn(len(rows), 2 * group, head_dim).bfloat16()
     together = paged_decode(query, keys, values, table, lengths, head_dim**-0.5)
@@ -83,9 +89,10 @@ def test_nothing_is_made_of_what_lies_behind_the_last_token() -> None:
     assert torch.equal(paged_decode(query, keys, values, table, lengths, 0.125), expected)
 
 
-def test_what_is_broken_in_a_sequence_stays_in_it() -> None:
+@pytest.mark.parametrize("broken", ["keys", "values"])
+def test_what_is_broken_in_a_sequence_stays_in_it(broken: str) -> None:
     keys, values, _, _ = make_cache(1, 64)
-    values[5] = torch.nan
+    (keys if broken == "keys" else values)[5] = torch.nan
     # The second goes on where the first ends, in a block of its own.
     table, lengths = torch.tensor([[1, 0], [1, 5]], dtype=torch.int32), torch.tensor([32, 33], dtype=torch.int32)
     result = paged_decode(torch.randn(2, 3, 64).bfloat16(), keys, values, table, lengths, 0.125)
