@@ -198,6 +198,10 @@ bench-overload: $(INSTALLED) ## measure overload, 2,000 streams, a killed worker
 bench-layers: $(INSTALLED) ## measure the engine's layers, variant against variant
 	@$(BIN)/python -m benchmarks.layers $(ARGS)
 
+.PHONY: bench-attention
+bench-attention: $(INSTALLED) ## measure attention on this processor, compiled against gathered
+	@$(BIN)/python -m benchmarks.attention $(ARGS)
+
 .PHONY: bench-gpu
 bench-gpu: $(INSTALLED) ## measure the engine on a GPU against its bandwidth
 	@$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)

@@ -158,8 +158,8 @@ def _read_aside(stream: Stream) -> Iterator[Piece]:
             except Exception as error:
                 read.put(error)
 
-    Thread(target=read_wanted, daemon=True).start()
     try:
+        Thread(target=read_wanted, daemon=True).start()
         while True:
             wanted.put(True)
             piece = _wait_for(read)

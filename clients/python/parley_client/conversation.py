@@ -68,7 +68,7 @@ class Conversation:
         self.messages = list(self._opening)
 
     def answer(self, text: str) -> None:
-        """Prints the answer to `text` as it is made. Ctrl-C stops it; what was shown by then counts as said.
+        """Prints the answer to `text` as it is made. Ctrl-C stops it; what had arrived by then counts as said.
 
         Raises:
             ParleyError: there is no answer; the conversation is as before.
@@ -77,5 +77,5 @@ class Conversation:
         stream = self._client.stream([*self.messages, question], **self._options)
         with contextlib.suppress(KeyboardInterrupt):
             commands.print_pieces(stream)
-        if stream.reply.content:
-            self.messages += [question, stream.reply]
+        if (reply := stream.reply).content:
+            self.messages += [question, reply]

@@ -10,6 +10,9 @@ from numba.extending import intrinsic
 
 from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter
 
+# That keys and values are converted or laid out for at a time.
+MAX_QUERIES = 24
+
 
 @intrinsic
 def widen(context, narrow, num_vectors, wide, ahead):

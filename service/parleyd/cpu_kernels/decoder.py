@@ -73,8 +73,9 @@ class Decoder:
         outputs = x.new_empty((num_rows, max(self._num_outs, 2 * self._width)))
         codes, scales = scratch(*inputs.shape)
         num_tokens = table.shape[1] * self._block_size
-        max_rows, num_weights = shares(self._group, self._head_dim, self._block_size, num_rows, num_tokens)
-        num_items = -(-num_rows // max_rows) * self._num_kv_heads
+        num_items, num_together, num_weights = shares(
+            num_rows, self._num_kv_heads, self._group, self._head_dim, self._block_size, num_tokens
+        )
         weights = torch.empty((torch.get_num_threads(), num_weights))
         delta = torch.empty_like(x)
         layers = self._table(min(num_rows, _MANY_ROWS))  # of more, all take the same weights
@@ -84,9 +85,9 @@ class Decoder:
         num_at_once = 1 if num_rows >= _MANY_ROWS else num_layers
         for start in range(0, num_layers, num_at_once):
             self._kernel(
-                len(weights), *self._functions, *addresses, start, start + num_at_once, num_items, num_rows, hidden,
-                self._num_heads, self._num_kv_heads, self._head_dim, self._width, table.stride(0), weights.stride(0),
-                self._scale, self._epsilon,
+                len(weights), *self._functions, *addresses, start, start + num_at_once, num_items, num_together,
+                num_rows, hidden, self._num_heads, self._num_kv_heads, self._head_dim, self._width, table.stride(0),
+                weights.stride(0), self._scale, self._epsilon,
             )  # fmt: skip
             self.num_layers_run += num_at_once
         return delta
@@ -115,8 +116,8 @@ def _kernel() -> Kernel:
     def run(arguments):
         (normalise, rotate, attend, gate, quantise, multiply,
          x, delta, inputs, outputs, codes, scales, weights, layers, cos, sin, slots, table, lengths,
-         start, end, num_items, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width, num_weights,
-         scale, epsilon) = carray(arguments, (32,))  # fmt: skip
+         start, end, num_items, num_together, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width,
+         num_weights, scale, epsilon) = carray(arguments, (33,))  # fmt: skip
         thread, num = thread_index(), num_threads()
         own_weights = weights + 4 * thread * num_weights
         num_attended, num_outs = (num_heads - 2 * num_kv_heads) * head_dim, num_heads * head_dim
@@ -132,8 +133,8 @@ def _kernel() -> Kernel:
             barrier()
             for item in range(thread, num_items, num):
                 call(
-                    attend, item, num_rows, outputs, num_outs, keys, values, table, table_width, lengths, inputs,
-                    num_kv_heads, scale, own_weights,
+                    attend, item, num_together, num_rows, outputs, num_outs, keys, values, table, table_width, lengths,
+                    inputs, num_kv_heads, scale, own_weights,
                 )  # fmt: skip
             _multiply(functions, layer[_OUT : _OUT + 3], step, delta, hidden, num_attended)
             for row in range(thread, num_rows, num):

@@ -172,7 +172,7 @@ class Emitter:
         return self._builder.add(one, self._builder.shl(other, self.ints(4)))
 
     def power_of_two(self, exponents: Any) -> Any:
-        """2 to each float32, as `numbers.power_of_two`, where `has_bfloat16`."""
+        """2 to each float32, as `numbers.power_of_two`, but below -126 on to 0; only where `has_bfloat16`."""
         whole = self._call("llvm.floor.v16f32", _FLOATS, exponents)
         part = self._builder.fsub(exponents, whole)
         power = self.floats(POWER_OF_TWO[0])

@@ -48,17 +48,17 @@ def num_rows_on_tiles(group: int) -> int:
 
 @cache
 def attend_on_tiles(group: int, head_dim: int, block_size: int) -> Function:
-    """As `decode.attend_head`, of `num_rows_on_tiles` at a time."""
+    """See `decode.attend_head`, of at most `num_rows_on_tiles` together."""
     row_bytes, max_rows = 2 * head_dim, num_rows_on_tiles(group)
     num_columns, num_sums = head_dim // 2 * LANES, _NUM_DIMS * TILE_ROWS
     block_bytes, tile_bytes = row_bytes * block_size, row_bytes * LANES
 
     def apply(
-        item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
-        num_kv_heads, scale_bits, weights_at,
+        item, num_together, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at,
+        attended_at, num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        kv_head, chunk = divmod(item, (num_rows + max_rows - 1) // max_rows)
-        row, end = chunk * max_rows, min((chunk + 1) * max_rows, num_rows)
+        kv_head, chunk = divmod(item, (num_rows + num_together - 1) // num_together)
+        row, end = chunk * num_together, min((chunk + 1) * num_together, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
         attended = bfloat16_array(attended_at, (num_rows, num_kv_heads, group, head_dim))
         num_tokens = width * block_size

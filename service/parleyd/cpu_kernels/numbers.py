@@ -1,4 +1,4 @@
-"""What numba's Python lacks: bfloat16, arrays and functions by address, arrays on the stack, and prefetching.
+"""What numba's Python lacks: bfloat16, arrays and functions by address, and arrays on the stack.
 
 A bfloat16 is the upper half of a float32, so arrays of them are arrays of uint16 here.
 """
@@ -15,10 +15,10 @@ from numba.extending import intrinsic
 
 from parleyd.cpu_kernels.instructions import POWER_OF_TWO
 
-# Sums may be taken in any order, so that they can be taken side by side; nothing here is infinite or NaN on purpose.
+# Sums may be taken in any order, so that they can be taken side by side. Infinity and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 _LINE_BYTES = 64
-_INT8, _INT32 = ir.IntType(8), ir.IntType(32)
+_INT32 = ir.IntType(32)
 
 
 def _bitcast(to: Any, of: Any, llvm_type: ir.Type) -> Any:

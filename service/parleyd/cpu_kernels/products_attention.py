@@ -16,6 +16,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from parleyd.cpu_kernels.attention_tiles import MAX_QUERIES
 from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter, has_bfloat16
 from parleyd.cpu_kernels.numbers import (
     address_of,
@@ -27,7 +28,7 @@ from parleyd.cpu_kernels.numbers import (
     rounded,
     stack_floats,
 )
-from parleyd.cpu_kernels.rows import MAX_QUERIES, follows, num_rows_together
+from parleyd.cpu_kernels.rows import follows
 from parleyd.cpu_kernels.threads import Function
 
 # Tokens whose scores are held at a time.
@@ -48,7 +49,7 @@ def _num_queries_at_once(group: int) -> int:
 
 @cache
 def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
-    """As `decode.attend_head`, of `num_rows_together` at a time, without room for weights."""
+    """As `decode.attend_head`, without room for weights."""
     at_once = _num_queries_at_once(group)
     max_queries = -(-max(MAX_QUERIES, group) // at_once) * at_once
     part_blocks = max(1, _PART_TOKENS // block_size)
@@ -62,10 +63,9 @@ def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
     num_scores, num_weight_pairs = max_queries * part_tokens, max_queries * part_tokens // 2
 
     def apply(
-        item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
-        num_kv_heads, scale_bits, _,
+        item, num_together, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at,
+        attended_at, num_kv_heads, scale_bits, _,
     ):  # fmt: skip
-        num_together = num_rows_together(group, num_rows)
         kv_head, chunk = divmod(item, (num_rows + num_together - 1) // num_together)
         row, end = chunk * num_together, min((chunk + 1) * num_together, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
@@ -226,7 +226,7 @@ def _emit_scores(
 
 @intrinsic
 def _highest(context, scores, num_vectors, num_tokens, before):
-    """Of the first `num_tokens` scores, of those at an address, and one `before`, a float32."""
+    """The highest of the first `num_tokens` scores at an address and one `before`, a float32. NaN is passed over."""
 
     def generate(context, builder, signature, args):
         scores, num_vectors, num_tokens, before = args

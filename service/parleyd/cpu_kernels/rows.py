@@ -25,11 +25,6 @@ from parleyd.cpu_kernels.numbers import (
 from parleyd.cpu_kernels.threads import Function
 from parleyd.cpu_kernels.tiles import BLOCK_SIZE
 
-# That keys and values are laid out for at a time.
-MAX_QUERIES = 24
-# Of a step's rows for each KV head, if it has so many, so that threads have about as much to do each.
-_MIN_CHUNKS = 16
-
 _LOG2_E = np.float32(math.log2(math.e))
 # Added to a float32 below 2**22, it leaves the nearest whole number in the lowest bits.
 _ROUNDING = np.float32(3 << 22)
@@ -148,12 +143,6 @@ def _highest(scores):
     for lane in range(1, LANES):
         highest[0] = max(highest[0], highest[lane])
     return highest[0]
-
-
-@njit
-def num_rows_together(group, num_rows):
-    """The most that attend together, of a step's `num_rows`."""
-    return min(max(1, num_rows // _MIN_CHUNKS), max(1, MAX_QUERIES // group))
 
 
 @njit

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from parleyd.cpu_kernels.attention_tiles import add_values, score_tokens, widen
+from parleyd.cpu_kernels.attention_tiles import MAX_QUERIES, add_values, score_tokens, widen
 from parleyd.cpu_kernels.instructions import LANES
 from parleyd.cpu_kernels.numbers import (
     address_of,
@@ -20,23 +20,22 @@ from parleyd.cpu_kernels.numbers import (
     stack_floats,
     widened,
 )
-from parleyd.cpu_kernels.rows import MAX_QUERIES, follows, num_rows_together, softmax
+from parleyd.cpu_kernels.rows import follows, softmax
 from parleyd.cpu_kernels.threads import Function
 
 
 @cache
 def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
-    """As `decode.attend_head`, of `num_rows_together` at a time."""
+    """See `decode.attend_head`."""
     max_rows, block_bytes = max(1, MAX_QUERIES // group), 2 * block_size * head_dim
     num_numbers, num_wide = max_rows * group * head_dim, block_size * head_dim
 
     def apply(
-        item, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at, attended_at,
-        num_kv_heads, scale_bits, weights_at,
+        item, num_together, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at,
+        attended_at, num_kv_heads, scale_bits, weights_at,
     ):  # fmt: skip
-        num_at_once = num_rows_together(group, num_rows)
-        kv_head, chunk = divmod(item, (num_rows + num_at_once - 1) // num_at_once)
-        row, end = chunk * num_at_once, min((chunk + 1) * num_at_once, num_rows)
+        kv_head, chunk = divmod(item, (num_rows + num_together - 1) // num_together)
+        row, end = chunk * num_together, min((chunk + 1) * num_together, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
         attended = bfloat16_array(attended_at, (num_rows, num_kv_heads, group, head_dim))
         num_tokens = width * block_size

@@ -66,9 +66,10 @@ def choose_kernels(wanted: str, shape: AttentionShape, compiled: CompiledKernels
 
 def check_kernels(kernels: Kernels, block_size: int, shape: AttentionShape) -> None:
     """Raises where they fail on a small batch, or attend to something else than is done without them."""
-    # Two sequences that decode, a prompt that goes on, and one that begins.
-    stretches = [(0, 1), (2 * block_size + 5, 1), (block_size + 3, 7), (0, 9)]
-    batch = probe_batch(stretches, block_size, num_decodes=2)
+    # Sequences that decode, also of few tokens, among which one too many or too few weighs; a prompt that goes on,
+    # beyond a block, and one that begins.
+    decodes = [(0, 1), (3, 1), (2 * block_size + 5, 1), (8 * block_size + 5, 1)]
+    batch = probe_batch([*decodes, (block_size + 3, 40), (0, 9)], block_size, len(decodes))
     num_blocks = 1 + max(max(item.block_ids) for item in batch.scheduled)
     sizes = (1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     random = torch.Generator(shape.device).manual_seed(0)

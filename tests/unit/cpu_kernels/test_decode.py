@@ -12,10 +12,10 @@ BLOCK_SIZE, NUM_BLOCKS = 32, 40
 LENGTHS = (1, 31, 32, 33, 64, 300)
 
 
-def make_cache(num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_cache(num_kv_heads: int, head_dim: int, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values; the block table of sequences of LENGTHS, in no order and padded with 0; the lengths."""
     torch.manual_seed(0)
-    keys, values = torch.randn(2, NUM_BLOCKS, num_kv_heads, BLOCK_SIZE, head_dim).bfloat16()
+    keys, values = torch.randn(2, NUM_BLOCKS, num_kv_heads, block_size, head_dim).bfloat16()
     free = torch.randperm(NUM_BLOCKS).tolist()
     table = torch.zeros(len(LENGTHS), 10, dtype=torch.int32)
     for row, length in enumerate(LENGTHS):
@@ -75,6 +75,20 @@ def test_rows_that_follow_each_other_attend_as_each_does_alone(group: int, head_
         alone = paged_decode(query[one], keys, values, table[one], lengths[one], head_dim**-0.5)
         assert torch.equal(alone[0], together[row])
         expected = attended(query[row], keys, values, table[row], length, head_dim**-0.5)
+        torch.testing.assert_close(together[row].float(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize(("group", "block_size"), [(7, 16), (25, 48), (2, 512)])
+def test_rows_attend_together_whatever_the_group_and_the_blocks(group: int, block_size: int) -> None:
+    keys, values, _, _ = make_cache(1, 32, block_size)
+    lengths = torch.arange(520, 600, dtype=torch.int32)
+    table = torch.randperm(NUM_BLOCKS)[: -(-600 // block_size)].int().repeat(len(lengths), 1)
+    query = torch.randn(len(lengths), group, 32).bfloat16()
+    together = paged_decode(query, keys, values, table, lengths, 0.2)
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        assert torch.equal(paged_decode(query[one], keys, values, table[one], lengths[one], 0.2)[0], together[row])
+        expected = attended(query[row], keys, values, table[row], length, 0.2)
         torch.testing.assert_close(together[row].float(), expected, rtol=0.01, atol=0.01)
 
 
