@@ -56,8 +56,18 @@ class Server:
 
     def memory_bytes(self) -> int:
         """Of all its processes; what they share counts once."""
+        return sum(process.memory_full_info().pss for process in self._processes())
+
+    def process_ids(self) -> set[int]:
+        """Of all its processes that are there."""
+        try:
+            return {process.pid for process in self._processes()}
+        except psutil.NoSuchProcess:
+            return set()
+
+    def _processes(self) -> list[psutil.Process]:
         first = psutil.Process(self.pid)
-        return sum(process.memory_full_info().pss for process in (first, *first.children(recursive=True)))
+        return [first, *first.children(recursive=True)]
 
     def pause(self) -> None:
         """Takes its processes off the cores, whatever they do while idle, until `resume`."""

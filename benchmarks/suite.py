@@ -129,6 +129,7 @@ class Suite:
         if self._left_s() < limit_s * len(servers) * self._size.rounds:
             self.rows.append({"step": f"{workload}, {concurrency} streams", "failed": "no time was left"})
             return
+        before = {server.name: server.process_ids() for server in servers}
         self.rows += compare(
             servers,
             workload,
@@ -139,6 +140,10 @@ class Suite:
             limit_s=limit_s,
             arrivals_per_s=arrivals_per_s,
         )
+        for server in servers:
+            if before[server.name] - server.process_ids():
+                failed = f"a process of its ended within {workload}, {concurrency} streams: is there enough memory?"
+                self.rows.append({"server": server.name, "failed": failed})
 
     def _alone(self, experiment: Callable[[Server], list[Row]]) -> Callable[[], list[Row]]:
         def step() -> list[Row]:
