@@ -142,7 +142,7 @@ class Suite:
         )
         for server in servers:
             if before[server.name] - server.process_ids():
-                failed = f"a process of its ended within {workload}, {concurrency} streams: is there enough memory?"
+                failed = f"one of its processes ended within {workload}, {concurrency} streams: is there enough memory?"
                 self.rows.append({"server": server.name, "failed": failed})
 
     def _alone(self, experiment: Callable[[Server], list[Row]]) -> Callable[[], list[Row]]:

@@ -10,9 +10,6 @@ from numba.extending import intrinsic
 
 from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter
 
-# That keys and values are converted or laid out for at a time.
-MAX_QUERIES = 24
-
 
 @intrinsic
 def widen(context, narrow, num_vectors, wide, ahead):
@@ -32,9 +29,8 @@ def widen(context, narrow, num_vectors, wide, ahead):
 
 @intrinsic(prefer_literal=True)
 def score_tokens(context, head_dim, query, keys, scale, scores):
-    """Of LANES tokens, whose keys (`[LANES, head_dim]`, a constant) follow each other, in float32 as all else.
-
-    Addresses but for `scale`, a number.
+    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other, in float32 as all else. `head_dim`: a
+    constant. Addresses but for `scale`.
     """
     num_vectors = 4 * head_dim.literal_value // VECTOR_BYTES
 

@@ -10,11 +10,11 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from parleyd.cpu_kernels.attention_tiles import MAX_QUERIES
 from parleyd.cpu_kernels.instructions import LANES
 from parleyd.cpu_kernels.matrix_attention import attend_on_tiles, can_attend_on_tiles, num_rows_on_tiles
 from parleyd.cpu_kernels.numbers import call
 from parleyd.cpu_kernels.products_attention import attend_by_products, can_attend_by_products
+from parleyd.cpu_kernels.rows import MAX_QUERIES
 from parleyd.cpu_kernels.threads import Function, Kernel, bits_of, num_threads, thread_index
 from parleyd.cpu_kernels.widened_attention import attend_widened
 

@@ -16,7 +16,6 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from parleyd.cpu_kernels.attention_tiles import MAX_QUERIES
 from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter, has_bfloat16
 from parleyd.cpu_kernels.numbers import (
     address_of,
@@ -28,7 +27,7 @@ from parleyd.cpu_kernels.numbers import (
     rounded,
     stack_floats,
 )
-from parleyd.cpu_kernels.rows import follows
+from parleyd.cpu_kernels.rows import MAX_QUERIES, follows
 from parleyd.cpu_kernels.threads import Function
 
 # Tokens whose scores are held at a time.
@@ -55,11 +54,8 @@ def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
     part_blocks = max(1, _PART_TOKENS // block_size)
     part_tokens, num_pairs = part_blocks * block_size, head_dim // 2
     row_bytes, tile_bytes, block_bytes = 2 * head_dim, 2 * head_dim * LANES, 2 * head_dim * block_size
-    num_numbers, num_query_pairs, num_laid_out = (
-        max_queries * head_dim,
-        max_queries * num_pairs,
-        max(num_pairs, block_size) * LANES,
-    )
+    num_sums, num_query_pairs = max_queries * head_dim, max_queries * num_pairs
+    num_laid_out = max(num_pairs, block_size) * LANES  # a tile of keys, or _NUM_DIMS of a block's values
     num_scores, num_weight_pairs = max_queries * part_tokens, max_queries * part_tokens // 2
 
     def apply(
@@ -70,7 +66,7 @@ def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
         row, end = chunk * num_together, min((chunk + 1) * num_together, num_rows)
         table, lengths = int32_array(table_at, (num_rows, width)), int32_array(lengths_at, (num_rows,))
         attended = bfloat16_array(attended_at, (num_rows, num_kv_heads, group, head_dim))
-        queries, sums = stack_floats(num_query_pairs), stack_floats(num_numbers)
+        queries, sums = stack_floats(num_query_pairs), stack_floats(num_sums)
         totals, highest = stack_floats(max_queries), stack_floats(max_queries)
         scores_at, weights_at = address_of(stack_floats(num_scores)), address_of(stack_floats(num_weight_pairs))
         laid_out_at = address_of(stack_floats(num_laid_out))

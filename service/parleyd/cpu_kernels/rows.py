@@ -25,6 +25,9 @@ from parleyd.cpu_kernels.numbers import (
 from parleyd.cpu_kernels.threads import Function
 from parleyd.cpu_kernels.tiles import BLOCK_SIZE
 
+# The most that attend together: of rows of one sequence, those that share a KV head.
+MAX_QUERIES = 24
+
 _LOG2_E = np.float32(math.log2(math.e))
 # Added to a float32 below 2**22, it leaves the nearest whole number in the lowest bits.
 _ROUNDING = np.float32(3 << 22)

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from parleyd.cpu_kernels.attention_tiles import MAX_QUERIES, add_values, score_tokens, widen
+from parleyd.cpu_kernels.attention_tiles import add_values, score_tokens, widen
 from parleyd.cpu_kernels.instructions import LANES
 from parleyd.cpu_kernels.numbers import (
     address_of,
@@ -20,7 +20,7 @@ from parleyd.cpu_kernels.numbers import (
     stack_floats,
     widened,
 )
-from parleyd.cpu_kernels.rows import follows, softmax
+from parleyd.cpu_kernels.rows import MAX_QUERIES, follows, softmax
 from parleyd.cpu_kernels.threads import Function
 
 
