@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -21,7 +20,6 @@ from parley_client.errors import ConnectionFailed, DeadlineExceeded, ParleyError
 from parley_client.health import HealthStatus
 from parley_client.messages import Message, system, user
 from parley_client.options import ChatOptions
-from parley_client.piece import Piece
 
 T = TypeVar("T")
 
@@ -58,7 +56,7 @@ def generate(args: Namespace) -> int:
     messages = [*opening(args), user(prompt)]
     with Client(**connection(args)) as client:
         if args.json:
-            print_json(to_json(client.chat(messages, **options).proto))
+            print_json(to_json(_aside(lambda: client.chat(messages, **options)).proto))
             return 0
         print_pieces(client.stream(messages, **options))
     return 0
@@ -67,7 +65,7 @@ def generate(args: Namespace) -> int:
 def model(args: Namespace) -> int:
     """`parley model`: what is served."""
     with Client(**connection(args)) as client:
-        info = client.model_info()
+        info = _aside(client.model_info)
     if args.json:
         print_json(to_json(info.proto))
         return 0
@@ -89,7 +87,7 @@ def model(args: Namespace) -> int:
 def health(args: Namespace) -> int:
     """`parley health`: whether the server takes calls; the exit code is 0 only then."""
     with Client(**connection(args)) as client:
-        status = client.health()
+        status = _aside(client.health)
     if args.json:
         print_json({"status": status.value})
     else:
@@ -127,7 +125,7 @@ def print_pieces(stream: Stream) -> None:
     shows_reasoning, was_reasoning = sys.stdout.isatty(), False
     try:
         with stream:
-            for piece in _read_aside(stream):
+            while (piece := _aside(lambda: next(stream, None))) is not None:
                 if shows_reasoning and piece.reasoning_content:
                     print(_DIM + piece.reasoning_content, end=_NOT_DIM, flush=True)
                     was_reasoning = True
@@ -142,40 +140,24 @@ def print_pieces(stream: Stream) -> None:
     print(flush=True)
 
 
-def _read_aside(stream: Stream) -> Iterator[Piece]:
-    """The pieces, each read in another thread once it is wanted.
+def _aside(call: Callable[[], T]) -> T:
+    """What a call returns or raises, made in another thread.
 
     Ctrl-C strikes the main thread wherever it is: within gRPC it can leave a lock held that every later call of the
-    channel waits for, within a SimpleQueue it cannot.
+    channel waits for; here it leaves at most one that nobody else needs.
     """
-    wanted: SimpleQueue[bool] = SimpleQueue()
-    read: SimpleQueue[Piece | Exception | None] = SimpleQueue()
+    outcome: Future[T] = Future()
 
-    def read_wanted() -> None:
-        while wanted.get():
-            try:
-                read.put(next(stream, None))
-            except Exception as error:
-                read.put(error)
+    def make() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
 
-    try:
-        Thread(target=read_wanted, daemon=True).start()
-        while True:
-            wanted.put(True)
-            piece = _wait_for(read)
-            if piece is None:
-                return
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-    finally:
-        wanted.put(False)
-
-
-def _wait_for(queue: SimpleQueue[T]) -> T:
-    while True:  # a Ctrl-C just before the wait is only seen after it
-        with contextlib.suppress(Empty):
-            return queue.get(timeout=_INTERRUPT_CHECK_S)
+    Thread(target=make, daemon=True).start()
+    while not wait([outcome], _INTERRUPT_CHECK_S).done:  # a Ctrl-C just before the wait is only seen after it
+        pass
+    return outcome.result()
 
 
 def to_json(proto: ProtoMessage) -> dict[str, Any]:

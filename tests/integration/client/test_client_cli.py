@@ -16,7 +16,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from parley_client import Stream
+from parley_client import Client, Stream
 from parley_client.cli import main
 
 
@@ -224,20 +224,31 @@ def test_ctrl_c_ends_generate_quietly(server, parley):
     assert process.returncode == 130
 
 
-def test_where_ctrl_c_strikes_no_stream_is_read(server, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "kind", "method"),
+    [
+        (["generate", "Hi"], Stream, "__next__"),
+        (["generate", "Hi", "--json"], Client, "chat"),
+        (["model"], Client, "model_info"),
+        (["health"], Client, "health"),
+    ],
+)
+def test_where_ctrl_c_strikes_nobody_waits_for_the_server(server, monkeypatch, capsys, arguments, kind, method):
     # gRPC's locks do not survive a KeyboardInterrupt in their midst, and that is raised in the main thread.
-    readers = set()
-    read = Stream.__next__
+    callers = set()
+    call = getattr(kind, method)
 
-    def note_reader(stream):
-        readers.add(threading.current_thread())
-        return read(stream)
+    def note_caller(*args, **kwargs):
+        callers.add(threading.current_thread())
+        return call(*args, **kwargs)
 
-    monkeypatch.setattr(Stream, "__next__", note_reader)
+    monkeypatch.setattr(kind, method, note_caller)
     server.says("Hello", " there")
-    assert main(["generate", "Hi"]) == 0
-    assert capsys.readouterr().out == "Hello there\n"
-    assert readers and threading.main_thread() not in readers
+    server.script["GetModel"] = lambda request, context: chat_pb2.GetModelResponse(model="scripted")
+    server.is_serving(health_pb2.HealthCheckResponse.SERVING)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out
+    assert callers and threading.main_thread() not in callers
 
 
 def test_chat_over_a_pipe_keeps_the_history(server, parley):
