@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +19,7 @@ import pytest
 
 from parley.v1 import chat_pb2, message_pb2
 from parleyd.config import SecuritySettings
-from parleyd.errors import EngineFault, InvalidRequest
+from parleyd.errors import EngineFault, InvalidRequest, Unsupported
 from parleyd.gateway import checker_process, grammar_checker
 from parleyd.gateway.grammar_checker import GrammarChecker
 from parleyd.ipc.messages import CheckGrammar
@@ -317,6 +318,21 @@ async def test_too_complex_is_remembered_for_a_while_only(
     with pytest.raises(InvalidRequest, match="too complex"):
         await checker.check(regex_of("b"))
     assert await checker.check(regex_of("c"))
+
+
+async def test_a_tokenizer_that_could_not_be_read_is_asked_for_again_after_a_while(
+    checkers: StartChecker, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checker = checkers()
+    info = info_of(str(tmp_path), tiny_tokenizer.VOCAB_SIZE, (tiny_tokenizer.IM_END_ID,))
+    for regex, doubtful_after_s in (("b", 3600.0), ("c", 0.0)):
+        monkeypatch.setattr(grammar_checker, "_DOUBTFUL_AFTER_S", doubtful_after_s)
+        with pytest.raises(Unsupported):
+            await checker.check(CheckGrammar(info, "regex", regex))
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
+    with pytest.raises(Unsupported):
+        await checker.check(CheckGrammar(info, "regex", "b"))
+    assert await checker.check(CheckGrammar(info, "regex", "c"))
 
 
 async def test_a_gateway_that_was_stopped_itself_finds_no_grammar_too_complex(

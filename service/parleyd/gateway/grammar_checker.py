@@ -15,7 +15,8 @@ from parleyd.ipc.messages import CheckGrammar, GrammarChecked, encode
 
 CHECKER_COMMAND = (sys.executable, "-P", "-m", "parleyd.grammar")
 
-# What takes too long may do so for the machine's sake, so that is not kept for good; but a batch may ask it often.
+# What takes too long may do so for the machine's sake, and a file may be readable later, so those verdicts are not kept
+# for good; but a batch may ask often.
 _DOUBTFUL_AFTER_S = 30.0
 # Two, so that one client's grammars do not hold up all others'. The second is started when it is first needed.
 _NUM_PROCESSES = 2
@@ -77,7 +78,7 @@ class GrammarChecker:
         finally:
             self._free.put_nowait(process)
         self._verdicts.put(key, verdict)
-        if verdict is TOO_COMPLEX:
+        if verdict is TOO_COMPLEX or verdict.unsupported:
             asyncio.get_running_loop().call_later(_DOUBTFUL_AFTER_S, self._verdicts.drop, key)
         return verdict
 

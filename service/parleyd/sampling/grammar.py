@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -107,7 +107,7 @@ class GrammarCompiler:
 
     def _compile(self, grammar: str) -> Future[LLMatcher]:
         with self._lock:
-            if self._tokenizer is None:
+            if self._tokenizer is None or _has_failed(self._tokenizer):
                 # Only where grammars are used at all: it takes time and memory.
                 info = self._info
                 self._tokenizer = self._executor.submit(
@@ -115,7 +115,7 @@ class GrammarCompiler:
                 )
             tokenizer = self._tokenizer
             compiled = self._compiled.pop(grammar, None)
-            if compiled is None:
+            if compiled is None or _has_failed(compiled):
                 compiled = self._executor.submit(lambda: compile_grammar(tokenizer.result(), grammar))
             self._compiled[grammar] = compiled
             if len(self._compiled) > _MAX_CACHED:
@@ -127,6 +127,11 @@ class GrammarCompiler:
         if replay(matcher, request.output_ids) < len(request.output_ids):
             raise GrammarError("does not allow the ids that are there already")
         return GrammarState(matcher, request.params, self._info.eos_token_ids, self._info.vocab_size)
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    """Then it is tried again: a file that could not be opened, or memory that was short, may be there by now."""
+    return future.done() and future.exception() is not None
 
 
 class GrammarRow(NamedTuple):

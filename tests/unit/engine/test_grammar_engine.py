@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from parleyd.engine.batching import BatchingEngine
 from parleyd.generation import FinishReason, ModelInfo
+from parleyd.grammar.compiler import UnknownTokenizer
 from parleyd.grammar.formats import to_grammar
 from parleyd.sampling.draws import first_argmax
 from parleyd.sampling.grammar import GrammarCompiler, GrammarMask, GrammarRow
@@ -198,6 +202,15 @@ def test_rows_without_a_grammar_and_log_probabilities_are_as_they_would_be_witho
     assert sampled.logprobs is not None
     expected = logits.log_softmax(-1)[[0, 1], sampled.token_ids]
     torch.testing.assert_close(sampled.logprobs.token_logprobs, expected)
+
+
+def test_a_tokenizer_that_could_not_be_read_is_read_again(info: ModelInfo, tmp_path: Path) -> None:
+    compiler = GrammarCompiler(replace(info, tokenizer_dir=str(tmp_path)))
+    request = ask_engine(0, to_grammar("regex", "[a-c]*"))
+    with pytest.raises(UnknownTokenizer):
+        compiler.start(request).result()
+    shutil.copy(Path(info.tokenizer_dir) / "tokenizer.json", tmp_path)
+    assert compiler.start(request).result()
 
 
 def test_a_mask_is_of_the_bits_it_is_made_from(info: ModelInfo) -> None:
