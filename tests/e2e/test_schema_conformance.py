@@ -19,7 +19,7 @@ from parleyd.config import ModelSettings
 from parleyd.engine.batching import BatchingEngine
 from parleyd.generation import EngineRequest, FinishReason, ModelInfo
 from parleyd.grammar.checker import check
-from parleyd.grammar.compiler import compile_grammar, load_tokenizer, replay
+from parleyd.grammar.compiler import Clock, compile_grammar, load_tokenizer, replay
 from parleyd.ipc.messages import CheckGrammar
 from parleyd.model.source import find_folder
 from tests.support.random_engine import ask_engine, info_of, make_random_engine, run_all
@@ -121,7 +121,7 @@ def test_the_test_suites_invalid_instances_are_refused_and_nearly_all_valid_ones
             text = json.dumps(test["data"], ensure_ascii=False)
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             matcher = compile_grammar(llguidance_tokenizer, grammar)
-            is_allowed = replay(matcher, ids) == len(ids) and matcher.is_accepting()
+            is_allowed = replay(matcher, ids, Clock()) == len(ids) and matcher.is_accepting()
             seen[test["valid"], is_allowed] += 1
             if is_allowed and not test["valid"]:
                 wrongly_allowed.append((schema, text))

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from parleyd.grammar.compiler import (
+    Clock,
     GrammarError,
     UnknownTokenizer,
     compile_grammar,
@@ -55,13 +56,16 @@ def check(message: CheckGrammar) -> GrammarChecked:
         tokenizer = _tokenizer(info.tokenizer_dir, info.vocab_size, info.eos_token_ids)
         grammar = to_grammar(message.kind, message.source)
         matcher = compile_grammar(tokenizer, grammar)
-        matcher.compute_bitmask()
-        raise_error(matcher)
+        clock = Clock()
+        with clock.timing():
+            matcher.compute_bitmask()
+            raise_error(matcher)
+        num_replayed = replay(matcher, message.output_ids, clock)
     except UnknownTokenizer as error:
         return GrammarChecked(unsupported=str(error))
     except GrammarError as error:
         return GrammarChecked(error=str(error), errors=_errors_of_tools(tokenizer, message))
-    if replay(matcher, message.output_ids) < len(message.output_ids):
+    if num_replayed < len(message.output_ids):
         return GrammarChecked(breaks_off=True)
     return GrammarChecked(grammar=grammar)
 

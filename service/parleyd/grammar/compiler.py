@@ -5,13 +5,14 @@ Called by the checker process and by the engines: what the one accepts, the othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-# What one grammar may take. Within these a step's mask is made in a fraction of a second at the very worst, and one
-# beyond them fails alone. Typical ones need a thousandth of it.
+# What one grammar may take to compile, and a token of it. Typical ones need a thousandth of it.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
     step_lexer_fuel=25_000,
@@ -20,6 +21,12 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
+
+
+# What following it may take of a processor: so many seconds at once, and for each token. Typical ones take a twentieth
+# of it. Ambiguous ones take longer with every token, within any limit, while all other sequences wait.
+_BURST_S, _TOKEN_S = 0.3, 0.002
+_REPLAYED_AT_ONCE = 16  # in one call, which lets no other thread run
 
 
 class GrammarError(Exception):
@@ -55,9 +62,31 @@ def raise_error(matcher: LLMatcher) -> None:
         raise GrammarError(_one_line(matcher.get_error()))
 
 
-def replay(matcher: LLMatcher, token_ids: Sequence[int]) -> int:
-    """Takes ids made before, and tells how many of them the grammar allows."""
-    return matcher.try_consume_tokens(list(token_ids))
+class Clock:
+    """Sees to it that following a grammar along one sequence takes no longer than it may."""
+
+    def __init__(self) -> None:
+        self._left_s = _BURST_S
+
+    @contextmanager
+    def timing(self, num_tokens: int = 0) -> Iterator[None]:
+        """Of what is done in the block for so many tokens. Raises GrammarError if it has taken too long."""
+        started = time.thread_time()
+        yield
+        self._left_s = min(self._left_s + num_tokens * _TOKEN_S, _BURST_S) - (time.thread_time() - started)
+        if self._left_s < 0.0:
+            raise GrammarError("takes too long to follow: ambiguous rules may be why")
+
+
+def replay(matcher: LLMatcher, token_ids: Sequence[int], clock: Clock) -> int:
+    """Takes earlier ids, and tells how many of them the grammar allows. Raises GrammarError if that takes too long."""
+    for start in range(0, len(token_ids), _REPLAYED_AT_ONCE):
+        ids = list(token_ids[start : start + _REPLAYED_AT_ONCE])
+        with clock.timing(len(ids)):
+            num_taken = matcher.try_consume_tokens(ids)
+        if num_taken < len(ids):
+            return start + num_taken
+    return len(token_ids)
 
 
 def _one_line(message: str) -> str:

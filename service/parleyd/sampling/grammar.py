@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
-from parleyd.grammar.compiler import GrammarError, compile_grammar, load_tokenizer, raise_error, replay
+from parleyd.grammar.compiler import Clock, GrammarError, compile_grammar, load_tokenizer, raise_error, replay
 from parleyd.model.upload import upload
 
 _logger = logging.getLogger("parleyd.engine")
@@ -36,11 +36,12 @@ class GrammarState:
     """
 
     def __init__(
-        self, matcher: LLMatcher, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int
+        self, matcher: LLMatcher, clock: Clock, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int
     ) -> None:
         self.error: str | None = None
         self.eos_token_id = eos_token_ids[0]
         self._matcher = matcher
+        self._clock = clock
         self._min_new_tokens = params.min_new_tokens
         self._eos_bits = _bits(eos_token_ids, vocab_size)
         stop_bits = _bits(params.stop_token_ids, vocab_size)
@@ -49,8 +50,15 @@ class GrammarState:
 
     def advance(self, token_id: int) -> None:
         """Takes the sequence's next id, unless it is one that ends the sequence."""
-        if self.error is None and not self._matcher.consume_token(token_id):
-            self._fail()
+        if self.error is not None:
+            return
+        try:
+            with self._clock.timing(num_tokens=1):
+                if not self._matcher.consume_token(token_id):
+                    raise_error(self._matcher)
+                    raise GrammarError(f"id {token_id} is not allowed")
+        except GrammarError as error:
+            self._fail(error)
 
     def fill(self, mask: NDArray[np.int32], row: int, position: int) -> bool:
         """Sets the bits of the ids that may be drawn at output `position`. Returns whether an end is all there is.
@@ -59,10 +67,11 @@ class GrammarState:
         """
         bits = mask[row].view(np.uint8)
         try:
-            fill_next_token_bitmask(self._matcher, mask, row)
-            raise_error(self._matcher)
-        except (GrammarError, ValueError):
-            self._fail()
+            with self._clock.timing():
+                fill_next_token_bitmask(self._matcher, mask, row)
+                raise_error(self._matcher)
+        except (GrammarError, ValueError) as error:
+            self._fail(error)
             bits[:] = 0
         may_end = bool((bits & self._eos_bits).any()) and position >= self._min_new_tokens
         bits &= ~self._ending_bits
@@ -73,12 +82,8 @@ class GrammarState:
         bits |= self._eos_bits
         return True
 
-    def _fail(self) -> None:
-        try:
-            raise_error(self._matcher)
-            self.error = "cannot be followed any further"
-        except GrammarError as error:
-            self.error = f"cannot be followed any further: {error}"
+    def _fail(self, error: Exception) -> None:
+        self.error = f"cannot be followed any further: {error}"
 
 
 class GrammarCompiler:
@@ -94,16 +99,8 @@ class GrammarCompiler:
     def start(self, request: EngineRequest) -> Future[GrammarState]:
         """The state of a request that has a grammar, its output ids taken. Fails with GrammarError. Never waits."""
         compiled = self._compile(request.params.grammar)
-        state: Future[GrammarState] = Future()
-
-        def finish(compiled: Future[LLMatcher]) -> None:
-            try:
-                state.set_result(self._state_of(compiled.result(), request))
-            except Exception as error:
-                state.set_exception(error)
-
-        compiled.add_done_callback(finish)
-        return state
+        # Not by whoever asks: it may take a while, and no other thread can run while ids are replayed.
+        return self._executor.submit(lambda: self._state_of(compiled.result(), request))
 
     def _compile(self, grammar: str) -> Future[LLMatcher]:
         with self._lock:
@@ -123,10 +120,10 @@ class GrammarCompiler:
             return compiled
 
     def _state_of(self, compiled: LLMatcher, request: EngineRequest) -> GrammarState:
-        matcher = compiled.deep_copy()
-        if replay(matcher, request.output_ids) < len(request.output_ids):
+        matcher, clock = compiled.deep_copy(), Clock()
+        if replay(matcher, request.output_ids, clock) < len(request.output_ids):
             raise GrammarError("does not allow the ids that are there already")
-        return GrammarState(matcher, request.params, self._info.eos_token_ids, self._info.vocab_size)
+        return GrammarState(matcher, clock, request.params, self._info.eos_token_ids, self._info.vocab_size)
 
 
 def _has_failed(future: Future[Any]) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from parleyd.engine.batching import BatchingEngine
 from parleyd.generation import FinishReason, ModelInfo
-from parleyd.grammar.compiler import UnknownTokenizer
+from parleyd.grammar.compiler import GrammarError, UnknownTokenizer
 from parleyd.grammar.formats import to_grammar
 from parleyd.sampling.draws import first_argmax
 from parleyd.sampling.grammar import GrammarCompiler, GrammarMask, GrammarRow
@@ -89,7 +89,8 @@ def test_where_more_is_allowed_ignore_eos_and_min_new_tokens_put_the_end_off(eng
         ask_engine(0, grammar, ignore_eos=True, max_new_tokens=30),
         ask_engine(1, grammar, min_new_tokens=20, max_new_tokens=100),
     ]
-    ignoring, long = run_all(engine, requests).values()
+    answers = run_all(engine, requests)
+    ignoring, long = answers[0], answers[1]
     assert (len(ignoring.token_ids), ignoring.finish_reason) == (30, FinishReason.LENGTH)
     assert EOS not in long.token_ids[:20]
     assert (long.token_ids[-1], long.finish_reason) == (EOS, FinishReason.STOP)
@@ -202,6 +203,25 @@ def test_rows_without_a_grammar_and_log_probabilities_are_as_they_would_be_witho
     assert sampled.logprobs is not None
     expected = logits.log_softmax(-1)[[0, 1], sampled.token_ids]
     torch.testing.assert_close(sampled.logprobs.token_logprobs, expected)
+
+
+AMBIGUOUS = to_grammar("grammar", 'root ::= s\ns ::= "a" | s s')
+
+
+def test_a_grammar_that_takes_ever_longer_ends_its_own_answer_alone(engine: BatchingEngine) -> None:
+    requests = [
+        ask_engine(0, AMBIGUOUS, min_new_tokens=2000, max_new_tokens=2000),
+        ask_engine(1, to_grammar("regex", "[a-z]*"), min_new_tokens=20, max_new_tokens=20),
+    ]
+    answers = run_all(engine, requests)
+    assert "takes too long to follow" in answers[0].grammar_error
+    assert len(answers[1].token_ids) == 20
+
+
+def test_ids_that_take_too_long_to_replay_are_refused(info: ModelInfo) -> None:
+    request = replace(ask_engine(0, AMBIGUOUS), output_ids=tuple(b"a" * 2000))
+    with pytest.raises(GrammarError, match="takes too long to follow"):
+        GrammarCompiler(info).start(request).result()
 
 
 def test_a_tokenizer_that_could_not_be_read_is_read_again(info: ModelInfo, tmp_path: Path) -> None:
