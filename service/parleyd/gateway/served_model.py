@@ -112,7 +112,9 @@ class ServedModel:
         tool_format = self.answer_format.tool_format
         assert tool_format is not None
         special_ids = {
-            marker: token_id for marker in tool_format.markers for token_id in self.tokenizer.special_ids_of([marker])
+            marker: token_id
+            for marker in self.answer_format.markers(with_tools=True)
+            for token_id in self.tokenizer.special_ids_of([marker])
         }
         reasoning = self.answer_format.reasoning_before(
             self.template, convert.to_template_kwargs(request), convert.continued(request)

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-_THOUGHT = r"""
-thought[lazy]: /(?s:.*)<\/think>/
-gap: /\n{0,2}/"""
+_OPENING, _CLOSING = "<think>", "</think>"
 
 
 def to_lark(
@@ -26,11 +24,12 @@ def to_lark(
     """`tools`: of each that may be called, what is written before its arguments and after them, and their schema.
     `before`, `between` and `after`: what is written around calls, `between` None where there is one only. In all these
     texts `special_ids` stand for special tokens. `reasoning`: "open" where the prompt opens it, "may" where the model
-    may; else None.
+    may; else None. Its markers may be spelled out even where they are special tokens.
     """
 
     terms = partial(_terms, special_ids)
-    start = {None: "calls", "open": "thought gap calls", "may": '("<think>" thought gap)? calls'}[reasoning]
+    opened = " | ".join(dict.fromkeys([json.dumps(_OPENING), *terms(_OPENING)]))
+    start = {None: "calls", "open": "thought gap calls", "may": f"(({opened}) thought gap)? calls"}[reasoning]
     more = [] if between is None else ["(", *terms(between), "call )*"]
     rules = [
         f"start: {start}",
@@ -40,7 +39,11 @@ def to_lark(
     for i, (head, tail, schema) in enumerate(tools.values()):
         rules.append(f"call_{i}: {' '.join([*terms(head), f'arguments_{i}', *terms(tail)])}")
         rules.append(f"arguments_{i}: %json {json.dumps({**schema, 'x-guidance': json_options})}")
-    return "\n".join(rules) + (_THOUGHT if reasoning else "")
+    if reasoning is not None:
+        closed = f" | anything {' '.join(terms(_CLOSING))}" if _CLOSING in special_ids else ""
+        rules += [f"thought: spelled{closed}", r"spelled[lazy]: /(?s:.*)<\/think>/", "anything: /(?s:.*)/"]
+        rules.append(r"gap: /\n{0,2}/")
+    return "\n".join(rules)
 
 
 def _terms(special_ids: Mapping[str, int], text: str) -> Iterator[str]:

@@ -32,7 +32,9 @@ SCHEMA = {
 }
 WEATHER = message_pb2.Tool(name="get_weather", parameters=json.dumps(SCHEMA))
 CLOCK = message_pb2.Tool(name="get_time")
-SPECIAL_IDS = {"[TOOL_CALLS]": VOCAB_SIZE, "[ARGS]": VOCAB_SIZE + 1}
+SPECIAL_IDS = {text: VOCAB_SIZE + index for index, text in enumerate(("[TOOL_CALLS]", "[ARGS]", "<think>", "</think>"))}
+# Special tokens as `accepts` reads them.
+WRITTEN = {text if text[0] == "[" else "\x00" + text: token_id for text, token_id in SPECIAL_IDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +43,25 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tokenizer(str(folder), VOCAB_SIZE + len(SPECIAL_IDS), [IM_END_ID])
 
 
-def matcher_of(tokenizer: Any, tool_format: ToolFormat, reasoning: str | None = None, name: str = "") -> LLMatcher:
+def matcher_of(
+    tokenizer: Any,
+    tool_format: ToolFormat,
+    reasoning: str | None = None,
+    name: str = "",
+    reasoning_markers: tuple[str, ...] = (),
+) -> LLMatcher:
+    """`reasoning_markers`: those that are special tokens."""
     request = chat_pb2.GenerateRequest(tools=[WEATHER, CLOCK], tool_choice=message_pb2.ToolChoice(name=name))
-    special_ids = {marker: SPECIAL_IDS[marker] for marker in tool_format.markers if marker in SPECIAL_IDS}
+    markers = (*tool_format.markers, *reasoning_markers)
+    special_ids = {marker: SPECIAL_IDS[marker] for marker in markers if marker in SPECIAL_IDS}
     source = tools.required_calls(request, tool_format, special_ids, reasoning)
     return compile_grammar(tokenizer, to_grammar("tool_calls", source))
 
 
 def accepts(matcher: LLMatcher, text: str) -> bool:
-    parts = re.split(r"(\[TOOL_CALLS\]|\[ARGS\])", text)
-    ids = [i for part in parts for i in ([SPECIAL_IDS[part]] if part in SPECIAL_IDS else part.encode())]
+    """Whether as an answer; \x00 before a marker of reasoning makes it the special token."""
+    parts = re.split(r"(\[TOOL_CALLS\]|\[ARGS\]|\x00</?think>)", text)
+    ids = [i for part in parts for i in ([WRITTEN[part]] if part in WRITTEN else part.encode())]
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
@@ -121,3 +132,17 @@ def test_a_model_may_think_first(tokenizer: Any, tool_format: ToolFormat) -> Non
     assert accepts(matcher_of(tokenizer, tool_format, "may"), "<think>\n" + thought + call)
     assert accepts(matcher_of(tokenizer, tool_format, "may"), call)
     assert not accepts(matcher_of(tokenizer, tool_format, "may"), thought + call)
+
+
+def test_markers_of_reasoning_may_be_special_tokens(tokenizer: Any) -> None:
+    call = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    markers = ("<think>", "</think>")
+    opened = matcher_of(tokenizer, HERMES, "open", reasoning_markers=markers)
+    free = matcher_of(tokenizer, HERMES, "may", reasoning_markers=markers)
+    for closing in ("\x00</think>", "</think>", "</thi</think \x00</think>"):
+        assert accepts(opened.deep_copy(), f"Hm,\n{closing}\n\n{call}")
+        assert not accepts(opened.deep_copy(), f"Hm,\n{closing}\n\nWell, {call}")
+        for opening in ("\x00<think>", "<think>"):
+            assert accepts(free.deep_copy(), f"{opening}\nHm,\n{closing}\n\n{call}")
+    assert accepts(free.deep_copy(), call)
+    assert not accepts(free.deep_copy(), f"\x00</think>{call}")
