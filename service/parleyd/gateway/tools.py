@@ -9,6 +9,7 @@ from typing import Any
 
 from parley.v1 import chat_pb2, message_pb2
 from parleyd.errors import Unsupported, Violation
+from parleyd.gateway.json_object import load_object
 from parleyd.text.answer_format import AnswerFormat
 from parleyd.text.tool_format.tool_format import ToolCallPiece, ToolFormat
 
@@ -170,7 +171,7 @@ def _length_violations(path: str, text: str, limit: int) -> Iterator[Violation]:
 
 def _parameters_violations(path: str, text: str) -> Iterator[Violation]:
     try:
-        schema = _load_object(text)
+        schema = load_object(text)
     except ValueError as error:
         yield Violation(path, f"must be a JSON Schema: {error}")
         return
@@ -201,21 +202,6 @@ def _call_violations(path: str, call: message_pb2.ToolCall) -> Iterator[Violatio
     if not _NAME.fullmatch(call.name):
         yield Violation(f"{path}.name", "must be 1 to 64 of [A-Za-z0-9_-]")
     try:
-        _load_object(call.arguments)
+        load_object(call.arguments)
     except ValueError as error:
         yield Violation(f"{path}.arguments", f"must be a JSON object: {error}")
-
-
-def _load_object(text: str) -> dict[str, Any]:
-    """Raises ValueError where the text is no JSON object."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("it is no object")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")

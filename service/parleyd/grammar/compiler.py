@@ -59,7 +59,8 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 def raise_error(matcher: LLMatcher) -> None:
     """Raises GrammarError if the matcher has failed, for which it never raises itself."""
     if matcher.is_error():
-        raise GrammarError(_one_line(matcher.get_error()))
+        message = _one_line(matcher.get_error())
+        raise GrammarError("no text matches it" if "NoExtensionBias" in message else message)
 
 
 class Clock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -23,6 +24,7 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_MAX_EXACT = 2**53
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(-)|.)", re.DOTALL)
 
 
@@ -42,7 +44,8 @@ def to_grammar(kind: str, source: str) -> str:
         case "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(source)))
         case "tool_calls":
-            return LLMatcher.grammar_from_lark(to_lark(**json.loads(source), json_options=_JSON_OPTIONS))
+            calls = json.loads(source, object_hook=_refuse_inexact)
+            return LLMatcher.grammar_from_lark(to_lark(**calls, json_options=_JSON_OPTIONS))
         case "grammar":
             return _from_gbnf(source)
         case _:
@@ -51,7 +54,7 @@ def to_grammar(kind: str, source: str) -> str:
 
 def _from_json_schema(source: str) -> str:
     try:
-        schema = json.loads(source)
+        schema = json.loads(source, object_hook=_refuse_inexact)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"is not JSON: {error}") from error
     if schema is True:
@@ -62,6 +65,22 @@ def _from_json_schema(source: str) -> str:
         return LLMatcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
     except ValueError as error:
         raise GrammarError(str(error)) from error
+
+
+def _refuse_inexact(schema: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what llguidance, which reads all numbers as float64, would have another number stand for in answers."""
+    values = [schema.get("const"), schema.get("enum")]
+    while values:
+        match values.pop():
+            case dict() as members:
+                values += members.values()
+            case list() as items:
+                values += items
+            case int() as number if abs(number) > _MAX_EXACT:
+                raise GrammarError(
+                    f"const and enum cannot hold {number}: integers beyond 2**53 are not followed exactly"
+                )
+    return schema
 
 
 def _from_gbnf(source: str) -> str:

@@ -79,6 +79,9 @@ def _pack(
 
 
 def _shorten(text: str) -> str:
+    text = text.encode(
+        errors="replace"
+    ).decode()  # templates may quote half of a surrogate pair, which no message holds
     if len(text) <= _MAX_TEXT and len(text.encode()) <= _MAX_TEXT_BYTES:
         return text
     return text[: _MAX_TEXT - 1].encode()[: _MAX_TEXT_BYTES - 3].decode(errors="ignore") + "…"

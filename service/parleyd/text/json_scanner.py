@@ -9,6 +9,8 @@ import regex
 _SPACE = frozenset(" \t\n\r")
 _STRING_CHARS = regex.compile(r'[^"\\\x00-\x1f]*')
 _SCALAR = regex.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+# A longer number is none that a request may hold. Each of its characters has those before it read again.
+_MAX_SCALAR_CHARACTERS = 1000
 _HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -69,7 +71,7 @@ class JsonObjectScanner:
             case _Expects.SCALAR:
                 if _SCALAR.fullmatch(self._scalar + char, partial=True):
                     self._scalar += char
-                    return True
+                    return len(self._scalar) <= _MAX_SCALAR_CHARACTERS
                 if not _SCALAR.fullmatch(self._scalar):
                     return False
                 self._expects = _Expects.COMMA_OR_END

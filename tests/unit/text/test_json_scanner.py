@@ -58,6 +58,7 @@ def test_whatever_is_no_json_is_found_to_be_none(text: str, size: int) -> None:
         ('{"a": 01}', 7),
         ('{"a": tru}', 9),
         ('{"a": NaN}', 6),
+        ('{"a": ' + 1001 * "7" + "}", 1006),
         ('{"a": "x\ny"}', 8),
         ('{"a": "\\x"}', 8),
         ('{"a" 1}', 5),
