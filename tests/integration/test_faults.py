@@ -354,6 +354,17 @@ def test_a_spare_worker_that_hangs_as_it_loads_is_replaced(
     assert supervisor.num_restarts == 0
 
 
+def test_a_worker_that_only_fails_before_it_dies_is_given_up(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_worker_restarts=1)
+    for num_restarts in (1, 2):
+        with pytest.raises(grpc.RpcError) as raised:
+            gateway.stub.Generate(ask("!fail-first"), timeout=20)
+        assert reason_of(raised.value) == "INTERNAL"
+        os.kill(worker_pid(gateway), signal.SIGKILL)
+        eventually(lambda expected=num_restarts: gateway.gateway.supervisor.num_restarts == expected)
+    eventually(lambda: not gateway.gateway.health.is_serving)
+
+
 def test_a_worker_that_keeps_dying_is_given_up(start_gateway: StartGateway, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     gateway = start_gateway(worker=("--die-if", str(marker)), max_worker_restarts=1)

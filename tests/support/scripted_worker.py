@@ -4,9 +4,9 @@ It answers with the last message of the conversation, or with what stands in the
 the end token. Some messages are orders:
 `!forever` never ends, `!die` kills the process, `!die-at 3 text` kills it once, after 3 ids of its answer, `!hang-at`
 stops it there instead, `!break-at` makes `step` raise there, `!die-after 1 text` kills each worker that has made one id
-of it, `!garble` makes the worker send nonsense once, `!fail` makes the engine fail for the request, `!fail 2` for its
-choice 2, `!choice` answers with the choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is
-aborted, `!touch PATH` makes the file in the step that gives its first.
+of it, `!garble` makes the worker send nonsense once, `!fail` makes the engine fail for the request after one id,
+`!fail 2` for its choice 2, `!fail-first` before any, `!choice` answers with the choice's number, `!ids 240 159` with
+these ids, `!wait` gives no token until it is aborted, `!touch PATH` makes the file in the step that gives its first.
 """
 
 from __future__ import annotations
@@ -143,6 +143,8 @@ def script(request: EngineRequest) -> Iterator[int]:
             raise_after_first_id = RuntimeError("scripted failure")
             yield ord("x")
             raise raise_after_first_id
+        case "!fail-first":
+            raise RuntimeError("scripted failure")
         case "!touch":
             Path(words[1]).touch()
             yield ord("x")

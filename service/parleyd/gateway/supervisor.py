@@ -202,7 +202,8 @@ class Supervisor:
         return Worker(start, command=self._command, on_outputs=self._take_outputs)
 
     def _take_outputs(self, outputs: list[Output]) -> None:
-        self._losses = 0
+        if any(output.token_ids for output in outputs):  # failures alone are no sign that it can work
+            self._losses = 0
         self._client.dispatch(outputs)
 
     def _enter(self, state: State) -> None:
