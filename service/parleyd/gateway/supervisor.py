@@ -163,8 +163,10 @@ class Supervisor:
         """
         num_quiet, num_signs, num_submitted = 0, -1, 0
         while not worker.gone.is_set():
+            # Not wait_for: where the worker ends as we are cancelled, that of Python 3.11 drops the cancellation.
             with suppress(TimeoutError):
-                await asyncio.wait_for(worker.gone.wait(), self._server.worker_timeout / _NUM_WATCHES)
+                async with asyncio.timeout(self._server.worker_timeout / _NUM_WATCHES):
+                    await worker.gone.wait()
             if worker.num_signs != num_signs:
                 num_quiet, num_signs, num_submitted = 0, worker.num_signs, self._client.num_submitted
             elif self._client.num_open or self._client.num_submitted != num_submitted:

@@ -97,7 +97,8 @@ class WorkerLink:
         """
         self._writer.close()
         try:
-            return await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+            async with asyncio.timeout(_STOP_TIMEOUT_S):  # wait_for may drop a cancellation, see Supervisor._watch
+                return await self._process.wait()
         except TimeoutError:
             self.kill()
             return await self._process.wait()

@@ -6,12 +6,15 @@ import asyncio
 import os
 import signal
 import sys
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
-from parleyd.config import ModelSettings
+from parleyd.config import ModelSettings, ServerSettings
 from parleyd.gateway import worker_link
+from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker import Worker
 from parleyd.generation import EngineStats
 from parleyd.ipc.messages import Start
@@ -81,3 +84,19 @@ async def test_a_worker_that_outlives_its_socket_is_ended(monkeypatch: pytest.Mo
         await asyncio.wait([stopping])
         while process.is_running():
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turns: int) -> None:
+    client: Any = SimpleNamespace(num_open=0, num_submitted=0)
+    settings, server = ModelSettings(model="x"), ServerSettings()
+    supervisor = Supervisor(settings, server, client, on_ready=cast(Any, None), on_lost=lambda: None)
+    worker: Any = SimpleNamespace(gone=asyncio.Event(), num_signs=0, link=None)
+    watching = asyncio.create_task(supervisor._watch(worker))
+    await asyncio.sleep(0.01)
+    worker.gone.set()
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    is_cancelled = watching.cancel()  # else it had ended before
+    await asyncio.wait([watching])
+    assert watching.cancelled() == is_cancelled

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
 
 from parleyd.gateway.worker_link import WorkerLink
 from parleyd.generation import EngineRequest, SamplingParams
@@ -32,3 +35,19 @@ async def test_what_changes_in_a_turn_of_the_loop_goes_in_one_message() -> None:
         assert await received() == messages.Changes(requests[2:], [])
     writer.close()
     await writer.wait_closed()
+
+
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_who_is_cancelled_as_the_process_ends_is_cancelled(num_turns: int) -> None:
+    ended = asyncio.Event()
+    process: Any = SimpleNamespace(wait=ended.wait, kill=lambda: None)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        stopping = asyncio.create_task(WorkerLink(process, *await asyncio.open_connection(sock=ours)).stop())
+        await asyncio.sleep(0.01)
+        ended.set()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        is_cancelled = stopping.cancel()  # else it had ended before
+        await asyncio.wait([stopping])
+        assert stopping.cancelled() == is_cancelled
