@@ -179,8 +179,7 @@ class AsyncClient:
             return await _begin(method, message, **args)
 
     async def _pause(self, delay_s: float) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._closed.wait(), delay_s)
+        if await _happens_within(delay_s, self._closed):
             raise Cancelled("the client was closed")
 
 
@@ -190,6 +189,14 @@ def _begin(method: Callable[..., Any], message: object, **args: Any) -> Any:
         return method(message, **args)
     except grpc.aio.UsageError as error:
         raise Cancelled("the client was closed") from error
+
+
+async def _happens_within(delay_s: float, event: asyncio.Event) -> bool:
+    """Waits for an event at most so long. Not `wait_for`: that of Python 3.11 may drop a cancellation of the task."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(delay_s):
+            await event.wait()
+    return event.is_set()
 
 
 @contextmanager
@@ -262,9 +269,7 @@ class AsyncStream(AsyncIterator[Piece]):
             delay_s = self._resumption.delay_after(status.from_rpc_error(error))
         except ParleyError as final:
             raise final from error
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._cancelled.wait(), delay_s)
-        if self._cancelled.is_set():
+        if await _happens_within(delay_s, self._cancelled):
             return
         self._call_for(self._resumption.request(), self._resumption.call_args())
 

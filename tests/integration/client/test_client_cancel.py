@@ -9,11 +9,12 @@ import sys
 import threading
 import traceback
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2
-from parley_client import AsyncClient, Cancelled, Client, aio, user
+from parley_client import AsyncClient, Cancelled, Client, aio, patience, user
 from parley_client import client as blocking
 
 QUESTION = [user("Hello?")]
@@ -238,3 +239,19 @@ async def test_breaking_out_of_an_async_iteration_cancels_the_rpc(server):
             break
         del _piece
         assert await asyncio.to_thread(server.has_seen_the_end)
+
+
+async def test_cancelling_a_task_as_the_client_is_closed_cancels_it(server, monkeypatch):
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_MAX_DELAY_S", 60.0)
+    server.script["Generate"] = lambda request, context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+    client = AsyncClient(server.target, max_attempts=1)
+    waiting = asyncio.create_task(client.chat(QUESTION))
+    assert await asyncio.to_thread(server.has_seen_the_end)
+    await asyncio.sleep(0.2)
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0)  # one turn of the loop: it has begun
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await closing
