@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
+from weakref import WeakSet
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -58,6 +59,7 @@ class AsyncClient:
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = asyncio.Event()
+        self._streams: WeakSet[AsyncStream] = WeakSet()
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,6 +73,8 @@ class AsyncClient:
         """Ends the connection and every call on it."""
         self._closed.set()
         await self._channel.close()
+        for stream in self._streams:
+            stream._awake.set()  # if it waits to be resumed, it finds the channel closed
 
     async def chat(
         self, messages: Iterable[AnyMessage], *, timeout: float | None = None, **options: Unpack[ChatOptions]
@@ -83,7 +87,9 @@ class AsyncClient:
     ) -> AsyncStream:
         """Gives the answer as it is made: `async for piece in client.stream(...)`. As `Client.stream`."""
         message = request.generate("stream", messages, options)
-        return AsyncStream(partial(_begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
+        stream = AsyncStream(partial(_begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
+        self._streams.add(stream)
+        return stream
 
     def generate_batch(
         self,
@@ -228,7 +234,8 @@ class AsyncStream(AsyncIterator[Piece]):
     def __init__(self, begin: Callable[..., Any], message: chat_pb2.GenerateRequest, patience: Patience) -> None:
         self._accumulator = Accumulator(message)
         self._resumption = Resumption(self._accumulator, patience)
-        self._cancelled = asyncio.Event()
+        self._is_cancelled = False
+        self._awake = asyncio.Event()  # as that of `Stream`
         self._begin = begin
         self._call_for(message, patience.call_args())
 
@@ -243,7 +250,7 @@ class AsyncStream(AsyncIterator[Piece]):
     async def __anext__(self) -> Piece:
         """The next piece. Raises as `Stream.__next__`."""
         try:
-            while not self._cancelled.is_set():
+            while not self._is_cancelled:
                 try:
                     piece = self._accumulator.add(await anext(self._responses))
                     self._resumption.note_progress()
@@ -269,7 +276,8 @@ class AsyncStream(AsyncIterator[Piece]):
             delay_s = self._resumption.delay_after(status.from_rpc_error(error))
         except ParleyError as final:
             raise final from error
-        if await _happens_within(delay_s, self._cancelled):
+        await _happens_within(delay_s, self._awake)
+        if self._is_cancelled:
             return
         self._call_for(self._resumption.request(), self._resumption.call_args())
 
@@ -280,7 +288,8 @@ class AsyncStream(AsyncIterator[Piece]):
 
     def cancel(self) -> None:
         """Ends the call. What has arrived stays in `reply`."""
-        self._cancelled.set()
+        self._is_cancelled = True
+        self._awake.set()
         self._call.cancel()
 
     async def close(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
+from weakref import WeakSet
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -74,6 +75,8 @@ class Client:
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = threading.Event()
+        self._streams: WeakSet[Stream] = WeakSet()
+        self._streams_lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +88,10 @@ class Client:
         """Ends the connection and every call on it."""
         self._closed.set()
         self._channel.close()
+        with self._streams_lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream._awake.set()  # if it waits to be resumed, it finds the channel closed
 
     def chat(
         self, messages: Iterable[AnyMessage], *, timeout: float | None = None, **options: Unpack[ChatOptions]
@@ -112,7 +119,12 @@ class Client:
         where the client was closed).
         """
         message = request.generate("stream", messages, options)
-        return Stream(partial(self._begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
+        stream = Stream(partial(self._begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
+        with self._streams_lock:
+            self._streams.add(stream)
+        if self._closed.is_set():  # in the meantime, by another thread
+            stream._awake.set()
+        return stream
 
     def generate_batch(
         self,
@@ -251,7 +263,8 @@ class Stream(Iterator[Piece]):
     def __init__(self, begin: Callable[..., Any], message: chat_pb2.GenerateRequest, patience: Patience) -> None:
         self._accumulator = Accumulator(message)
         self._resumption = Resumption(self._accumulator, patience)
-        self._cancelled = threading.Event()
+        self._is_cancelled = False
+        self._awake = threading.Event()  # set where it is cancelled, or its client closed: nothing is waited for then
         self._begin = begin
         self._call = begin(message, **patience.call_args())
 
@@ -265,7 +278,7 @@ class Stream(Iterator[Piece]):
             ParleyError: the call failed; IncompleteStream if it ended without a finish reason; Cancelled after
                 `cancel`, unless the answer was complete by then.
         """
-        while not self._cancelled.is_set():
+        while not self._is_cancelled:
             try:
                 piece = self._accumulator.add(next(self._call))
                 self._resumption.note_progress()
@@ -290,13 +303,14 @@ class Stream(Iterator[Piece]):
         except ParleyError as final:
             raise final from error
         try:
-            if self._cancelled.wait(delay_s):
+            self._awake.wait(delay_s)
+            if self._is_cancelled:
                 return
             self._call = self._begin(self._resumption.request(), **self._resumption.call_args())
         except BaseException:
             self.cancel()
             raise
-        if self._cancelled.is_set():  # in the meantime, by another thread
+        if self._is_cancelled:  # in the meantime, by another thread
             self._call.cancel()
 
     @property
@@ -306,7 +320,8 @@ class Stream(Iterator[Piece]):
 
     def cancel(self) -> None:
         """Ends the call, from any thread. What has arrived stays in `reply`."""
-        self._cancelled.set()
+        self._is_cancelled = True
+        self._awake.set()
         self._call.cancel()
 
     close = cancel

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+
 import grpc
 import pytest
 
 from parley.v1 import chat_pb2
-from parley_client import Cancelled, Client, user
+from parley_client import AsyncClient, Cancelled, Client, patience, user
 
 QUESTION = [user("Hello?")]
 
@@ -47,3 +51,39 @@ def test_a_client_that_is_closed_just_before_a_call_is_made_again_raises_cancell
     with pytest.raises(Cancelled, match="the client was closed"):
         list(getattr(client, method)(QUESTION))
     assert len(server.requests) == 1
+
+
+@pytest.fixture
+def breaks_for_long(server, monkeypatch):
+    """Streams break after a piece, and are to be resumed in a minute."""
+    monkeypatch.setattr(patience, "_FIRST_DELAY_S", 60.0)
+    monkeypatch.setattr(patience, "_MAX_DELAY_S", 60.0)
+
+    def break_off(request, context):
+        yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1], request_id="request-1")
+        context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+
+    server.script["GenerateStream"] = break_off
+
+
+def test_closing_the_client_ends_the_wait_of_a_stream_that_is_to_be_resumed(server, breaks_for_long):
+    client = Client(server.target)
+    stream = client.stream(QUESTION)
+    next(stream)
+    threading.Timer(0.2, client.close).start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled, match="the client was closed"):
+        next(stream)
+    assert time.monotonic() - started < 30
+
+
+async def test_closing_the_async_client_ends_the_wait_of_a_stream_that_is_to_be_resumed(server, breaks_for_long):
+    client = AsyncClient(server.target)
+    stream = client.stream(QUESTION)
+    await anext(stream)
+    waiting = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0.2)
+    await client.close()
+    with pytest.raises(Cancelled, match="the client was closed"):
+        async with asyncio.timeout(30):
+            await waiting
