@@ -46,7 +46,7 @@ class ReadinessWait:
             return None
         remaining = self._expires - time.monotonic()
         if remaining <= 0:
-            raise self.expired()
+            raise DeadlineExceeded(f"not ready within {self._timeout:g} s: {self.last_seen}")
         return remaining
 
     def saw(self, status: HealthStatus) -> bool:
@@ -61,11 +61,8 @@ class ReadinessWait:
             ParleyError: waiting on would not help, or no time is left.
         """
         if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise self.expired() from error
+            self.remaining_s()  # raises where it is ours; else a proxy has ended a watch that lasted
+            return
         if error.code is not grpc.StatusCode.UNAVAILABLE:
             raise error
         self.last_seen = error.message
-
-    def expired(self) -> DeadlineExceeded:
-        """The error for a wait that came to its end."""
-        return DeadlineExceeded(f"not ready within {self._timeout:g} s: {self.last_seen}")

@@ -207,6 +207,22 @@ def test_waiting_for_readiness_outlasts_restarts_and_loading(client, server):
     assert server.has_seen_the_end(num_calls=3)
 
 
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_waiting_for_readiness_outlasts_proxies_that_end_long_watches(client, server, timeout):
+    watches = []
+
+    def watch(request, context):
+        watches.append(request)
+        if len(watches) == 1:
+            yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+            context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "stream timeout")
+        yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    server.script["Watch"] = watch
+    client.wait_until_ready(timeout=timeout)
+    assert len(watches) == 2
+
+
 def test_waiting_for_readiness_ends_with_its_timeout(client, server):
     def watch(request, context):
         yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
