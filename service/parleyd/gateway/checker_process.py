@@ -31,7 +31,7 @@ class CheckerProcess:
     async def check(self, question: CheckGrammar) -> GrammarChecked:
         """The verdict; TOO_COMPLEX where the question takes more than 5 s, or a process of its own dies of it.
 
-        Raises OSError or EngineFault where the process cannot be started.
+        Raises OSError, RuntimeError or EngineFault where the process cannot be started.
         """
         try:
             verdict = await self._ask(question, _TIMEOUT_S) if self._link is not None else None

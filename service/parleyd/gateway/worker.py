@@ -54,7 +54,7 @@ class Worker:
     async def _live(self) -> None:
         try:
             link = self.link = await WorkerLink.start(self._command)
-        except OSError as error:
+        except Exception as error:  # OSError, or RuntimeError where no thread can be had to watch it
             self.ready.set_exception(StartupError(f"the worker process cannot be started: {error}"))
             self.gone.set()
             return

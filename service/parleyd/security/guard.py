@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # they cost time to import, and only some services use them
     from parleyd.security.client_rules import ClientRules
     from parleyd.security.tls import Certificates
     from parleyd.security.tokens import Tokens
+
+_logger = logging.getLogger("parleyd.security")
 
 _REFRESH_S = 1.0
 _MAX_CREDENTIAL_CHARS = 8 * 1024
@@ -62,9 +65,16 @@ class Guard:
         """Reads files again when they change, for ever."""
         files = (self._certificates, self._keys, self._tokens, self._rules)
         watched = [each for each in files if each is not None]
+        is_failing = False
         while watched:
             await asyncio.sleep(_REFRESH_S)
-            await asyncio.to_thread(lambda: [each.refresh() for each in watched])
+            try:
+                await asyncio.to_thread(lambda: [each.refresh() for each in watched])
+                is_failing = False
+            except Exception as error:  # no thread can be had: nobody would notice that the watching has ended
+                if not is_failing:
+                    _logger.error("keys and certificates cannot be read again for now: %s", error)
+                is_failing = True
 
     def check_credentials(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller | None:
         """Whom the call's key or token stands for; None where none is asked for. Raises Unauthenticated."""

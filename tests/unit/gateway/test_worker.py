@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from parleyd.config import ModelSettings, ServerSettings
+from parleyd.errors import StartupError
 from parleyd.gateway import worker_link
 from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker import Worker
@@ -84,6 +85,19 @@ async def test_a_worker_that_outlives_its_socket_is_ended(monkeypatch: pytest.Mo
         await asyncio.wait([stopping])
         while process.is_running():
             await asyncio.sleep(0.01)
+
+
+async def test_a_worker_that_cannot_be_started_tells_why_and_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+    worker = start(_LINGERER)
+    async with asyncio.timeout(_TIMEOUT_S):
+        with pytest.raises(StartupError, match="cannot be started: can't start new thread"):
+            await worker.load()
+        await worker.gone.wait()
+        await worker.ended()
 
 
 @pytest.mark.parametrize("num_turns", range(4))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from parleyd.security import watched
+from parleyd.config import SecuritySettings
+from parleyd.errors import Unauthenticated
+from parleyd.security import guard, watched
+from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.guard import Guard
 from parleyd.security.watched import Watched
 
 
@@ -45,6 +52,36 @@ def test_each_broken_content_is_logged_once(file: Path, caplog: pytest.LogCaptur
         for _ in range(2):
             assert not one.refresh()
         assert (one.value, len(caplog.records)) == (1, number)
+
+
+async def test_files_are_read_again_after_a_time_without_threads(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guard, "_REFRESH_S", 0.01)
+    kept, revoked = new_key(), new_key()
+    write(file, entry_for("kept", kept) + entry_for("revoked", revoked))
+    guarding = Guard(SecuritySettings(api_keys=str(file)), [])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", raise_no_thread)
+        fresh = asyncio.create_task(guarding.keep_fresh())
+        await asyncio.sleep(0.1)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    write(file, entry_for("kept", kept))
+    async with asyncio.timeout(20):
+        while is_known(guarding, revoked):
+            await asyncio.sleep(0.01)
+    assert is_known(guarding, kept)
+    fresh.cancel()
+
+
+def is_known(guarding: Guard, key: str) -> bool:
+    with suppress(Unauthenticated):
+        return guarding.check_credentials([("authorization", f"Bearer {key}")]) is not None
+    return False
+
+
+def raise_no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def raise_too_many_files(path: Path) -> bytes:
