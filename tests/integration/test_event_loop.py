@@ -53,6 +53,9 @@ async def load(target: str) -> None:
         for call in (*waiting, *running):
             call.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+        scored = ask("!forever", max_new_tokens=400, num_return_sequences=2, do_sample=True, top_logprobs=20)
+        answer = await stub.Generate(scored)
+        assert [len(choice.logprobs) for choice in answer.choices] == [400] * 2
         prompt = chat_pb2.CountTokensRequest(messages=ask("x" * 100_000).messages)
         assert (await stub.CountTokens(prompt)).prompt_tokens > 100_000
 
@@ -66,8 +69,10 @@ def large_requests() -> list[chat_pb2.GenerateRequest]:
     parameters = json.dumps({"properties": properties, "not": {}})
     return [
         ask("word " * (_LARGE_BYTES // 5 - 100)),
-        chat_pb2.GenerateRequest(messages=[turn] * (_LARGE_BYTES // 200)),
+        chat_pb2.GenerateRequest(messages=[turn] * 4096),
         chat_pb2.GenerateRequest(messages=[message_pb2.Message(content="x")] * 10_000),
+        chat_pb2.GenerateRequest(messages=[message_pb2.Message()] * 4096),
+        chat_pb2.GenerateRequest(messages=[message_pb2.Message(tool_calls=[message_pb2.ToolCall(id="x")] * 2500)]),
         chat_pb2.GenerateRequest(messages=ask("x" * 5000).messages, chat_template_kwargs=kwargs),
         ask(
             "x",

@@ -23,6 +23,7 @@ _NUM_STREAMS = 24
 _NUM_TOKENS = 2000
 # Ids, text and gRPC's own buffers of one unread answer.
 _KIB_PER_STREAM = 256
+_KIB_PER_STREAM_WITH_LOGPROBS = 1024
 
 
 def test_unread_streams_take_bounded_memory_and_lose_nothing(tokenizer_folder: Path) -> None:
@@ -40,6 +41,23 @@ def test_unread_streams_take_bounded_memory_and_lose_nothing(tokenizer_folder: P
         grown_kib = (psutil.Process(gateway.pid).memory_info().rss - before) / 1024
         assert grown_kib < _NUM_STREAMS * _KIB_PER_STREAM
         assert {num_ids(call) for call in unread} == {_NUM_TOKENS}
+
+
+def test_log_probabilities_that_nobody_reads_take_little_memory(tokenizer_folder: Path) -> None:
+    with (
+        watched_gateway(tokenizer_folder, max_running=_NUM_STREAMS, max_queue=1) as gateway,
+        grpc.insecure_channel(gateway.target) as channel,
+    ):
+        stub = chat_pb2_grpc.ChatServiceStub(channel)
+        stub.Generate(ask("x"))  # warm-up
+        before = psutil.Process(gateway.pid).memory_info().rss
+        connection = RawConnection(gateway.target, window=0)
+        for _ in range(_NUM_STREAMS):
+            connection.call("GenerateStream", ask("!forever", max_new_tokens=_NUM_TOKENS, top_logprobs=20))
+        stub.Generate(ask("after"), timeout=60)  # waits until they are made
+        grown_kib = (psutil.Process(gateway.pid).memory_info().rss - before) / 1024
+        connection.close()
+        assert grown_kib < _NUM_STREAMS * _KIB_PER_STREAM_WITH_LOGPROBS
 
 
 def num_ids(call: Iterable[chat_pb2.GenerateStreamResponse]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -26,20 +26,6 @@ class AnswerDelta:
     text: ParsedText = field(default_factory=ParsedText)
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
-
-    @classmethod
-    def merge(cls, deltas: Iterable[AnswerDelta]) -> AnswerDelta:
-        """The same as one delta."""
-        whole = cls()
-        texts = []
-        for delta in deltas:
-            whole.index = delta.index
-            whole.token_ids += delta.token_ids
-            whole.logprobs += delta.logprobs
-            texts.append(delta.text)
-            whole.finish_reason, whole.stop_string = delta.finish_reason, delta.stop_string
-        whole.text = ParsedText.join(texts)
-        return whole
 
 
 class Answer:

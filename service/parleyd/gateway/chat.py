@@ -21,7 +21,7 @@ from parleyd.errors import (
     Violation,
 )
 from parleyd.gateway import convert, tools
-from parleyd.gateway.answer import Answer, AnswerDelta
+from parleyd.gateway.answer import Answer
 from parleyd.gateway.batch import answer_batch
 from parleyd.gateway.grammar_checker import GrammarChecker
 from parleyd.gateway.prompt import Prompt, PromptBuilder
@@ -31,6 +31,7 @@ from parleyd.gateway.stream_responses import StreamResponses
 from parleyd.generation import SamplingParams
 from parleyd.telemetry.call import Call, current_call
 from parleyd.text.answer_parser import AnswerParser
+from parleyd.text.parsed_text import ParsedText
 from parleyd.text.sequence_text import SequenceText
 from parleyd.text.tool_format.call_id import call_id
 
@@ -169,17 +170,19 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def _respond(self, generation: Generation) -> chat_pb2.GenerateResponse:
         """The whole answer."""
-        choices: list[list[AnswerDelta]] = [[] for _ in generation.answers]
+        response = chat_pb2.GenerateResponse(
+            request_id=current_call.get().request_id, model=self._served.name, seed=generation.params.seed
+        )
+        choices = [response.choices.add(index=index) for index in range(len(generation.answers))]
+        texts: list[list[ParsedText]] = [[] for _ in choices]
         async with aclosing(self._runner.run(generation)) as deltas:
             async for delta in deltas:
-                choices[delta.index].append(delta)
-        return chat_pb2.GenerateResponse(
-            request_id=current_call.get().request_id,
-            model=self._served.name,
-            seed=generation.params.seed,
-            choices=[convert.to_choice(AnswerDelta.merge(choice)) for choice in choices],
-            **_closing_fields(generation),
-        )
+                convert.add_to_choice(choices[delta.index], delta)
+                texts[delta.index].append(delta.text)
+        for choice, parts in zip(choices, texts, strict=True):
+            choice.message.CopyFrom(convert.to_answer(ParsedText.join(parts)))
+        response.MergeFrom(chat_pb2.GenerateResponse(**_closing_fields(generation)))
+        return response
 
 
 def _closing_fields(generation: Generation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from parleyd.errors import Violation
 from parleyd.gateway import tools
 from parleyd.gateway.answer import AnswerDelta
 from parleyd.generation import FinishReason, ModelInfo, SamplingDefaults, SamplingParams
+from parleyd.text.parsed_text import ParsedText
 
 _ROLE_NAMES = {
     message_pb2.ROLE_SYSTEM: "system",
@@ -185,20 +186,21 @@ def fill_stream_response(response: chat_pb2.GenerateStreamResponse, delta: Answe
         response.stop_string = delta.stop_string or ""
 
 
-def to_choice(delta: AnswerDelta) -> chat_pb2.Choice:
-    """A whole choice, given as one delta."""
-    return chat_pb2.Choice(
-        index=delta.index,
-        message=message_pb2.Message(
-            role=message_pb2.ROLE_ASSISTANT,
-            content=delta.text.content,
-            reasoning_content=delta.text.reasoning_content,
-            tool_calls=tools.to_calls(delta.text.tool_calls),
-        ),
-        finish_reason=_FINISH_REASONS[delta.finish_reason],
-        stop_string=delta.stop_string or "",
-        token_ids=delta.token_ids,
-        logprobs=delta.logprobs,
+def add_to_choice(choice: chat_pb2.Choice, delta: AnswerDelta) -> None:
+    """Takes all of a delta but its text. By and by: all at once would hold up the event loop for long."""
+    choice.token_ids.extend(delta.token_ids)
+    choice.logprobs.extend(delta.logprobs)
+    choice.finish_reason = _FINISH_REASONS[delta.finish_reason]
+    choice.stop_string = delta.stop_string or ""
+
+
+def to_answer(text: ParsedText) -> message_pb2.Message:
+    """The message of a whole choice."""
+    return message_pb2.Message(
+        role=message_pb2.ROLE_ASSISTANT,
+        content=text.content,
+        reasoning_content=text.reasoning_content,
+        tool_calls=tools.to_calls(text.tool_calls),
     )
 
 

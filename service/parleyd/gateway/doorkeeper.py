@@ -13,6 +13,8 @@ _RETRY_S = 1.0
 # One client may have this many times as many calls open as there are places left: alone it gets eight ninths of them,
 # beside others less, and who has none gets in as long as there is one.
 _MAX_SHARE = 8
+# The same holds for their requests, as they came over the wire: open calls keep them.
+_MAX_BYTES = 256 * 2**20
 
 
 class Doorkeeper:
@@ -24,7 +26,9 @@ class Doorkeeper:
         self._is_closed = False
         self._num_entered = 0
         self._num_unread = 0
+        self._num_bytes = 0
         self._by_client: Counter[str] = Counter()
+        self._bytes_by_client: Counter[str] = Counter()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -38,24 +42,31 @@ class Doorkeeper:
         """How many are taken, by open calls and by answers that nobody reads."""
         return self._num_entered
 
-    def enter(self, client: str = "") -> None:
-        """Raises Draining, NotReady or QueueFull; that one also where `client` has more than its share open."""
+    def enter(self, client: str = "", num_bytes: int = 0) -> None:
+        """Raises Draining, NotReady or QueueFull; that one also where `client` has more than its share, of calls or of
+        the bytes of their requests."""
         if self._is_closed:
             raise Draining
         if not self._is_ready():
             raise NotReady
         if self._by_client[client] >= _MAX_SHARE * (self._max_open - self.num_places):
             raise QueueFull(self._num_entered, _RETRY_S)
+        if self._bytes_by_client[client] + num_bytes > _MAX_SHARE * (_MAX_BYTES - self._num_bytes - num_bytes):
+            raise QueueFull(self._num_entered, _RETRY_S)
         self._num_entered += 1
+        self._num_bytes += num_bytes
         self._by_client[client] += 1
+        self._bytes_by_client[client] += num_bytes
         self._empty.clear()
 
-    def leave(self, client: str = "") -> None:
+    def leave(self, client: str = "", num_bytes: int = 0) -> None:
         """One of the client's calls has ended."""
         self._num_entered -= 1
+        self._num_bytes -= num_bytes
         self._by_client[client] -= 1
+        self._bytes_by_client[client] -= num_bytes
         if not self._by_client[client]:
-            del self._by_client[client]
+            del self._by_client[client], self._bytes_by_client[client]
         self._tell_if_empty()
 
     @contextmanager

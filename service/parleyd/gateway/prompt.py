@@ -19,6 +19,8 @@ _LARGE_BYTES = 32 * 1024
 # A prompt of this size takes less than a millisecond; handing it to a thread takes as long, or five times as long while
 # the event loop is busy and holds the interpreter's lock.
 _SMALL_BYTES = 2 * 1024
+# Of messages and tool calls: short ones take as long as long ones.
+_MAX_SMALL_PARTS = 256
 
 _Request = TypeVar("_Request", chat_pb2.GenerateRequest, chat_pb2.CountTokensRequest)
 _Result = TypeVar("_Result")
@@ -40,7 +42,7 @@ class PromptBuilder:
 
     async def check(self, check: Callable[[_Request], _Result], request: _Request) -> _Result:
         """Runs a check of a request's fields: at once, unless the request is so large that it would take long."""
-        if request.ByteSize() < _LARGE_BYTES:
+        if _is_small(request, _LARGE_BYTES):
             return check(request)
         return await self.run(lambda: check(request))
 
@@ -51,7 +53,7 @@ class PromptBuilder:
 
         Raises InvalidRequest if the template refuses it, PromptTooLong if it leaves no room for an answer.
         """
-        if request.ByteSize() < _SMALL_BYTES:
+        if _is_small(request, _SMALL_BYTES):
             return _build(served, request)
         return await self.run(lambda: _build(served, request))
 
@@ -62,6 +64,13 @@ class PromptBuilder:
     def close(self) -> None:
         """Ends the threads."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_small(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest, num_bytes: int) -> bool:
+    num_messages = len(request.messages)
+    if request.ByteSize() >= num_bytes or num_messages > _MAX_SMALL_PARTS:
+        return False
+    return num_messages + sum(len(message.tool_calls) for message in request.messages) <= _MAX_SMALL_PARTS
 
 
 def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> Prompt:

@@ -13,6 +13,7 @@ from parleyd.gateway import tools
 from parleyd.generation import ModelInfo
 from parleyd.rpc.interceptors import REQUEST_ID_PATTERN
 
+_MAX_MESSAGES = 4096
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_STRING_CHARACTERS = 256
 _MAX_STOP_TOKEN_IDS = 64
@@ -52,6 +53,9 @@ def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTo
     """What is wrong with the messages, alone and together."""
     if not request.messages:
         yield Violation("messages", "must hold at least one message")
+    if len(request.messages) > _MAX_MESSAGES:
+        yield Violation("messages", f"must hold at most {_MAX_MESSAGES}, not {len(request.messages)}")
+        return
     for i, message in enumerate(request.messages):
         if message.role == message_pb2.ROLE_UNSPECIFIED:
             yield Violation(f"messages[{i}].role", "must be set")

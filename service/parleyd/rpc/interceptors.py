@@ -61,8 +61,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self,
         service: str,
         guard: Guard,
-        enter: Callable[[str], None],
-        leave: Callable[[str], None],
+        enter: Callable[[str, int], None],
+        leave: Callable[[str, int], None],
         report: Callable[[ParleyError | None], bytes],
         unread: Callable[[], AbstractContextManager[None]] = nullcontext,
         slow_reader_timeout_s: float = 60.0,
@@ -185,7 +185,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @contextmanager
     def _entered(self, caller: Caller, method: str, request: Any) -> Iterator[None]:
-        self._enter(caller.identity)
+        num_bytes = 0 if isinstance(request, _Undecodable) else request.ByteSize()
+        self._enter(caller.identity, num_bytes)
         try:
             # Of a batch, each request counts.
             self._guard.enter(caller, method, len(getattr(request, "requests", ())) or 1)
@@ -194,7 +195,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 self._guard.leave(caller)
         finally:
-            self._leave(caller.identity)
+            self._leave(caller.identity, num_bytes)
 
 
 def _check_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> None:

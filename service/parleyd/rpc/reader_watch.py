@@ -12,6 +12,8 @@ from parleyd.errors import SlowReader
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _CHECKS_PER_TIMEOUT = 8
+# A client that reads on, if only so fast, is given the time that it takes for a long message.
+_MIN_BYTES_PER_S = 16 * 1024
 
 
 class ReaderWatch:
@@ -21,9 +23,9 @@ class ReaderWatch:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        """`timeout_s`: how long a write may take; up to an eighth longer, as it comes."""
+        """`timeout_s`: how long a write may take, beside what its length takes; up to an eighth longer, as it comes."""
         self._timeout_s = timeout_s
-        self._started: dict[asyncio.Task[Any], float] = {}  # of writes in progress, by the handler that waits for them
+        self._deadlines: dict[asyncio.Task[Any], float] = {}  # of writes, by the handlers that wait for them
         self._cut: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -31,7 +33,7 @@ class ReaderWatch:
         """As `context.write`. Raises SlowReader."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        self._started[task] = loop.time()
+        self._deadlines[task] = loop.time() + self._timeout_s + response.ByteSize() / _MIN_BYTES_PER_S
         if self._timer is None:
             self._timer = loop.call_later(self._timeout_s / _CHECKS_PER_TIMEOUT, self._check, loop)
         try:
@@ -42,14 +44,14 @@ class ReaderWatch:
                 raise SlowReader(self._timeout_s) from error
             raise
         finally:
-            del self._started[task]
+            del self._deadlines[task]
             self._cut.discard(task)
 
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
-        for task, started in self._started.items():
-            if loop.time() - started >= self._timeout_s and task not in self._cut:
+        for task, deadline in self._deadlines.items():
+            if loop.time() >= deadline and task not in self._cut:
                 self._cut.add(task)
                 task.cancel()
-        if self._started:
+        if self._deadlines:
             self._timer = loop.call_later(self._timeout_s / _CHECKS_PER_TIMEOUT, self._check, loop)

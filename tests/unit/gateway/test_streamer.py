@@ -28,11 +28,11 @@ async def test_what_is_merged_is_taken_in_parts_that_fit_into_a_message() -> Non
     for token_id, logprob in enumerate(logprobs):
         reason = FinishReason.STOP if token_id == 599 else None
         streamer.put(Output(key=1, token_ids=(token_id,), logprobs=(logprob,), finish_reason=reason))
-    deltas = [await streamer.take() for _ in range(3)]
+    deltas = [await streamer.take() for _ in range(19)]
     assert [token_id for delta in deltas for token_id in delta.token_ids] == [*range(600)]
     assert [logprob for delta in deltas for logprob in delta.logprobs] == logprobs
-    assert all(len(delta.token_ids) == len(delta.logprobs) <= 256 for delta in deltas)
-    assert [delta.finish_reason for delta in deltas] == [None, None, FinishReason.STOP]
+    assert all(len(delta.token_ids) == len(delta.logprobs) <= 32 for delta in deltas)
+    assert [delta.finish_reason for delta in deltas] == [None] * 18 + [FinishReason.STOP]
 
 
 async def test_a_reader_waits_for_the_next_ids() -> None:
