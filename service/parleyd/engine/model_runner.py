@@ -82,10 +82,12 @@ class ModelRunner:
         ends = np.cumsum([item.num_tokens for item in batch.scheduled])
         samples = [item.samples for item in batch.scheduled]
         sampling = [item for item in batch.scheduled if item.samples]
-        logits = self._forward(input_ids, positions, layout, upload(ends[samples] - 1, self._device))
+        sample_rows = upload(ends[samples] - 1, self._device)
+        logits = self._forward(input_ids, positions, layout, sample_rows)
         if not sampling:
             return Launched(None, None)
-        sampled = self._sampler.sample(logits, self._sampler.prepare([_sampling_row(item) for item in sampling]))
+        prepared = self._sampler.prepare([_sampling_row(item) for item in sampling])
+        sampled = self._sampler.sample(logits, prepared, input_ids.index_select(0, sample_rows))
         self._sampled_places = {item.sequence.key: place for place, item in enumerate(sampling)}
         self._sampled_ids = sampled.token_ids
         return _copy_to_host(sampled)

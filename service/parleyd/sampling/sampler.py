@@ -17,7 +17,7 @@ from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
 from parleyd.model.upload import upload
 from parleyd.sampling import draws
 from parleyd.sampling.grammar import GrammarMask, GrammarRow, GrammarState
-from parleyd.sampling.penalties import PenalisedRow, Penalties, PenaltyTable
+from parleyd.sampling.penalties import PenalisedRow, Penalties, penalise
 
 # Below these, logits overflow; what they ask for is the greedy choice anyway.
 MIN_TEMPERATURE = 1e-5
@@ -30,8 +30,8 @@ class SamplingRow(NamedTuple):
     """One sequence whose next token is sampled.
 
     `position` counts the tokens generated before this one. `token_ids` (prompt, then output) may lack the latest of
-    them while they are on their way from the device, as long as the row was in the step before. `key` is unique in the
-    batch, and stands for one request and its parameters for good. `grammar` has taken all generated tokens.
+    them while it is on its way from the device. `key` is unique in the batch, and stands for one request and its
+    parameters for good. `grammar` has taken all generated tokens.
     """
 
     key: int
@@ -86,6 +86,7 @@ class _Settings:
 
     @classmethod
     def of(cls, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> _Settings:
+        bias = dict(params.logit_bias)
         return cls(
             is_greedy=not params.do_sample or params.temperature == 0.0,
             temperature=max(params.temperature, MIN_TEMPERATURE),
@@ -96,8 +97,9 @@ class _Settings:
                 repetition=max(params.repetition_penalty, MIN_REPETITION_PENALTY),
                 presence=params.presence_penalty,
                 frequency=params.frequency_penalty,
-                bias=dict(params.logit_bias),
-                masked_ids=eos_token_ids.union(params.stop_token_ids),
+                bias_ids=np.array([*bias], np.int64),
+                biases=np.array([*bias.values()], np.float32),
+                masked_ids=np.array([*eos_token_ids.union(params.stop_token_ids)], np.int64),
                 min_new_tokens=params.min_new_tokens,
             ),
             stream_key=draws.stream_key(params.seed, params.choice),
@@ -178,7 +180,9 @@ class SamplingBatch:
         asked = [(row, one.num_top_logprobs) for row, one in enumerate(settings) if one.num_top_logprobs is not None]
         self.logprobs = _Rows([row for row, _ in asked], self.size, device)
         self.num_top = tuple(num_top for _, num_top in asked)
-        self.mask: GrammarMask | None = None  # new at each step
+        # New at each step.
+        self.penalised: list[PenalisedRow] = []
+        self.mask: GrammarMask | None = None
 
 
 class Sampler:
@@ -193,24 +197,17 @@ class Sampler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._device = device
         self._settings: dict[int, _Settings] = {}
-        self._penalty_table = PenaltyTable(vocab_size, device)
-        self._penalises = False
         self._batch: SamplingBatch | None = None
 
     def prepare(self, rows: Sequence[SamplingRow]) -> SamplingBatch:
-        """The batch of a step; to be sampled once, and before the next is prepared.
-
-        Raises ValueError where a row with penalties is new in the batch and not all its ids are known.
-        """
+        """The batch of a step; to be sampled once, and before the next is prepared."""
         keys = [row.key for row in rows]
         batch = self._batch
         if batch is None or batch.keys != keys:
             known = self._settings
             self._settings = {row.key: known.get(row.key) or self._settings_of(row) for row in rows}
             batch = self._batch = SamplingBatch(keys, list(self._settings.values()), self._vocab_size, self._device)
-            self._update_penalties(rows)
-        elif self._penalises and not self._penalty_table.is_at(self._penalised(rows)):
-            self._update_penalties(rows)
+        batch.penalised = self._penalised(rows)
         batch.mask = self._mask(rows)
         for drawn in batch.drawn:
             positions = np.array([rows[row].position for row in drawn.rows.rows], np.uint64)
@@ -226,20 +223,18 @@ class Sampler:
 
     def _penalised(self, rows: Sequence[SamplingRow]) -> list[PenalisedRow]:
         return [
-            PenalisedRow(index, row.key, penalties, row.token_ids, row.num_prompt_tokens, row.position)
+            PenalisedRow(index, penalties, row.token_ids, row.num_prompt_tokens, row.position)
             for index, row in enumerate(rows)
             if (penalties := self._settings[row.key].penalties).change_logits(row.position)
         ]
 
-    def _update_penalties(self, rows: Sequence[SamplingRow]) -> None:
-        penalised = self._penalised(rows)
-        self._penalty_table.update(penalised)
-        self._penalises = bool(penalised)
-
     @torch.no_grad()
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
-        """Chooses a token for each row. logits: [batch, vocab], any float type, in the rows' order; left as it is."""
-        x = self._changed(logits, batch)
+    def sample(self, logits: Tensor, batch: SamplingBatch, last_ids: Tensor) -> SampledTokens:
+        """Chooses a token for each row. logits: [batch, vocab], any float type, in the rows' order; left as it is.
+
+        last_ids: [batch], the id that each row's logits come from.
+        """
+        x = self._changed(logits, batch, last_ids)
         token_ids = torch.empty(batch.size, dtype=torch.int64, device=x.device)
         # Of what was chosen, as NaN is taken for the largest, and infinity is.
         numbers = torch.empty(batch.size, dtype=torch.float32, device=x.device)
@@ -252,17 +247,15 @@ class Sampler:
             probs = _probabilities(_as_float(drawn.rows.of(x)), drawn)
             ids = draws.draw(probs, drawn.uniforms)
             token_ids, numbers = drawn.rows.put(token_ids, ids), drawn.rows.put(numbers, _chosen(probs, ids))
-        if self._penalises:
-            self._penalty_table.record(token_ids)
         logprobs = _logprobs(logits, token_ids, batch) if batch.logprobs else None
         return SampledTokens(token_ids, numbers.isfinite(), logprobs)
 
-    def _changed(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        if not self._penalises and batch.mask is None:
+    def _changed(self, logits: Tensor, batch: SamplingBatch, last_ids: Tensor) -> Tensor:
+        if not batch.penalised and batch.mask is None:
             return logits
         changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if self._penalises:
-            self._penalty_table.apply(changed)
+        if batch.penalised:
+            penalise(changed, batch.penalised, last_ids)
         if batch.mask is not None:
             rows = _Rows(batch.mask.rows, batch.size, self._device)
             changed = rows.put(changed, batch.mask.apply(rows.of(changed)))

@@ -25,7 +25,7 @@ from transformers import (
 
 from parleyd.generation import SamplingParams
 from parleyd.sampling import draws
-from parleyd.sampling.sampler import Sampler, SamplingRow, _probabilities
+from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow, _probabilities
 
 CPU = torch.device("cpu")
 EOS = 3
@@ -46,9 +46,16 @@ def random_logits(num_rows: int, vocab_size: int, seed: int = 0, step: float = 0
     return (logits / step).round() * step if step else logits
 
 
+def last_ids(rows: list[SamplingRow]) -> Tensor:
+    return torch.tensor([row.token_ids[-1] for row in rows])
+
+
+def sample_with(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> SampledTokens:
+    return sampler.sample(logits, sampler.prepare(rows), last_ids(rows))
+
+
 def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    sampler = Sampler(logits.shape[1], [EOS], CPU)
-    ids: list[int] = sampler.sample(logits, sampler.prepare(rows)).token_ids.tolist()
+    ids: list[int] = sample_with(Sampler(logits.shape[1], [EOS], CPU), logits, rows).token_ids.tolist()
     return ids
 
 
@@ -56,7 +63,7 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
 def probabilities(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """What `sample` would draw from: [rows, vocab], not scaled to a sum of 1."""
     batch = sampler.prepare(rows)
-    x = sampler._changed(logits, batch)
+    x = sampler._changed(logits, batch, last_ids(rows))
     probs = torch.zeros_like(x)
     for drawn in batch.drawn:
         probs = drawn.rows.put(probs, _probabilities(drawn.rows.of(x), drawn))
@@ -242,17 +249,11 @@ def test_penalties_follow_the_ids_sampled_on_the_device() -> None:
             full = row(choices[key], key, (1, 2, 50), outputs[key])
             rows.append(full)
             late.append(full._replace(token_ids=full.token_ids[:-1]) if key in before and outputs[key] else full)
-        ids = sampler.sample(logits, sampler.prepare(late)).token_ids.tolist()
+        ids = sampler.sample(logits, sampler.prepare(late), last_ids(rows)).token_ids.tolist()
         assert ids == sample(logits, rows), step
         for key, id_ in zip(running, ids, strict=True):
             outputs[key].append(id_)
         before = running
-
-
-def test_a_row_new_in_the_batch_without_all_its_ids_is_refused() -> None:
-    full = row(Params(repetition_penalty=1.5), 0, (1, 2), (5, 6))
-    with pytest.raises(ValueError, match="needs all ids"):
-        Sampler(97, [EOS], CPU).prepare([full._replace(token_ids=full.token_ids[:-1])])
 
 
 def test_draws_go_on_as_before_after_a_pause() -> None:
@@ -264,8 +265,8 @@ def test_draws_go_on_as_before_after_a_pause() -> None:
         for step in range(12):
             if step in pauses:
                 sampler.prepare([row(Params(), 99)])
-            batch = sampler.prepare([row(params, 1, (1, 2), output)])
-            output.append(int(sampler.sample(logits[step : step + 1], batch).token_ids))
+            one = [row(params, 1, (1, 2), output)]
+            output.append(int(sample_with(sampler, logits[step : step + 1], one).token_ids))
         return output
 
     assert generate({3, 4, 9}) == generate(set())
@@ -282,7 +283,7 @@ def test_eos_and_stop_ids_are_masked_until_min_new_tokens(do_sample: bool, ignor
     sampler = Sampler(97, [EOS], CPU)
     output: list[int] = []
     for _ in range(3):
-        output.append(int(sampler.sample(logits, sampler.prepare([row(params, 1, (1,), output)])).token_ids))
+        output.append(int(sample_with(sampler, logits, [row(params, 1, (1,), output)]).token_ids))
     assert not {EOS, 8} & set(output[:2])
     assert output[2] == EOS
 
@@ -297,7 +298,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         row(Params(logprobs=True, top_logprobs=2), 3),
     ]
     sampler = Sampler(1000, [EOS], CPU)
-    sampled = sampler.sample(logits, sampler.prepare(rows))
+    sampled = sample_with(sampler, logits, rows)
 
     assert sampled.logprobs is not None
     assert sampled.logprobs.rows == (1, 2, 3)
@@ -314,7 +315,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert list(by_row) == [1, 2, 3]
     assert by_row[2] == (sampled.logprobs.token_logprobs[1].item(), ())
     assert by_row[3].top == tuple(zip(ids[2].tolist()[:2], values[2].tolist()[:2], strict=True))
-    assert sampler.sample(logits[:1], sampler.prepare(rows[:1])).logprobs is None
+    assert sample_with(sampler, logits[:1], rows[:1]).logprobs is None
 
 
 def test_the_batch_is_kept_while_its_rows_stay_the_same() -> None:
@@ -375,7 +376,7 @@ def test_of_equal_log_probabilities_the_lowest_ids_come_first() -> None:
     logits = random_logits(4, 1024, step=0.5)
     rows = [row(SamplingParams(max_new_tokens=9, logprobs=True, top_logprobs=n), key=n) for n in (1, 2, 5, 20)]
     sampler = Sampler(1024, [EOS], CPU)
-    sampled = sampler.sample(logits, sampler.prepare(rows))
+    sampled = sample_with(sampler, logits, rows)
     assert sampled.logprobs is not None
     for index, logprob in sampled.logprobs.by_row().items():
         assert logprob.top[0] == (int(sampled.token_ids[index]), logprob.logprob)

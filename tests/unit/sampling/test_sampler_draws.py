@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from parleyd.sampling import draws
 from parleyd.sampling.sampler import Sampler, SamplingRow
-from tests.unit.sampling.test_sampler import CPU, EOS, Params, processed
+from tests.unit.sampling.test_sampler import CPU, EOS, Params, processed, sample_with
 
 NUM_DRAWS = 8_000
 
@@ -95,7 +95,7 @@ def observe(params: Params, logits: torch.Tensor) -> NDArray[np.float64]:
         for seed in range(NUM_DRAWS)
     ]
     sampler = Sampler(vocab_size, [EOS], CPU)
-    sampled = sampler.sample(logits.expand(NUM_DRAWS, -1), sampler.prepare(rows))
+    sampled = sample_with(sampler, logits.expand(NUM_DRAWS, -1), rows)
     return np.bincount(sampled.token_ids.numpy(), minlength=vocab_size).astype(float)
 
 
