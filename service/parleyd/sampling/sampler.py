@@ -5,9 +5,10 @@ The model runner calls `prepare`, then `sample`, once each a step. Nothing here 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,12 +74,12 @@ class SampledTokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
-    """A request's parameters as the sampler needs them: in safe ranges, None for what does nothing."""
+    """A request's parameters as the sampler needs them: in safe ranges."""
 
     is_greedy: bool
     temperature: float
-    top_k: int | None
-    top_p: float | None
+    top_k: int  # 0: all
+    top_p: float
     min_p: float
     penalties: Penalties
     stream_key: int
@@ -90,8 +91,8 @@ class _Settings:
         return cls(
             is_greedy=not params.do_sample or params.temperature == 0.0,
             temperature=max(params.temperature, MIN_TEMPERATURE),
-            top_k=params.top_k if 0 < params.top_k < vocab_size else None,
-            top_p=params.top_p if params.top_p < 1.0 else None,
+            top_k=params.top_k if params.top_k < vocab_size else 0,
+            top_p=params.top_p,
             min_p=params.min_p,
             penalties=Penalties(
                 repetition=max(params.repetition_penalty, MIN_REPETITION_PENALTY),
@@ -147,22 +148,15 @@ class _DrawnRows:
         self.stream_keys = np.array([one.stream_key for one in settings], np.uint64)
         self.uniforms = torch.empty(0)  # [rows], float64; new at each step
         self.temperature = upload(np.array([[one.temperature] for one in settings], np.float32), device)
-        self.min_p: Tensor | None = None
-        if any(one.min_p for one in settings):
-            self.min_p = upload(np.array([[one.min_p] for one in settings], np.float32), device)
-        # Rows of these rows: with top_k and perhaps top_p, and with top_p alone.
-        top_k = [row for row, one in enumerate(settings) if one.top_k is not None]
-        top_p = [row for row, one in enumerate(settings) if one.top_k is None and one.top_p is not None]
-        self.with_top_k = _Rows(top_k, len(settings), device)
-        self.with_top_p = _Rows(top_p, len(settings), device)
-        ks = [settings[row].top_k or 0 for row in top_k]
-        ps = [settings[row].top_p for row in top_k]
-        self.max_top_k = max(ks, default=0)
-        self.top_k = upload(np.array(ks, np.int64)[:, None], device)
-        self.top_p_in_top_k: Tensor | None = None
-        if any(p is not None for p in ps):
-            self.top_p_in_top_k = upload(np.array([[1.0 if p is None else p] for p in ps], np.float64), device)
-        self.top_p = upload(np.array([[settings[row].top_p] for row in top_p], np.float64), device)
+        # Of a row without one: what does nothing. None where no row has one.
+        self.top_k = self._column([one.top_k for one in settings], 0, np.int64, device)
+        self.max_top_k = max(one.top_k for one in settings)
+        self.top_p = self._column([one.top_p for one in settings], 1.0, np.float64, device)
+        self.min_p = self._column([one.min_p for one in settings], 0.0, np.float32, device)
+
+    @staticmethod
+    def _column(values: list[Any], neutral: float, dtype: type, device: torch.device) -> Tensor | None:
+        return upload(np.array(values, dtype)[:, None], device) if any(value != neutral for value in values) else None
 
 
 class SamplingBatch:
@@ -173,7 +167,6 @@ class SamplingBatch:
         self.size = len(keys)
         self.greedy = _Rows([row for row, one in enumerate(settings) if one.is_greedy], self.size, device)
         drawn = [row for row, one in enumerate(settings) if not one.is_greedy]
-        drawn.sort(key=lambda row: (settings[row].top_k is None, settings[row].top_p is None))
         size = self.size if device.type == "cuda" else max(1, _CHUNK_SIZE // vocab_size)
         chunks = [drawn[start : start + size] for start in range(0, len(drawn), size or 1)]
         self.drawn = [_DrawnRows(chunk, settings, device) for chunk in chunks]
@@ -275,14 +268,12 @@ def _as_float(logits: Tensor) -> Tensor:
 def _probabilities(logits: Tensor, drawn: _DrawnRows) -> Tensor:
     """What the rows are drawn from, not scaled to 1. logits: [drawn rows, vocab]."""
     probs = (logits / drawn.temperature).softmax(-1)
-    if rows := drawn.with_top_k:
-        x, temperature = rows.of(logits), rows.of(drawn.temperature)
-        cut = draws.top_k_cut(x, temperature, drawn.top_k, drawn.max_top_k, drawn.top_p_in_top_k)
-        probs = rows.put(probs, cut.apply(x, rows.of(probs)))
-    if rows := drawn.with_top_p:
-        x, kept = rows.of(logits), rows.of(probs)
-        cut = draws.top_p_cut(x, kept, rows.of(drawn.temperature), drawn.top_p)
-        probs = rows.put(probs, cut.apply(x, kept))
+    if drawn.top_k is not None:  # ties with the last are kept, as in transformers
+        values, _ = draws.largest(logits, drawn.max_top_k)
+        kth = values.gather(1, (drawn.top_k - 1).clamp_(min=0)).masked_fill_(drawn.top_k == 0, -math.inf)
+        probs *= logits.clone().ge_(kth)
+    if drawn.top_p is not None:
+        probs = draws.keep_top_p(probs, drawn.top_p)
     if drawn.min_p is not None:
         probs *= probs.clone().ge_(drawn.min_p * probs.amax(-1, keepdim=True))
     return probs

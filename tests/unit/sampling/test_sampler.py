@@ -149,7 +149,9 @@ def test_of_ties_at_the_edge_of_top_p_the_lowest_ids_are_kept(top_k: int, in_rea
 
 @pytest.mark.parametrize("step", [0.0, 0.25])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 0.5, 1.0, 6.0])
-def test_nucleus_of_a_large_vocabulary_is_found_however_wide_it_is(spread: float, step: float) -> None:
+def test_nucleus_of_a_large_vocabulary_is_found_however_wide_it_is(
+    monkeypatch: pytest.MonkeyPatch, spread: float, step: float
+) -> None:
     logits = random_logits(4, 8192, seed=5, step=step) * spread
     logits[:, 5::7] = -math.inf
     sampler = Sampler(8192, [EOS], CPU)
@@ -158,8 +160,8 @@ def test_nucleus_of_a_large_vocabulary_is_found_however_wide_it_is(spread: float
         sampler, logits, [row(Params(do_sample=True, top_p=top_p), key) for key, top_p in enumerate(top_ps)]
     )
     # The device's way, which must find the same.
-    whole = logits.softmax(-1)
-    bisected = draws._bisect(logits, whole, torch.tensor(top_ps, dtype=torch.float64)[:, None]).apply(logits, whole)
+    monkeypatch.setattr(draws, "_search", draws._bisect)
+    bisected = draws.keep_top_p(logits.softmax(-1), torch.tensor(top_ps, dtype=torch.float64)[:, None])
     for index, top_p in enumerate(top_ps):
         values, order = logits[index].double().softmax(-1).sort(descending=True, stable=True)
         num_kept = int((values.cumsum(-1) - values < top_p).sum())
