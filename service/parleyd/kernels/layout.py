@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parleyd.kernels.cache import PagedKVCache, head_slots, write
-from parleyd.kernels.gathered import GatheredDecode, GatheredPrefill
+from parleyd.kernels.gathered import Gathered
 from parleyd.kernels.paged import PagedDecode, PagedPrefill
 from parleyd.model.upload import upload
 from parleyd.scheduling.request import Batch
@@ -45,13 +45,13 @@ class StepLayout:
         if decodes and cache.kernels.decode is not None:
             parts.append(PagedDecode.of(decodes, cache.block_size, cache.device))
         elif decodes:
-            parts.append(GatheredDecode.of(decodes, cache))
+            parts.append(Gathered.of(decodes, 0, cache))
         row = sum(item.num_tokens for item in decodes)
         if prefills and cache.kernels.prefill is not None:
             parts.append(PagedPrefill.of(prefills, row, cache.block_size, cache.device))
         else:
             for item in prefills:
-                parts.append(GatheredPrefill.of(item, row, cache))
+                parts.append(Gathered.of([item], row, cache))
                 row += item.num_tokens
         slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
         return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))

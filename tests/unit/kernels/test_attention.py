@@ -14,10 +14,8 @@ import torch
 
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.generation import EngineRequest, SamplingParams
-from parleyd.kernels import gathered
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.choice import AttentionShape, check_kernels, choose_kernels
-from parleyd.kernels.gathered import GatheredDecode
 from parleyd.kernels.layout import StepLayout, attend
 from parleyd.kernels.paged import NO_KERNELS, Kernels
 from parleyd.kernels.varlen import varlen_obstacle
@@ -67,19 +65,8 @@ def test_blocks_are_copied_in_all_layers_and_read_before_they_are_written() -> N
 MIXED = make_batch([1, 7, 8, 9, 100, 30, 31], [(0, 5), (13, 4), (0, 1), (40, 24)])
 
 
-def limit_gathering(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
-    for name, limit in limits.items():
-        monkeypatch.setattr(gathered, name, limit)
-
-
-@pytest.mark.parametrize(
-    "limits", [{}, {"_MANY_TOKENS": 0}, {"_MAX_PADDING": 20}, {"_MANY_TOKENS": 0, "_GATHER_BYTES": 9000}], ids=str
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gathering_attends_as_sdpa_does_alone(
-    monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], dtype: torch.dtype
-) -> None:
-    limit_gathering(monkeypatch, **limits)
+def test_gathering_attends_as_sdpa_does_alone(dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(
         run(MIXED, dtype=dtype), run(MIXED, torch_kernels.KERNELS, dtype), rtol=tolerance, atol=tolerance
@@ -94,17 +81,7 @@ def test_the_compiled_kernel_attends_as_sdpa_does(*, takes_prompts: bool) -> Non
     )
 
 
-def test_rows_of_very_unequal_length_are_not_padded_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = PagedKVCache((1, NUM_BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM), torch.float32, "cpu")
-    limit_gathering(monkeypatch, _MAX_PADDING=200)
-    equal, unequal = ([100] * 8), ([1000] + [20] * 7)
-    for lengths, sizes in ((equal, [8]), (unequal, [1, 7])):
-        decode = GatheredDecode.of(make_batch(lengths).scheduled, cache)
-        assert [len(group.mask) for group in decode.groups] == sizes
-
-
-def test_a_row_does_not_depend_on_its_neighbours_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit_gathering(monkeypatch, _MANY_TOKENS=0)
+def test_a_row_does_not_depend_on_its_neighbours_lengths() -> None:
     alone, among = run(make_batch([50])), run(make_batch([50, 150, 1]))
     torch.testing.assert_close(alone, among[:1])
 
