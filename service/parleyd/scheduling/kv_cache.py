@@ -154,29 +154,19 @@ class KVLedger:
     def check_integrity(self, holdings: Iterable[Iterable[int]]) -> None:
         """Raises IntegrityError unless every block is accounted for. `holdings`: the block ids of each sequence."""
         references = Counter(chain.from_iterable(holdings))
-        free, cached = set(self._free), self._cached.keys()
-        for block_id, count in references.items():
-            if count != self._ref_counts[block_id]:
-                raise IntegrityError(f"block {block_id} is held {count} times but counted {self._ref_counts[block_id]}")
-        if self.num_blocks - self._ref_counts.count(0) != len(references):
-            leaked = [b for b, count in enumerate(self._ref_counts) if count and b not in references]
-            raise IntegrityError(f"blocks {leaked[:8]} are counted as held, but no sequence holds them")
-        if len(free) != len(self._free):
-            raise IntegrityError("a block is free twice")
-        if not (free.isdisjoint(cached) and free.isdisjoint(references) and references.keys().isdisjoint(cached)):
-            raise IntegrityError("a block is in two of: free, cached, held")
-        if len(free) + len(cached) + len(references) != self.num_blocks:
+        for block_id, count in enumerate(self._ref_counts):
+            if count != references[block_id]:
+                raise IntegrityError(f"block {block_id} is held {references[block_id]} times but counted {count}")
+        places = [*self._free, *self._cached, *references]
+        if not len(places) == len(set(places)) == self.num_blocks:
             raise IntegrityError(
-                f"{len(free)} free + {len(cached)} cached + {len(references)} held blocks are not {self.num_blocks}"
+                f"{len(self._free)} free + {len(self._cached)} cached + {len(references)} held blocks are not "
+                f"{self.num_blocks}, each once"
             )
-        if sum(map(len, self._hashes)) != len(self._registered) or not all(
-            digest in self._hashes[block_id] for digest, block_id in self._registered.items()
-        ):
+        if self._registered != {digest: block_id for block_id, own in enumerate(self._hashes) for digest in own}:
             raise IntegrityError("the prefix cache and its blocks disagree about a hash")
-        if not all(map(self._hashes.__getitem__, cached)):
-            raise IntegrityError("a cached block can be found by no lookup")
-        if any(map(self._hashes.__getitem__, free)):
-            raise IntegrityError("a lookup would find a free block")
+        if not all(map(self._hashes.__getitem__, self._cached)) or any(map(self._hashes.__getitem__, self._free)):
+            raise IntegrityError("a lookup would find a free block, or none a cached one")
 
     def _take_block(self) -> int:
         if self._free:

@@ -5,11 +5,11 @@ Called by the batching engine from its one thread; pure policy, no torch.
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
+from itertools import chain
 from operator import attrgetter
 
 from parleyd.errors import StartupError
@@ -61,8 +61,9 @@ class Scheduler:
         self._max_context_tokens = max_context_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
-        self._waiting = _WaitingQueue()
-        self._running: list[Sequence] = []  # by rank
+        # Both by rank, so that a preempted sequence waits before all that came after it.
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
         self._num_arrivals = 0
         self._num_prompt_tokens = 0
         self._num_cached_prompt_tokens = 0
@@ -90,7 +91,7 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return Output(key=request.key, finish_reason=sequence.finish_reason)
         self._sequences[request.key] = sequence
-        self._waiting.push(sequence)
+        _insert(self._waiting, sequence)
         return None
 
     def abort(self, key: int) -> None:
@@ -238,7 +239,7 @@ class Scheduler:
         self._ledger.free(victim)
         victim.state = SequenceState.WAITING
         self._num_preemptions += 1
-        self._waiting.push(victim)
+        _insert(self._waiting, victim)
 
     def _schedule_prefills(self, batch: Batch, prefills: deque[Sequence]) -> None:
         """Spends what the decodes left of the budget on prompts, begun ones and waiting ones together by rank."""
@@ -251,7 +252,7 @@ class Scheduler:
         enough = self._enough_tokens()
         is_admitting = True
         while budget > 0 and batch.num_tokens < enough:
-            head = self._waiting.first() if is_admitting else None
+            head = self._waiting[0] if self._waiting and is_admitting else None
             if head is not None and not (prefills and prefills[0].rank < head.rank):
                 is_admitting = self._admit(head, batch)
                 if not is_admitting:
@@ -272,7 +273,7 @@ class Scheduler:
 
     def _num_finished(self, prefills: deque[Sequence], budget: int) -> float:
         """How many prompts so many tokens would finish, if all were as long as the first in line."""
-        first = prefills[0] if prefills else self._waiting.first()
+        first = next(chain(prefills, self._waiting), None)
         if first is None:
             return 0.0
         num_prompts = len(prefills) + min(len(self._waiting), self._max_running - len(self._running))
@@ -290,14 +291,14 @@ class Scheduler:
         prefix = self._ledger.cached_prefix(head)
         if not self._ledger.can_allocate(head, prefix, num_reserved):
             return False
-        self._waiting.pop()
+        del self._waiting[0]
         copy, last = self._ledger.allocate(head, prefix), head.block_ids[-1]
         if copy is not None:
             batch.copies.append(copy)
         if copy is None or copy[1] != last:
             batch.cleared.append(last)
         head.state = SequenceState.RUNNING
-        insort(self._running, head, key=attrgetter("rank"))
+        _insert(self._running, head)
         if head.cached_prompt_tokens is None:
             head.cached_prompt_tokens = min(head.num_computed_tokens, head.num_prompt_tokens)
             self._num_prompt_tokens += head.num_prompt_tokens
@@ -306,42 +307,10 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.key]
-        was_waiting = sequence.state is SequenceState.WAITING
+        (self._waiting if sequence.state is SequenceState.WAITING else self._running).remove(sequence)
         sequence.state = SequenceState.FINISHED
-        if was_waiting:
-            self._waiting.note_finished()
-        else:
-            self._running.remove(sequence)
-            self._ledger.free(sequence)
+        self._ledger.free(sequence)
 
 
-class _WaitingQueue:
-    """By rank, so that a preempted sequence stands before all that came after it. The finished are dropped lazily."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []
-        self._num_finished = 0
-
-    def __len__(self) -> int:
-        return len(self._heap) - self._num_finished
-
-    def push(self, sequence: Sequence) -> None:
-        heapq.heappush(self._heap, (sequence.rank, sequence))
-
-    def first(self) -> Sequence | None:
-        while self._heap and self._heap[0][1].state is SequenceState.FINISHED:
-            heapq.heappop(self._heap)
-            self._num_finished -= 1
-        return self._heap[0][1] if self._heap else None
-
-    def pop(self) -> None:
-        """Removes what `first` has returned."""
-        heapq.heappop(self._heap)
-
-    def note_finished(self) -> None:
-        """Is told of each sequence that finishes in the queue."""
-        self._num_finished += 1
-        if self._num_finished * 2 > len(self._heap):  # or the prompts of the cancelled would pile up
-            self._heap = [entry for entry in self._heap if entry[1].state is not SequenceState.FINISHED]
-            heapq.heapify(self._heap)
-            self._num_finished = 0
+def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
+    insort(sequences, sequence, key=attrgetter("rank"))

@@ -310,16 +310,16 @@ def _cache_a_block_without_a_hash(ledger: KVLedger, held: Sequence) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_leak, "no sequence holds"),
+        (_leak, "held 0 times but counted 1"),
         (_hold_twice, "held 2 times but counted 1"),
-        (_free_twice, "free twice"),
-        (_free_a_held_block, "two of"),
-        (_cache_a_held_block, "two of"),
-        (_lose_a_free_block, "are not 8"),
+        (_free_twice, "are not 8, each once"),
+        (_free_a_held_block, "are not 8, each once"),
+        (_cache_a_held_block, "are not 8, each once"),
+        (_lose_a_free_block, "are not 8, each once"),
         (_forget_a_hash, "disagree"),
         (_leave_a_hash_behind, "disagree"),
         (_register_a_free_block, "find a free block"),
-        (_cache_a_block_without_a_hash, "found by no lookup"),
+        (_cache_a_block_without_a_hash, "or none a cached one"),
     ],
 )
 def test_damage_to_the_books_is_named(damage: Callable[[KVLedger, Sequence], None], message: str) -> None:
