@@ -71,7 +71,7 @@ class _Buffers:
     @classmethod
     def of(cls, cache: PagedKVCache, num_rows: int, max_context_tokens: int) -> _Buffers:
         device, scratch = cache.device, cache.num_blocks
-        slots = upload(head_slots(np.array([scratch * cache.block_size]), cache), device)
+        slots = upload(head_slots(np.array([scratch]), np.zeros(1, np.int64), cache), device)
         ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         num_blocks = -(-max_context_tokens // cache.block_size)
         table = torch.full((num_rows, num_blocks), scratch, dtype=torch.int32, device=device)

@@ -64,12 +64,11 @@ class PagedKVCache:
         ]
 
 
-def head_slots(slots: NDArray[np.int64], cache: PagedKVCache) -> NDArray[np.int64]:
-    """From `[rows]` slots (block id * block size + offset) to those of `StepLayout`."""
-    block, offset = np.divmod(slots, cache.block_size)
-    heads = np.arange(cache.num_kv_heads)
-    flat: NDArray[np.int64] = (block[:, None] * cache.num_kv_heads + heads) * cache.block_size + offset[:, None]
-    return flat.reshape(-1)
+def head_slots(block_ids: NDArray[np.int64], offsets: NDArray[np.int64], cache: PagedKVCache) -> NDArray[np.int64]:
+    """The slots of `StepLayout`, from the block of each row and where it stands in there: `[rows]` each."""
+    heads = block_ids[:, None] * cache.num_kv_heads + np.arange(cache.num_kv_heads)
+    slots: NDArray[np.int64] = heads * cache.block_size + offsets[:, None]
+    return slots.reshape(-1)
 
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parleyd.kernels.cache import PagedKVCache, head_slots, write
 from parleyd.kernels.gathered import Gathered
-from parleyd.kernels.paged import PagedDecode, PagedPrefill
+from parleyd.kernels.paged import PagedDecode, PagedPrefill, block_table
 from parleyd.model.upload import upload
 from parleyd.scheduling.request import Batch
 
@@ -38,23 +38,28 @@ class StepLayout:
     @classmethod
     def of(cls, batch: Batch, cache: PagedKVCache) -> StepLayout:
         """The layout of a batch, on the cache's device."""
-        decodes, prefills = batch.scheduled[: batch.num_decodes], batch.scheduled[batch.num_decodes :]
+        kernels, scheduled = cache.kernels, batch.scheduled
+        table = block_table(scheduled, cache.block_size)
+        entries = np.arange(len(scheduled)).repeat([item.num_tokens for item in scheduled])
+        positions = np.frombuffer(batch.positions(), np.int64)
         parts: list[Part] = []
-        if cache.kernels.takes_prompts:
-            decodes, prefills = batch.scheduled, []
-        if decodes and cache.kernels.decode is not None:
-            parts.append(PagedDecode.of(decodes, cache.block_size, cache.device))
-        elif decodes:
-            parts.append(Gathered.of(decodes, 0, cache))
-        row = sum(item.num_tokens for item in decodes)
-        if prefills and cache.kernels.prefill is not None:
-            parts.append(PagedPrefill.of(prefills, row, cache.block_size, cache.device))
+        num_decodes = len(scheduled) if kernels.takes_prompts else batch.num_decodes
+        row = batch.num_tokens if kernels.takes_prompts else num_decodes
+        if num_decodes and kernels.decode is not None:
+            lengths = positions[:row].astype(np.int32) + 1
+            parts.append(PagedDecode(upload(table[entries[:row]], cache.device), upload(lengths, cache.device)))
+        elif num_decodes:
+            parts.append(Gathered.of(scheduled[:num_decodes], 0, cache))
+        prefills = scheduled[num_decodes:]
+        if prefills and kernels.prefill is not None:
+            parts.append(PagedPrefill.of(prefills, row, table[num_decodes:], cache.device))
         else:
             for item in prefills:
                 parts.append(Gathered.of([item], row, cache))
                 row += item.num_tokens
-        slots = np.frombuffer(batch.slots(cache.block_size), np.int64)
-        return cls(upload(head_slots(slots, cache), cache.device), tuple(parts))
+        block_ids = table[entries, positions // cache.block_size].astype(np.int64)
+        slots = head_slots(block_ids, positions % cache.block_size, cache)
+        return cls(upload(slots, cache.device), tuple(parts))
 
     @property
     def paged_decode(self) -> PagedDecode | None:

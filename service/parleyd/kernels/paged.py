@@ -53,13 +53,6 @@ class PagedDecode:
     table: Tensor
     lengths: Tensor
 
-    @classmethod
-    def of(cls, scheduled: list[Scheduled], block_size: int, device: torch.device) -> PagedDecode:
-        ends = [item.start + item.num_tokens + 1 for item in scheduled]
-        lengths = [np.arange(item.start + 1, end, dtype=np.int32) for item, end in zip(scheduled, ends, strict=True)]
-        table = block_table(scheduled, block_size).repeat([item.num_tokens for item in scheduled], 0)
-        return cls(upload(table, device), upload(np.concatenate(lengths), device))
-
     def attend(
         self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
@@ -83,12 +76,12 @@ class PagedPrefill:
     max_tokens: int
 
     @classmethod
-    def of(cls, scheduled: list[Scheduled], row: int, block_size: int, device: torch.device) -> PagedPrefill:
+    def of(cls, scheduled: list[Scheduled], row: int, table: NDArray[np.int32], device: torch.device) -> PagedPrefill:
+        """`table`: see `block_table`."""
         num_tokens = np.array([item.num_tokens for item in scheduled], np.int32)
         lengths = np.array([item.start + item.num_tokens for item in scheduled], np.int32)
         starts = np.concatenate(([0], num_tokens.cumsum())).astype(np.int32)
-        table = upload(block_table(scheduled, block_size), device)
-        return cls(row, table, upload(lengths, device), upload(starts, device), int(num_tokens.max()))
+        return cls(row, upload(table, device), upload(lengths, device), upload(starts, device), int(num_tokens.max()))
 
     def attend(
         self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float

@@ -173,16 +173,3 @@ class Batch:
         for item in self.scheduled:
             positions.extend(range(item.start, item.start + item.num_tokens))
         return positions
-
-    def slots(self, block_size: int) -> array[int]:
-        """Where the keys and values of each input id go (int64): block id * block size + offset."""
-        slots = array("q")
-        for item in self.scheduled:
-            position, end = item.start, item.start + item.num_tokens
-            while position < end:
-                index, offset = divmod(position, block_size)
-                num_slots = min(block_size - offset, end - position)
-                first = item.block_ids[index] * block_size + offset
-                slots.extend(range(first, first + num_slots))
-                position += num_slots
-        return slots

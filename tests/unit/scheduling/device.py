@@ -27,7 +27,8 @@ class Device:
         self._truth: dict[Sequence, list[int]] = {}
 
     def launch(self, batch: Batch) -> Step:
-        ids, slots, positions = list(batch.token_ids()), list(batch.slots(self._block_size)), list(batch.positions())
+        ids, positions = list(batch.token_ids()), list(batch.positions())
+        slots = [self._slot(item.block_ids, item.start + i) for item in batch.scheduled for i in range(item.num_tokens)]
         assert len(ids) == len(slots) == len(positions) == batch.num_tokens
         assert len(set(slots)) == len(slots), "two tokens of a step in one slot"
         step, first = Step(batch), 0
