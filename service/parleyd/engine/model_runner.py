@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from parleyd.generation import TokenLogprob
 from parleyd.kernels.cache import PagedKVCache
@@ -120,21 +121,10 @@ def _sampling_row(item: Scheduled) -> SamplingRow:
 
 
 def _copy_to_host(sampled: SampledTokens) -> Launched:
-    token_ids, are_finite, logprobs = sampled
-    if token_ids.device.type != "cuda":
+    if not sampled.token_ids.is_cuda:
         return Launched(sampled, None)
-    token_ids, are_finite = _to_pinned(token_ids), _to_pinned(are_finite)
-    if logprobs is not None:
-        logprobs = logprobs._replace(
-            token_logprobs=_to_pinned(logprobs.token_logprobs),
-            top_ids=None if logprobs.top_ids is None else _to_pinned(logprobs.top_ids),
-            top_logprobs=None if logprobs.top_logprobs is None else _to_pinned(logprobs.top_logprobs),
-        )
+    # Asynchronously, and so into pinned memory.
+    on_host = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", non_blocking=True), sampled)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
-    return Launched(SampledTokens(token_ids, are_finite, logprobs), copied)
-
-
-def _to_pinned(tensor: Tensor) -> Tensor:
-    into = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return into.copy_(tensor, non_blocking=True)
+    return Launched(on_host, copied)

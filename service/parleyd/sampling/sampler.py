@@ -52,15 +52,13 @@ class Logprobs(NamedTuple):
     rows: tuple[int, ...]
     num_top: tuple[int, ...]
     token_logprobs: Tensor  # [len(rows)], float32
-    top_ids: Tensor | None  # [len(rows), 20 or the vocabulary], int64; None: nobody asked
-    top_logprobs: Tensor | None  # of the same shape, float32
+    top_ids: Tensor  # [len(rows), 20 or the vocabulary], int64
+    top_logprobs: Tensor  # of the same shape, float32
 
     def by_row(self) -> dict[int, TokenLogprob]:
         """On the host, for each row that asked. Waits for the device."""
-        tops: list[tuple[tuple[int, float], ...]] = [()] * len(self.rows)
-        if self.top_ids is not None and self.top_logprobs is not None:
-            pairs = zip(self.num_top, self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
-            tops = [TokenLogprob.best(ids, values, num) for num, ids, values in pairs]
+        pairs = zip(self.num_top, self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        tops = [TokenLogprob.best(ids, values, num) for num, ids, values in pairs]
         return dict(zip(self.rows, map(TokenLogprob, self.token_logprobs.tolist(), tops), strict=True))
 
 
@@ -284,8 +282,5 @@ def _logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> Logpro
     logits = _as_float(rows.of(logits))
     logprobs = logits.log_softmax(-1)
     token_logprobs = _chosen(logprobs, rows.of(token_ids))
-    top_ids = top_logprobs = None
-    if any(batch.num_top):
-        _, top_ids = draws.largest(logits, min(NUM_TOP_LOGPROBS, logits.shape[1]))
-        top_logprobs = logprobs.gather(1, top_ids)
-    return Logprobs(rows.rows, batch.num_top, token_logprobs, top_ids, top_logprobs)
+    _, top_ids = draws.largest(logits, min(NUM_TOP_LOGPROBS, logits.shape[1]))
+    return Logprobs(rows.rows, batch.num_top, token_logprobs, top_ids, logprobs.gather(1, top_ids))
