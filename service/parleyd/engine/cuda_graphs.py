@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -56,42 +55,18 @@ class CudaCapture:
         return replay
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """What the graphs read: the inputs of up to as many rows as the largest has, at first all of them nobody's."""
+class _Buffer:
+    """An input of the graphs: of up to as many rows as the largest has, at first all of them nobody's."""
 
-    input_ids: Tensor  # [rows]
-    positions: Tensor  # [rows]
-    slots: Tensor  # [rows, kv_heads]
-    table: Tensor  # [rows, blocks of a full context], int32
-    lengths: Tensor  # [rows], int32
-    nobody_slots: Tensor  # [kv_heads]
-    nobody_block: int
+    def __init__(self, nobody: Tensor, num_rows: int) -> None:
+        """`nobody`: what a row of nobody's has, `[columns]`."""
+        self.rows = nobody.repeat(num_rows, 1)
+        self._nobody = nobody
 
-    @classmethod
-    def of(cls, cache: PagedKVCache, num_rows: int, max_context_tokens: int) -> _Buffers:
-        device, scratch = cache.device, cache.num_blocks
-        slots = upload(head_slots(np.array([scratch]), np.zeros(1, np.int64), cache), device)
-        ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        num_blocks = -(-max_context_tokens // cache.block_size)
-        table = torch.full((num_rows, num_blocks), scratch, dtype=torch.int32, device=device)
-        lengths = torch.ones(num_rows, dtype=torch.int32, device=device)
-        return cls(ids, ids.clone(), slots.repeat(num_rows, 1), table, lengths, slots, scratch)
-
-    def load(self, input_ids: Tensor, positions: Tensor, slots: Tensor, decode: PagedDecode, size: int) -> None:
-        """A step's rows, and nobody's from there to `size`."""
-        num_rows = len(input_ids)
-        self.input_ids[:num_rows].copy_(input_ids)
-        self.positions[:num_rows].copy_(positions)
-        self.slots[:num_rows].copy_(slots.view(num_rows, -1))
-        self.table[:num_rows, : decode.table.shape[1]].copy_(decode.table)
-        self.lengths[:num_rows].copy_(decode.lengths)
-        padding = slice(num_rows, size)
-        self.input_ids[padding].zero_()
-        self.positions[padding].zero_()
-        self.slots[padding].copy_(self.nobody_slots)
-        self.table[padding, 0].fill_(self.nobody_block)
-        self.lengths[padding].fill_(1)
+    def load(self, rows: Tensor, size: int) -> None:
+        """A step's rows, `[rows, columns or fewer]`, and nobody's from there to `size`."""
+        self.rows[: len(rows), : rows.shape[1]].copy_(rows)
+        self.rows[len(rows) : size].copy_(self._nobody)
 
 
 class GraphedForward:
@@ -108,7 +83,16 @@ class GraphedForward:
     ) -> None:
         """Captures all graphs. Raises what capturing raises."""
         self._forward = forward
-        self._buffers = _Buffers.of(cache, max_rows, max_context_tokens)
+        num_blocks, scratch = -(-max_context_tokens // cache.block_size), np.array([cache.num_blocks])
+        # Input id, position, slots, block table and length.
+        nobody = (
+            np.zeros(1, np.int64),
+            np.zeros(1, np.int64),
+            head_slots(scratch, np.zeros(1, np.int64), cache),
+            scratch.repeat(num_blocks).astype(np.int32),
+            np.ones(1, np.int32),
+        )
+        self._buffers = [_Buffer(upload(one, cache.device), max_rows) for one in nobody]
         self._rows = torch.arange(max_rows, device=cache.device)
         self._sizes = graph_sizes(max_rows)
         self._replays: dict[int, Replay] = {}
@@ -131,15 +115,16 @@ class GraphedForward:
         size = next((size for size in self._sizes if size >= num_rows), None)
         if size is None or decode is None:
             return self._forward(input_ids, positions, layout, sample_rows)
-        self._buffers.load(input_ids, positions, layout.slots, decode, size)
+        inputs = (input_ids, positions, layout.slots, decode.table, decode.lengths)
+        for buffer, rows in zip(self._buffers, inputs, strict=True):
+            buffer.load(rows.view(num_rows, -1), size)
         return self._replays[size]()[:num_rows]
 
     @torch.inference_mode()
     def _run(self, size: int) -> Tensor:
-        buffers = self._buffers
-        decode = PagedDecode(buffers.table[:size], buffers.lengths[:size])
-        layout = StepLayout(buffers.slots[:size].view(-1), (decode,))
-        return self._forward(buffers.input_ids[:size], buffers.positions[:size], layout, self._rows[:size])
+        input_ids, positions, slots, table, lengths = (buffer.rows[:size] for buffer in self._buffers)
+        layout = StepLayout(slots.view(-1), (PagedDecode(table, lengths.view(-1)),))
+        return self._forward(input_ids.view(-1), positions.view(-1), layout, self._rows[:size])
 
 
 def graph_sizes(max_rows: int) -> list[int]:
