@@ -9,7 +9,6 @@ import torch
 
 from parleyd.kernels.choice import AttentionShape, check_kernels, choose_kernels
 from parleyd.kernels.paged import Kernels
-from parleyd.kernels.varlen import varlen_obstacle
 from tests.support import torch_kernels
 
 pytestmark = [
@@ -72,9 +71,9 @@ def test_the_triton_kernel_gives_a_row_the_same_bits_among_any_neighbours() -> N
 def test_varlen_attn_over_blocks_where_torch_has_it(
     heads: tuple[int, int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    if obstacle := varlen_obstacle(torch.bfloat16):
-        pytest.skip(obstacle)
     kernels, block_size = choose_kernels("varlen", shape(heads, torch.bfloat16))
+    if "unexpected keyword argument" in caplog.text:
+        pytest.skip("torch's varlen_attn has no block tables")
     assert kernels.decode and kernels.prefill, caplog.text
     check_kernels(kernels, block_size, shape(heads, torch.bfloat16))
 

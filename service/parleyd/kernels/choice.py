@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.compiled import CompiledKernels, compare, first_line
 from parleyd.kernels.layout import StepLayout, attend
-from parleyd.kernels.paged import BLOCK_SIZE, NO_KERNELS, DecodeKernel, Kernels
-from parleyd.kernels.varlen import varlen_kernels, varlen_obstacle
+from parleyd.kernels.paged import BLOCK_SIZE, NO_KERNELS, Kernels
+from parleyd.kernels.varlen import varlen_kernels
 from parleyd.scheduling.request import Batch, Sequence
 
 _logger = logging.getLogger("parleyd.engine")
@@ -49,12 +50,17 @@ def choose_kernels(wanted: str, shape: AttentionShape, compiled: CompiledKernels
     `compiled`: for a CPU.
     """
     if wanted == "gather" or (wanted == "auto" and shape.device.type != "cuda"):
-        return _compiled(compiled if wanted == "auto" else None, shape), BLOCK_SIZE
+        decode = compiled.decode if compiled and wanted == "auto" else None
+        made = decode and _tried("compiled", lambda: Kernels(decode, takes_prompts=True), BLOCK_SIZE, shape)
+        return made or NO_KERNELS, BLOCK_SIZE
     varlen, block_size = NO_KERNELS, BLOCK_SIZE
-    if wanted != "triton":
-        varlen, block_size = _varlen(shape)
+    for size in () if wanted == "triton" else _VARLEN_BLOCK_SIZES:
+        if made := _tried("varlen_attn", varlen_kernels, size, shape):
+            varlen, block_size = made, size
+            break
     # Triton's splits keep a GPU busy with few sequences too, which one split of FlashAttention each does not.
-    decode = None if wanted == "varlen" else _triton(shape, block_size)
+    triton = None if wanted == "varlen" else _tried("Triton", lambda: _triton(shape), block_size, shape)
+    decode = triton.decode if triton else None
     _logger.info(
         "attention: decoding by %s, prompts by %s, blocks of %d tokens",
         "triton" if decode else "varlen_attn" if varlen.decode else "gather",
@@ -106,43 +112,20 @@ def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: 
     return batch
 
 
-def _compiled(compiled: CompiledKernels | None, shape: AttentionShape) -> Kernels:
-    if compiled is None:
-        return NO_KERNELS
-    kernels = Kernels(compiled.decode, takes_prompts=True)
+def _triton(shape: AttentionShape) -> Kernels:
+    from parleyd.kernels.triton_decode import triton_decode
+
+    return Kernels(decode=triton_decode(shape.max_context_tokens))
+
+
+def _tried(name: str, make: Callable[[], Kernels], block_size: int, shape: AttentionShape) -> Kernels | None:
+    """What `make` makes; None, and a line in the log, where it cannot be made or fails its trial."""
     try:
-        check_kernels(kernels, BLOCK_SIZE, shape)
-    except Exception as error:
-        _logger.warning("no compiled kernel for attention: %s", first_line(error))
-        return NO_KERNELS
-    return kernels
-
-
-def _triton(shape: AttentionShape, block_size: int) -> DecodeKernel | None:
-    try:
-        from parleyd.kernels.triton_decode import triton_decode
-
-        kernel = triton_decode(shape.max_context_tokens)
-        check_kernels(Kernels(decode=kernel), block_size, shape)
+        kernels = make()
+        check_kernels(kernels, block_size, shape)
     except torch.AcceleratorError:
         raise
     except Exception as error:
-        _logger.warning("no Triton kernel for decoding: %s", first_line(error))
+        _logger.warning("no %s kernel for attention to blocks of %d tokens: %s", name, block_size, first_line(error))
         return None
-    return kernel
-
-
-def _varlen(shape: AttentionShape) -> tuple[Kernels, int]:
-    obstacle = varlen_obstacle(shape.dtype)
-    for block_size in () if obstacle else _VARLEN_BLOCK_SIZES:
-        try:
-            kernels = varlen_kernels()
-            check_kernels(kernels, block_size, shape)
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            obstacle = first_line(error)
-        else:
-            return kernels, block_size
-    _logger.warning("no varlen_attn over blocks: %s", obstacle)
-    return NO_KERNELS, BLOCK_SIZE
+    return kernels

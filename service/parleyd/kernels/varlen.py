@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
 from parleyd.kernels.paged import Kernels
 
 
-def varlen_obstacle(dtype: torch.dtype) -> str | None:
-    """Why this torch's varlen_attn is of no use to us, or None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return "torch has no varlen_attn"
-    missing = {"block_table", "seqused_k", "num_splits"} - inspect.signature(varlen_attn).parameters.keys()
-    if missing:
-        return f"torch's varlen_attn has no {', '.join(sorted(missing))}"
-    return None if dtype in (torch.float16, torch.bfloat16) else f"FlashAttention does not do {dtype}"
-
-
 def varlen_kernels() -> Kernels:
-    """One split, so that what a sequence is given does not depend on the others' lengths."""
+    """For float16 and bfloat16, in a torch whose varlen_attn knows block tables: another fails when it is tried.
+
+    One split, so that what a sequence is given does not depend on the others' lengths.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     def prefill(

@@ -18,7 +18,6 @@ from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.choice import AttentionShape, check_kernels, choose_kernels
 from parleyd.kernels.layout import StepLayout, attend
 from parleyd.kernels.paged import NO_KERNELS, Kernels
-from parleyd.kernels.varlen import varlen_obstacle
 from parleyd.scheduling.request import Batch, Sequence
 from tests.support import torch_kernels
 from tests.support.tiny_models import make_engine, make_model, oracle, prompts, request
@@ -141,7 +140,7 @@ def test_a_triton_kernel_that_passes_its_trial_is_chosen(triton_decode: Any, cap
     assert "decoding by triton, prompts by gather" in caplog.text
 
 
-@pytest.mark.parametrize(("wanted", "why"), [("triton", "no Triton kernel"), ("varlen", "no varlen_attn")])
+@pytest.mark.parametrize(("wanted", "why"), [("triton", "no Triton kernel"), ("varlen", "no varlen_attn kernel")])
 def test_kernels_that_do_not_work_here_are_not_used_and_the_log_says_why(
     wanted: str, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,11 +162,3 @@ def test_a_trial_finds_a_kernel_that_reads_one_token_too_many() -> None:
 
     with pytest.raises(RuntimeError, match="off by"):
         check_kernels(Kernels(decode=wrong), 32, shape())
-
-
-def test_a_varlen_attn_without_block_tables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    if not varlen_obstacle(torch.bfloat16):
-        assert "float32" in (varlen_obstacle(torch.float32) or "")
-    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: query)
-    assert "block_table, num_splits, seqused_k" in (varlen_obstacle(torch.bfloat16) or "")
