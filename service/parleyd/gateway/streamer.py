@@ -6,15 +6,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Violation
 from parleyd.generation import FinishReason, Output, TokenLogprob
+from parleyd.ipc.messages import decode_logprob, encode
 
 # Ids in a message; many clients take none of more than 4 MiB. With 20 log-probabilities each they take 40 times as long
 # to put into it, while all other streams wait.
 _MAX_IDS, _MAX_IDS_WITH_LOGPROBS = 256, 32
-_encode_logprob, _decode_logprob = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(TokenLogprob).decode
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Streamer:
     def put(self, output: Output) -> None:
         """Adds what one step made."""
         self._token_ids.extend(output.token_ids)
-        self._logprobs.extend(map(_encode_logprob, output.logprobs))
+        self._logprobs.extend(map(encode, output.logprobs))
         self._finish_reason = output.finish_reason
         if self._cached_prompt_tokens is None:  # what a later worker finds cached saves what was already done
             self._cached_prompt_tokens = output.cached_prompt_tokens
@@ -77,4 +75,4 @@ class Streamer:
         if not is_all or self._error is not None:
             self._news.set()
         finish_reason = self._finish_reason if is_all else None
-        return Delta(token_ids, finish_reason, self._cached_prompt_tokens or 0, [*map(_decode_logprob, logprobs)])
+        return Delta(token_ids, finish_reason, self._cached_prompt_tokens or 0, [*map(decode_logprob, logprobs)])

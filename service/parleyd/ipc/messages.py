@@ -7,7 +7,7 @@ from __future__ import annotations
 import msgspec
 
 from parleyd.config import ModelSettings
-from parleyd.generation import EngineRequest, EngineStats, ModelInfo, Output
+from parleyd.generation import EngineRequest, EngineStats, ModelInfo, Output, TokenLogprob
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
@@ -86,3 +86,4 @@ encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 decode_to_checker = msgspec.msgpack.Decoder(CheckGrammar).decode
 decode_to_gateway = msgspec.msgpack.Decoder(ToGateway).decode
+decode_logprob = msgspec.msgpack.Decoder(TokenLogprob).decode
