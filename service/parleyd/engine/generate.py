@@ -32,7 +32,7 @@ from parleyd.generation import (
     TokenLogprob,
 )
 from parleyd.grammar.compiler import GrammarError
-from parleyd.sampling.grammar import GrammarCompiler, GrammarMask, GrammarRow, GrammarState
+from parleyd.sampling.grammar import GrammarCompiler, GrammarRow, GrammarState, mask_by_grammar
 from parleyd.sampling.sampler import MIN_REPETITION_PENALTY, MIN_TEMPERATURE
 
 _logger = logging.getLogger("parleyd.engine")
@@ -320,10 +320,8 @@ class _Steered(LogitsProcessor):  # type: ignore[misc]
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        row = GrammarRow(0, self._grammar, input_ids.shape[1] - self._prompt_length)
-        mask = GrammarMask([row], scores.shape[1])
-        scores = mask.apply(scores.clone())
-        mask.force_ends(scores)
+        scores = scores.clone()
+        mask_by_grammar(scores, [GrammarRow(0, self._grammar, input_ids.shape[1] - self._prompt_length)])
         return scores
 
 

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,26 +140,20 @@ class GrammarRow(NamedTuple):
     position: int
 
 
-class GrammarMask:
-    """Which ids may be drawn in some rows of a step."""
+def mask_by_grammar(logits: Tensor, rows: Sequence[GrammarRow]) -> None:
+    """Makes logits minus infinity, in place, for what may not be drawn in these rows. logits: [batch, vocab], float32.
 
-    def __init__(self, rows: Sequence[GrammarRow], vocab_size: int) -> None:
-        self.rows = tuple(row for row, _, _ in rows)
-        self._vocab_size = vocab_size
-        self._mask = np.zeros((len(rows), -(-vocab_size // 32)), np.int32)
-        filled = [state.fill(self._mask, i, position) for i, (_, state, position) in enumerate(rows)]
-        self._ends = [(one.row, one.state.eos_token_id) for one, ends in zip(rows, filled, strict=True) if ends]
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """The logits, minus infinity for what may not be drawn. logits: [rows, vocab], float32; changed in place."""
-        packed = upload(self._mask.view(np.uint8), logits.device)
-        addends = upload(_ADDENDS, logits.device).index_select(0, packed.flatten().int())
-        return logits.add_(addends.view(len(logits), -1)[:, : self._vocab_size])
-
-    def force_ends(self, logits: Tensor) -> None:
-        """Where an end is all there is, lets it be drawn whatever else has masked it. logits: [batch, vocab]."""
-        for row, token_id in self._ends:
-            logits[row, token_id] = 0.0
+    Where an end is all there is, it may be drawn whatever else has masked it.
+    """
+    vocab_size = logits.shape[1]
+    mask = np.zeros((len(rows), -(-vocab_size // 32)), np.int32)
+    must_end = [state.fill(mask, i, position) for i, (_, state, position) in enumerate(rows)]
+    packed = upload(mask.view(np.uint8), logits.device)
+    addends = upload(_ADDENDS, logits.device).index_select(0, packed.flatten().int())
+    places = upload(np.array([one.row for one in rows]), logits.device)
+    logits.index_add_(0, places, addends.view(len(rows), -1)[:, :vocab_size])
+    for one in compress(rows, must_end):
+        logits[one.row, one.state.eos_token_id] = 0.0
 
 
 def _bits(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.uint8]:

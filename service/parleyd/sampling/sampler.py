@@ -17,7 +17,7 @@ from torch import Tensor
 from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
 from parleyd.model.upload import upload
 from parleyd.sampling import draws
-from parleyd.sampling.grammar import GrammarMask, GrammarRow, GrammarState
+from parleyd.sampling.grammar import GrammarRow, GrammarState, mask_by_grammar
 from parleyd.sampling.penalties import PenalisedRow, Penalties, penalise
 
 # Below these, logits overflow; what they ask for is the greedy choice anyway.
@@ -107,34 +107,21 @@ class _Settings:
 
 
 class _Rows:
-    """Some rows of a tensor. Neighbours in order, all rows above all, cost no copy."""
+    """Some rows of a tensor, in order. All of them cost no copy."""
 
     def __init__(self, rows: Sequence[int], num_rows: int, device: torch.device) -> None:
         self.rows = tuple(rows)
-        self._is_all = self.rows == tuple(range(num_rows))
-        self._slice: slice | None = None
-        self._index: Tensor | None = None
-        if rows and self.rows == tuple(range(rows[0], rows[0] + len(rows))):
-            self._slice = slice(rows[0], rows[0] + len(rows))
-        elif rows:
-            self._index = upload(np.array(rows, np.int64), device)
+        self._index = None if len(rows) == num_rows else upload(np.array(rows, np.int64), device)
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
     def of(self, tensor: Tensor) -> Tensor:
-        if self._is_all:
-            return tensor
-        return tensor[self._slice] if self._index is None else tensor.index_select(0, self._index)
+        return tensor if self._index is None else tensor.index_select(0, self._index)
 
     def put(self, tensor: Tensor, values: Tensor) -> Tensor:
         """The tensor with the values in these rows: in place, or the values where they are all."""
-        if self._is_all:
-            return values
-        if self._index is not None:
-            return tensor.index_copy_(0, self._index, values)
-        tensor[self._slice] = values
-        return tensor
+        return values if self._index is None else tensor.index_copy_(0, self._index, values)
 
 
 class _DrawnRows:
@@ -173,7 +160,7 @@ class SamplingBatch:
         self.num_top = tuple(num_top for _, num_top in asked)
         # New at each step.
         self.penalised: list[PenalisedRow] = []
-        self.mask: GrammarMask | None = None
+        self.steered: list[GrammarRow] = []
 
 
 class Sampler:
@@ -199,15 +186,13 @@ class Sampler:
             self._settings = {row.key: known.get(row.key) or self._settings_of(row) for row in rows}
             batch = self._batch = SamplingBatch(keys, list(self._settings.values()), self._vocab_size, self._device)
         batch.penalised = self._penalised(rows)
-        batch.mask = self._mask(rows)
+        batch.steered = [
+            GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None
+        ]
         for drawn in batch.drawn:
             positions = np.array([rows[row].position for row in drawn.rows.rows], np.uint64)
             drawn.uniforms = upload(draws.uniforms(drawn.stream_keys, positions), self._device)
         return batch
-
-    def _mask(self, rows: Sequence[SamplingRow]) -> GrammarMask | None:
-        steered = [GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None]
-        return GrammarMask(steered, self._vocab_size) if steered else None
 
     def _settings_of(self, row: SamplingRow) -> _Settings:
         return _Settings.of(row.params, self._vocab_size, self._eos_token_ids)
@@ -242,15 +227,13 @@ class Sampler:
         return SampledTokens(token_ids, numbers.isfinite(), logprobs)
 
     def _changed(self, logits: Tensor, batch: SamplingBatch, last_ids: Tensor) -> Tensor:
-        if not batch.penalised and batch.mask is None:
+        if not batch.penalised and not batch.steered:
             return logits
         changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if batch.penalised:
             penalise(changed, batch.penalised, last_ids)
-        if batch.mask is not None:
-            rows = _Rows(batch.mask.rows, batch.size, self._device)
-            changed = rows.put(changed, batch.mask.apply(rows.of(changed)))
-            batch.mask.force_ends(changed)
+        if batch.steered:
+            mask_by_grammar(changed, batch.steered)
         return changed
 
 

@@ -16,7 +16,7 @@ from parleyd.generation import FinishReason, ModelInfo
 from parleyd.grammar.compiler import GrammarError, UnknownTokenizer
 from parleyd.grammar.formats import to_grammar
 from parleyd.sampling.draws import first_argmax
-from parleyd.sampling.grammar import GrammarCompiler, GrammarMask, GrammarRow
+from parleyd.sampling.grammar import GrammarCompiler, GrammarRow, mask_by_grammar
 from parleyd.sampling.sampler import Sampler, SamplingRow
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
@@ -236,5 +236,6 @@ def test_a_tokenizer_that_could_not_be_read_is_read_again(info: ModelInfo, tmp_p
 def test_a_mask_is_of_the_bits_it_is_made_from(info: ModelInfo) -> None:
     request = ask_engine(0, to_grammar("regex", "[a-c]*"))
     state = GrammarCompiler(info).start(request).result()
-    masked = GrammarMask([GrammarRow(0, state, 0)], VOCAB_SIZE).apply(torch.zeros(1, VOCAB_SIZE))
+    masked = torch.zeros(1, VOCAB_SIZE)
+    mask_by_grammar(masked, [GrammarRow(0, state, 0)])
     assert masked[0].isfinite().nonzero()[:, 0].tolist() == [*b"abc", EOS]
