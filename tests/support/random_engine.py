@@ -64,7 +64,7 @@ def make_random_engine(
     )
     forward = RandomForward(info.vocab_size, likely_ids, seed)
     runner = ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids)
-    return BatchingEngine(scheduler, runner, 16, overlap=overlap, grammars=GrammarCompiler(info))
+    return BatchingEngine(scheduler, runner, 16, GrammarCompiler(info), overlap=overlap)
 
 
 def info_of(

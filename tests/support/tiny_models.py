@@ -20,6 +20,7 @@ from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.paged import NO_KERNELS, Kernels
 from parleyd.model.lean_model import LeanModel
+from parleyd.sampling.grammar import GrammarCompiler
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
 
@@ -80,7 +81,8 @@ def make_engine(
     forward: Forward = LeanForward(LeanModel.of(model), cache) if lean else StockForward(model, cache)
     if capture is not None:
         forward = GraphedForward(forward, cache, max_rows=max_running, max_context_tokens=context, capture=capture)
-    return BatchingEngine(scheduler, ModelRunner(forward, cache, VOCAB_SIZE, eos), max_running, overlap=overlap)
+    runner = ModelRunner(forward, cache, VOCAB_SIZE, eos)
+    return BatchingEngine(scheduler, runner, max_running, GrammarCompiler(info_of(model, context)), overlap=overlap)
 
 
 def request(key: int, prompt: tuple[int, ...], **params: Any) -> EngineRequest:

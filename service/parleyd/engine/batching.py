@@ -47,16 +47,14 @@ class BatchingEngine:
         scheduler: Scheduler,
         runner: ModelRunner,
         max_running: int,
+        grammars: GrammarCompiler,
         budget: PrefillBudget | None = None,
         *,
         overlap: bool = False,
-        grammars: GrammarCompiler | None = None,
     ) -> None:
         """`budget`: the scheduler's, where it wants to know what steps cost; they must have run once they are launched.
 
-        `overlap`: launch a step before the ids of the one ahead are here, so that a device never waits for us.
-        Without `grammars`, requests that have one fail.
-        """
+        `overlap`: launch a step before the ids of the one ahead are here, so that a device never waits for us."""
         self.max_running = max_running
         self._budget = budget
         self._num_steps = 0
@@ -76,7 +74,7 @@ class BatchingEngine:
 
     def submit(self, request: EngineRequest) -> None:
         """See Engine. A request with a grammar enters the inbox once that is compiled."""
-        if not request.params.grammar or self._grammars is None:
+        if not request.params.grammar:
             self._inbox.put(_Submitted(request))
             return
         self._compiling.add(request.key)
@@ -156,8 +154,6 @@ class BatchingEngine:
 
     def _submit(self, submitted: _Submitted) -> Output | None:
         request, compiled = submitted
-        if compiled is None and request.params.grammar:
-            return Output(key=request.key, error="this engine knows no grammars")
         if compiled is None:
             return self._scheduler.submit(request)
         if request.key not in self._compiling:  # aborted

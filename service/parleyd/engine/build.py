@@ -72,15 +72,9 @@ def build_engine(
 def _build_lean(
     settings: ModelSettings, model: LeanModel, info: ModelInfo, blocks: GgufBlocks | None
 ) -> BatchingEngine:
-    shape = AttentionShape(
-        num_layers=model.shape.num_layers,
-        num_heads=model.shape.num_heads,
-        num_kv_heads=model.shape.num_kv_heads,
-        head_dim=model.shape.head_dim,
-        dtype=model.dtype,
-        device=model.device,
-        max_context_tokens=info.max_context_tokens,
-    )
+    own = model.shape
+    sizes = (own.num_layers, own.num_heads, own.num_kv_heads, own.head_dim)
+    shape = AttentionShape(*sizes, model.dtype, model.device, info.max_context_tokens)
     compiled = _compiled(settings, shape)
     cache = _build_cache(settings, shape, compiled)
     packed, wanted = settings.packed_linear, _wanted_blocks(settings, blocks)
@@ -93,15 +87,11 @@ def _build_stock(settings: ModelSettings, model: PreTrainedModel, info: ModelInf
     from parleyd.engine.stock_forward import checked_stock_forward
 
     config: Any = model.config.get_text_config()
-    shape = AttentionShape(
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        dtype=model.dtype,
-        device=model.device,
-        max_context_tokens=info.max_context_tokens,
-    )
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+    sizes = (config.num_hidden_layers, num_heads, num_kv_heads, head_dim)
+    shape = AttentionShape(*sizes, model.dtype, model.device, info.max_context_tokens)
     cache = _build_cache(settings, shape, _compiled(settings, shape))
     forward = checked_stock_forward(model, cache)
     return None if forward is None else _build_batching(settings, forward, cache, info)
@@ -130,7 +120,7 @@ def _build_batching(settings: ModelSettings, forward: Forward, cache: PagedKVCac
         forward = _graphed(forward, cache, max_running, info.max_context_tokens)
     runner = ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids)
     overlap = is_cuda and settings.overlap
-    return BatchingEngine(scheduler, runner, max_running, budget, overlap=overlap, grammars=GrammarCompiler(info))
+    return BatchingEngine(scheduler, runner, max_running, GrammarCompiler(info), budget, overlap=overlap)
 
 
 def _max_running(settings: ModelSettings) -> int:

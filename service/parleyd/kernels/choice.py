@@ -31,7 +31,7 @@ _logger = logging.getLogger("parleyd.engine")
 _VARLEN_BLOCK_SIZES = (32, 64, 128, 256)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AttentionShape:
     """What a model asks of its attention and of the cache."""
 
