@@ -87,8 +87,8 @@ class ModelRunner:
         logits = self._forward(input_ids, positions, layout, sample_rows)
         if not sampling:
             return Launched(None, None)
-        prepared = self._sampler.prepare([_sampling_row(item) for item in sampling])
-        sampled = self._sampler.sample(logits, prepared, input_ids.index_select(0, sample_rows))
+        rows = [_sampling_row(item) for item in sampling]
+        sampled = self._sampler.sample(logits, rows, input_ids.index_select(0, sample_rows))
         self._sampled_places = {item.sequence.key: place for place, item in enumerate(sampling)}
         self._sampled_ids = sampled.token_ids
         return _copy_to_host(sampled)

@@ -1,12 +1,12 @@
 """From a step's logits to its token ids, for the whole batch at once, each row by its own request's parameters.
 
-The model runner calls `prepare`, then `sample`, once each a step. Nothing here waits for the device.
+The model runner calls it once a step. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,7 +81,6 @@ class _Settings:
     min_p: float
     penalties: Penalties
     stream_key: int
-    num_top_logprobs: int | None  # None: no log-probabilities at all
 
     @classmethod
     def of(cls, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> _Settings:
@@ -102,7 +101,6 @@ class _Settings:
                 min_new_tokens=params.min_new_tokens,
             ),
             stream_key=draws.stream_key(params.seed, params.choice),
-            num_top_logprobs=params.top_logprobs if params.logprobs else None,
         )
 
 
@@ -111,7 +109,7 @@ class _Rows:
 
     def __init__(self, rows: Sequence[int], num_rows: int, device: torch.device) -> None:
         self.rows = tuple(rows)
-        self._index = None if len(rows) == num_rows else upload(np.array(rows, np.int64), device)
+        self._index = upload(np.array(rows, np.int64), device) if 0 < len(rows) < num_rows else None
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -122,45 +120,6 @@ class _Rows:
     def put(self, tensor: Tensor, values: Tensor) -> Tensor:
         """The tensor with the values in these rows: in place, or the values where they are all."""
         return values if self._index is None else tensor.index_copy_(0, self._index, values)
-
-
-class _DrawnRows:
-    """Rows of the batch that are drawn at random together, and their parameters."""
-
-    def __init__(self, rows: Sequence[int], every: Sequence[_Settings], device: torch.device) -> None:
-        self.rows = _Rows(rows, len(every), device)
-        settings = [every[row] for row in rows]
-        self.stream_keys = np.array([one.stream_key for one in settings], np.uint64)
-        self.uniforms = torch.empty(0)  # [rows], float64; new at each step
-        self.temperature = upload(np.array([[one.temperature] for one in settings], np.float32), device)
-        # Of a row without one: what does nothing. None where no row has one.
-        self.top_k = self._column([one.top_k for one in settings], 0, np.int64, device)
-        self.max_top_k = max(one.top_k for one in settings)
-        self.top_p = self._column([one.top_p for one in settings], 1.0, np.float64, device)
-        self.min_p = self._column([one.min_p for one in settings], 0.0, np.float32, device)
-
-    @staticmethod
-    def _column(values: list[Any], neutral: float, dtype: type, device: torch.device) -> Tensor | None:
-        return upload(np.array(values, dtype)[:, None], device) if any(value != neutral for value in values) else None
-
-
-class SamplingBatch:
-    """The rows of a step, sorted by what has to be done for them. Lives on while the rows stay the same."""
-
-    def __init__(self, keys: list[int], settings: list[_Settings], vocab_size: int, device: torch.device) -> None:
-        self.keys = keys
-        self.size = len(keys)
-        self.greedy = _Rows([row for row, one in enumerate(settings) if one.is_greedy], self.size, device)
-        drawn = [row for row, one in enumerate(settings) if not one.is_greedy]
-        size = self.size if device.type == "cuda" else max(1, _CHUNK_SIZE // vocab_size)
-        chunks = [drawn[start : start + size] for start in range(0, len(drawn), size or 1)]
-        self.drawn = [_DrawnRows(chunk, settings, device) for chunk in chunks]
-        asked = [(row, one.num_top_logprobs) for row, one in enumerate(settings) if one.num_top_logprobs is not None]
-        self.logprobs = _Rows([row for row, _ in asked], self.size, device)
-        self.num_top = tuple(num_top for _, num_top in asked)
-        # New at each step.
-        self.penalised: list[PenalisedRow] = []
-        self.steered: list[GrammarRow] = []
 
 
 class Sampler:
@@ -174,67 +133,67 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._device = device
-        self._settings: dict[int, _Settings] = {}
-        self._batch: SamplingBatch | None = None
-
-    def prepare(self, rows: Sequence[SamplingRow]) -> SamplingBatch:
-        """The batch of a step; to be sampled once, and before the next is prepared."""
-        keys = [row.key for row in rows]
-        batch = self._batch
-        if batch is None or batch.keys != keys:
-            known = self._settings
-            self._settings = {row.key: known.get(row.key) or self._settings_of(row) for row in rows}
-            batch = self._batch = SamplingBatch(keys, list(self._settings.values()), self._vocab_size, self._device)
-        batch.penalised = self._penalised(rows)
-        batch.steered = [
-            GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None
-        ]
-        for drawn in batch.drawn:
-            positions = np.array([rows[row].position for row in drawn.rows.rows], np.uint64)
-            drawn.uniforms = upload(draws.uniforms(drawn.stream_keys, positions), self._device)
-        return batch
-
-    def _settings_of(self, row: SamplingRow) -> _Settings:
-        return _Settings.of(row.params, self._vocab_size, self._eos_token_ids)
-
-    def _penalised(self, rows: Sequence[SamplingRow]) -> list[PenalisedRow]:
-        return [
-            PenalisedRow(index, penalties, row.token_ids, row.num_prompt_tokens, row.position)
-            for index, row in enumerate(rows)
-            if (penalties := self._settings[row.key].penalties).change_logits(row.position)
-        ]
+        self._settings: dict[int, _Settings] = {}  # by key
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, batch: SamplingBatch, last_ids: Tensor) -> SampledTokens:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor) -> SampledTokens:
         """Chooses a token for each row. logits: [batch, vocab], any float type, in the rows' order; left as it is.
 
         last_ids: [batch], the id that each row's logits come from.
         """
-        x = self._changed(logits, batch, last_ids)
-        token_ids = torch.empty(batch.size, dtype=torch.int64, device=x.device)
+        settings = self._settings_of(rows)
+        x = _changed(logits, rows, settings, last_ids)
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=x.device)
         # Of what was chosen, as NaN is taken for the largest, and infinity is.
-        numbers = torch.empty(batch.size, dtype=torch.float32, device=x.device)
-        if batch.greedy:
-            ids = draws.first_argmax(_as_float(batch.greedy.of(x)))
-            token_ids = batch.greedy.put(token_ids, ids)
-            numbers = batch.greedy.put(numbers, _chosen(batch.greedy.of(logits), ids).float())
-        for drawn in batch.drawn:
+        numbers = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        if greedy := self._rows([one.is_greedy for one in settings]):
+            ids = draws.first_argmax(_as_float(greedy.of(x)))
+            token_ids = greedy.put(token_ids, ids)
+            numbers = greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
+        for drawn in self._chunks([row for row, one in enumerate(settings) if not one.is_greedy], len(rows)):
             # Either makes all of a softmax NaN.
-            probs = _probabilities(_as_float(drawn.rows.of(x)), drawn)
-            ids = draws.draw(probs, drawn.uniforms)
-            token_ids, numbers = drawn.rows.put(token_ids, ids), drawn.rows.put(numbers, _chosen(probs, ids))
-        logprobs = _logprobs(logits, token_ids, batch) if batch.logprobs else None
+            probs = _probabilities(_as_float(drawn.of(x)), [settings[row] for row in drawn.rows])
+            keys = np.array([settings[row].stream_key for row in drawn.rows], np.uint64)
+            positions = np.array([rows[row].position for row in drawn.rows], np.uint64)
+            ids = draws.draw(probs, upload(draws.uniforms(keys, positions), self._device))
+            token_ids, numbers = drawn.put(token_ids, ids), drawn.put(numbers, _chosen(probs, ids))
+        asked = self._rows([row.params.logprobs for row in rows])
+        logprobs = _logprobs(logits, token_ids, rows, asked) if asked else None
         return SampledTokens(token_ids, numbers.isfinite(), logprobs)
 
-    def _changed(self, logits: Tensor, batch: SamplingBatch, last_ids: Tensor) -> Tensor:
-        if not batch.penalised and not batch.steered:
-            return logits
-        changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if batch.penalised:
-            penalise(changed, batch.penalised, last_ids)
-        if batch.steered:
-            mask_by_grammar(changed, batch.steered)
-        return changed
+    def _settings_of(self, rows: Sequence[SamplingRow]) -> list[_Settings]:
+        known = self._settings
+        self._settings = {
+            row.key: known.get(row.key) or _Settings.of(row.params, self._vocab_size, self._eos_token_ids)
+            for row in rows
+        }
+        return list(self._settings.values())
+
+    def _rows(self, flags: Sequence[bool]) -> _Rows:
+        return _Rows([row for row, flag in enumerate(flags) if flag], len(flags), self._device)
+
+    def _chunks(self, rows: list[int], num_rows: int) -> Iterator[_Rows]:
+        """The rows that are drawn together."""
+        size = num_rows if self._device.type == "cuda" else max(1, _CHUNK_SIZE // self._vocab_size)
+        for start in range(0, len(rows), size):
+            yield _Rows(rows[start : start + size], num_rows, self._device)
+
+
+def _changed(logits: Tensor, rows: Sequence[SamplingRow], settings: list[_Settings], last_ids: Tensor) -> Tensor:
+    penalised = [
+        PenalisedRow(index, one.penalties, row.token_ids, row.num_prompt_tokens, row.position)
+        for index, (row, one) in enumerate(zip(rows, settings, strict=True))
+        if one.penalties.change_logits(row.position)
+    ]
+    steered = [GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None]
+    if not penalised and not steered:
+        return logits
+    changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if penalised:
+        penalise(changed, penalised, last_ids)
+    if steered:
+        mask_by_grammar(changed, steered)
+    return changed
 
 
 def _chosen(numbers: Tensor, token_ids: Tensor) -> Tensor:
@@ -246,24 +205,30 @@ def _as_float(logits: Tensor) -> Tensor:
     return logits.float().contiguous()
 
 
-def _probabilities(logits: Tensor, drawn: _DrawnRows) -> Tensor:
-    """What the rows are drawn from, not scaled to 1. logits: [drawn rows, vocab]."""
-    probs = (logits / drawn.temperature).softmax(-1)
-    if drawn.top_k is not None:  # ties with the last are kept, as in transformers
-        values, _ = draws.largest(logits, drawn.max_top_k)
-        kth = values.gather(1, (drawn.top_k - 1).clamp_(min=0)).masked_fill_(drawn.top_k == 0, -math.inf)
+def _probabilities(logits: Tensor, settings: list[_Settings]) -> Tensor:
+    """What the rows are drawn from, not scaled to 1. logits: [rows, vocab]."""
+
+    def column(values: list[Any], dtype: type) -> Tensor:
+        return upload(np.array(values, dtype)[:, None], logits.device)
+
+    probs = (logits / column([one.temperature for one in settings], np.float32)).softmax(-1)
+    if max_top_k := max(one.top_k for one in settings):  # ties with the last are kept, as in transformers
+        top_k = column([one.top_k for one in settings], np.int64)
+        values, _ = draws.largest(logits, max_top_k)
+        kth = values.gather(1, (top_k - 1).clamp_(min=0)).masked_fill_(top_k == 0, -math.inf)
         probs *= logits.clone().ge_(kth)
-    if drawn.top_p is not None:
-        probs = draws.keep_top_p(probs, drawn.top_p)
-    if drawn.min_p is not None:
-        probs *= probs.clone().ge_(drawn.min_p * probs.amax(-1, keepdim=True))
+    if any(one.top_p < 1.0 for one in settings):
+        probs = draws.keep_top_p(probs, column([one.top_p for one in settings], np.float64))
+    if any(one.min_p for one in settings):
+        min_p = column([one.min_p for one in settings], np.float32)
+        probs *= probs.clone().ge_(min_p * probs.amax(-1, keepdim=True))
     return probs
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> Logprobs:
-    rows = batch.logprobs
-    logits = _as_float(rows.of(logits))
+def _logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow], asked: _Rows) -> Logprobs:
+    logits = _as_float(asked.of(logits))
     logprobs = logits.log_softmax(-1)
-    token_logprobs = _chosen(logprobs, rows.of(token_ids))
+    token_logprobs = _chosen(logprobs, asked.of(token_ids))
     _, top_ids = draws.largest(logits, min(NUM_TOP_LOGPROBS, logits.shape[1]))
-    return Logprobs(rows.rows, batch.num_top, token_logprobs, top_ids, logprobs.gather(1, top_ids))
+    num_top = tuple(rows[row].params.top_logprobs for row in asked.rows)
+    return Logprobs(asked.rows, num_top, token_logprobs, top_ids, logprobs.gather(1, top_ids))

@@ -197,7 +197,7 @@ def test_rows_without_a_grammar_and_log_probabilities_are_as_they_would_be_witho
     rows = [SamplingRow(0, steered.params, (1, 2, 3), 3, 0, state), SamplingRow(1, free.params, (1, 2, 3), 3, 0)]
     logits = torch.randn(2, VOCAB_SIZE)
     before = logits.clone()
-    sampled = sampler.sample(logits, sampler.prepare(rows), torch.tensor([3, 3]))
+    sampled = sampler.sample(logits, rows, torch.tensor([3, 3]))
     assert torch.equal(logits, before)
     assert sampled.token_ids.tolist() == [ord("z"), int(first_argmax(logits[1:]))]
     assert sampled.logprobs is not None

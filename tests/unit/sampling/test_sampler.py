@@ -25,7 +25,7 @@ from transformers import (
 
 from parleyd.generation import SamplingParams
 from parleyd.sampling import draws
-from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow, _probabilities
+from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow, _changed, _probabilities
 
 CPU = torch.device("cpu")
 EOS = 3
@@ -51,7 +51,7 @@ def last_ids(rows: list[SamplingRow]) -> Tensor:
 
 
 def sample_with(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> SampledTokens:
-    return sampler.sample(logits, sampler.prepare(rows), last_ids(rows))
+    return sampler.sample(logits, rows, last_ids(rows))
 
 
 def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
@@ -62,12 +62,8 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
 @torch.no_grad()
 def probabilities(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """What `sample` would draw from: [rows, vocab], not scaled to a sum of 1."""
-    batch = sampler.prepare(rows)
-    x = sampler._changed(logits, batch, last_ids(rows))
-    probs = torch.zeros_like(x)
-    for drawn in batch.drawn:
-        probs = drawn.rows.put(probs, _probabilities(drawn.rows.of(x), drawn))
-    return probs
+    settings = sampler._settings_of(rows)
+    return _probabilities(_changed(logits, rows, settings, last_ids(rows)), settings)
 
 
 def processed(logits: Tensor, params: Params, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
@@ -251,7 +247,7 @@ def test_penalties_follow_the_ids_sampled_on_the_device() -> None:
             full = row(choices[key], key, (1, 2, 50), outputs[key])
             rows.append(full)
             late.append(full._replace(token_ids=full.token_ids[:-1]) if key in before and outputs[key] else full)
-        ids = sampler.sample(logits, sampler.prepare(late), last_ids(rows)).token_ids.tolist()
+        ids = sampler.sample(logits, late, last_ids(rows)).token_ids.tolist()
         assert ids == sample(logits, rows), step
         for key, id_ in zip(running, ids, strict=True):
             outputs[key].append(id_)
@@ -266,7 +262,7 @@ def test_draws_go_on_as_before_after_a_pause() -> None:
         sampler, output = Sampler(97, [EOS], CPU), [7]
         for step in range(12):
             if step in pauses:
-                sampler.prepare([row(Params(), 99)])
+                sample_with(sampler, logits[:1], [row(Params(), 99)])
             one = [row(params, 1, (1, 2), output)]
             output.append(int(sample_with(sampler, logits[step : step + 1], one).token_ids))
         return output
@@ -318,14 +314,6 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert by_row[2] == (sampled.logprobs.token_logprobs[1].item(), ())
     assert by_row[3].top == tuple(zip(ids[2].tolist()[:2], values[2].tolist()[:2], strict=True))
     assert sample_with(sampler, logits[:1], rows[:1]).logprobs is None
-
-
-def test_the_batch_is_kept_while_its_rows_stay_the_same() -> None:
-    sampler = Sampler(97, [EOS], CPU)
-    params = Params(do_sample=True)
-    first = sampler.prepare([row(params, 1), row(params, 2)])
-    assert sampler.prepare([row(params, 1, (1,), (5,)), row(params, 2, (1,), (6,))]) is first
-    assert sampler.prepare([row(params, 2, (1,), (5,)), row(params, 1, (1,), (6,))]) is not first
 
 
 extreme_params = st.builds(
