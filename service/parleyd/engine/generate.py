@@ -33,7 +33,8 @@ from parleyd.generation import (
 )
 from parleyd.grammar.compiler import GrammarError
 from parleyd.sampling.grammar import GrammarCompiler, GrammarRow, GrammarState, mask_by_grammar
-from parleyd.sampling.sampler import MIN_REPETITION_PENALTY, MIN_TEMPERATURE
+from parleyd.sampling.penalties import MIN_REPETITION_PENALTY
+from parleyd.sampling.sampler import MIN_TEMPERATURE
 
 _logger = logging.getLogger("parleyd.engine")
 

@@ -111,7 +111,6 @@ def _sampling_row(item: Scheduled) -> SamplingRow:
     sequence = item.sequence
     position = item.start + item.num_tokens - sequence.num_prompt_tokens
     return SamplingRow(
-        sequence.key,
         sequence.params,
         sequence.token_ids,
         sequence.num_prompt_tokens,

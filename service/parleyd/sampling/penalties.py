@@ -6,8 +6,7 @@ Called by the sampler. Made anew of a sequence's ids at each step, so nothing is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,51 +14,45 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parleyd.generation import SamplingParams
 from parleyd.model.upload import upload
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Penalties:
-    """One request's changes to its logits."""
-
-    repetition: float
-    presence: float
-    frequency: float
-    bias_ids: NDArray[np.int64]
-    biases: NDArray[np.float32]
-    masked_ids: NDArray[np.int64]  # until `min_new_tokens` are generated
-    min_new_tokens: int
-
-    @property
-    def look_back(self) -> bool:
-        """Whether they depend on the ids so far."""
-        return self.repetition != 1.0 or self.presence != 0.0 or self.frequency != 0.0
-
-    def masks(self, position: int) -> bool:
-        """Whether ids are masked at generated token `position`."""
-        return position < self.min_new_tokens and len(self.masked_ids) > 0
-
-    def change_logits(self, position: int) -> bool:
-        """Whether they do anything at generated token `position`."""
-        return self.look_back or len(self.bias_ids) > 0 or self.masks(position)
+# Below this, logits overflow; what it asks for is the greedy choice anyway.
+MIN_REPETITION_PENALTY = 1e-3
 
 
 class PenalisedRow(NamedTuple):
-    """A row of the batch whose logits change. `token_ids` may lack the last of the `position` generated ids."""
+    """A row of the batch whose logits may change. `token_ids` may lack the last of the `position` generated ids."""
 
     row: int
-    penalties: Penalties
+    params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
     position: int
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether its penalties depend on the ids so far."""
+        params = self.params
+        return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether ids that end an answer must not follow."""
+        return self.position < self.params.min_new_tokens
+
+    @property
+    def changes(self) -> bool:
+        """Whether its logits change at all."""
+        return self.looks_back or self.is_masked or bool(self.params.logit_bias)
+
     def ids(self, start: int) -> NDArray[np.int64]:
         """Those from `start` to before the last, where the penalties depend on them."""
-        end = self.num_prompt_tokens + self.position - 1 if self.penalties.look_back else start
+        end = self.num_prompt_tokens + self.position - 1 if self.looks_back else start
         return np.array(self.token_ids[start:end], np.int64)
 
 
-def penalise(logits: Tensor, rows: Sequence[PenalisedRow], last_ids: Tensor) -> None:
+def penalise(logits: Tensor, rows: Sequence[PenalisedRow], last_ids: Tensor, eos_token_ids: Iterable[int]) -> None:
     """Changes the logits in place, in transformers' order: biases, repetition, mask.
 
     Presence and frequency penalties, which it lacks, come last, where its `generate` puts a caller's processors.
@@ -67,7 +60,7 @@ def penalise(logits: Tensor, rows: Sequence[PenalisedRow], last_ids: Tensor) -> 
 
     logits: [batch, vocab]. last_ids: [batch], the last id of each row, which the host may not know yet.
     """
-    flat, penalties = logits.view(-1), [row.penalties for row in rows]
+    flat, params = logits.view(-1), [row.params for row in rows]
     starts = np.array([row.row for row in rows]) * logits.shape[1]
 
     def on_device(array: NDArray[Any]) -> Tensor:
@@ -85,17 +78,19 @@ def penalise(logits: Tensor, rows: Sequence[PenalisedRow], last_ids: Tensor) -> 
         columns = [np.array(one, np.float32) for one in numbers]
         return [torch.cat((places(ids), last)), *(on_device(np.append(one.repeat(counts), one)) for one in columns)]
 
-    biases = on_device(np.concatenate([one.biases for one in penalties]))
-    flat.index_add_(0, places([one.bias_ids for one in penalties]), biases)
-    used, repetition = with_last([row.ids(0) for row in rows], [one.repetition for one in penalties])
+    biases = [dict(one.logit_bias) for one in params]
+    biased = places([np.array([*one], np.int64) for one in biases])
+    flat.index_add_(0, biased, on_device(np.array([bias for one in biases for bias in one.values()], np.float32)))
+    repetitions = [max(one.repetition_penalty, MIN_REPETITION_PENALTY) for one in params]
+    used, repetition = with_last([row.ids(0) for row in rows], repetitions)
     x = flat[used]
     flat[used] = torch.where(x < 0, x * repetition, x / repetition)
-    masked = [row.penalties.masked_ids[: None if row.penalties.masks(row.position) else 0] for row in rows]
-    flat[places(masked)] = -math.inf
+    masked = [[*eos_token_ids, *row.params.stop_token_ids] if row.is_masked else [] for row in rows]
+    flat[places([np.array(ids, np.int64) for ids in masked])] = -math.inf
     generated, presence, frequency = with_last(
         [row.ids(row.num_prompt_tokens) for row in rows],
-        [row.penalties.presence if row.position else 0.0 for row in rows],
-        [row.penalties.frequency if row.position else 0.0 for row in rows],
+        [row.params.presence_penalty if row.position else 0.0 for row in rows],
+        [row.params.frequency_penalty if row.position else 0.0 for row in rows],
     )
     flat[generated] -= presence
     flat.index_add_(0, generated, frequency, alpha=-1)

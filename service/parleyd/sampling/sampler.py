@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +17,10 @@ from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
 from parleyd.model.upload import upload
 from parleyd.sampling import draws
 from parleyd.sampling.grammar import GrammarRow, GrammarState, mask_by_grammar
-from parleyd.sampling.penalties import PenalisedRow, Penalties, penalise
+from parleyd.sampling.penalties import PenalisedRow, penalise
 
-# Below these, logits overflow; what they ask for is the greedy choice anyway.
+# Below this, logits overflow; what it asks for is the greedy choice anyway.
 MIN_TEMPERATURE = 1e-5
-MIN_REPETITION_PENALTY = 1e-3
 # A CPU draws for as many rows at once as have so many logits together, which its cache holds.
 _CHUNK_SIZE = 2**19
 
@@ -31,11 +29,9 @@ class SamplingRow(NamedTuple):
     """One sequence whose next token is sampled.
 
     `position` counts the tokens generated before this one. `token_ids` (prompt, then output) may lack the latest of
-    them while it is on its way from the device. `key` is unique in the batch, and stands for one request and its
-    parameters for good. `grammar` has taken all generated tokens.
+    them while it is on its way from the device. `grammar` has taken all generated tokens.
     """
 
-    key: int
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
@@ -70,40 +66,6 @@ class SampledTokens(NamedTuple):
     logprobs: Logprobs | None  # None: nobody asked
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
-    """A request's parameters as the sampler needs them: in safe ranges."""
-
-    is_greedy: bool
-    temperature: float
-    top_k: int  # 0: all
-    top_p: float
-    min_p: float
-    penalties: Penalties
-    stream_key: int
-
-    @classmethod
-    def of(cls, params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> _Settings:
-        bias = dict(params.logit_bias)
-        return cls(
-            is_greedy=not params.do_sample or params.temperature == 0.0,
-            temperature=max(params.temperature, MIN_TEMPERATURE),
-            top_k=params.top_k if params.top_k < vocab_size else 0,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            penalties=Penalties(
-                repetition=max(params.repetition_penalty, MIN_REPETITION_PENALTY),
-                presence=params.presence_penalty,
-                frequency=params.frequency_penalty,
-                bias_ids=np.array([*bias], np.int64),
-                biases=np.array([*bias.values()], np.float32),
-                masked_ids=np.array([*eos_token_ids.union(params.stop_token_ids)], np.int64),
-                min_new_tokens=params.min_new_tokens,
-            ),
-            stream_key=draws.stream_key(params.seed, params.choice),
-        )
-
-
 class _Rows:
     """Some rows of a tensor, in order. All of them cost no copy."""
 
@@ -133,7 +95,6 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._device = device
-        self._settings: dict[int, _Settings] = {}  # by key
 
     @torch.no_grad()
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor) -> SampledTokens:
@@ -141,33 +102,26 @@ class Sampler:
 
         last_ids: [batch], the id that each row's logits come from.
         """
-        settings = self._settings_of(rows)
-        x = _changed(logits, rows, settings, last_ids)
+        x = _changed(logits, rows, last_ids, self._eos_token_ids)
+        are_greedy = [not row.params.do_sample or row.params.temperature == 0.0 for row in rows]
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=x.device)
         # Of what was chosen, as NaN is taken for the largest, and infinity is.
         numbers = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-        if greedy := self._rows([one.is_greedy for one in settings]):
+        if greedy := self._rows(are_greedy):
             ids = draws.first_argmax(_as_float(greedy.of(x)))
             token_ids = greedy.put(token_ids, ids)
             numbers = greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
-        for drawn in self._chunks([row for row, one in enumerate(settings) if not one.is_greedy], len(rows)):
+        for drawn in self._chunks([row for row, is_greedy in enumerate(are_greedy) if not is_greedy], len(rows)):
             # Either makes all of a softmax NaN.
-            probs = _probabilities(_as_float(drawn.of(x)), [settings[row] for row in drawn.rows])
-            keys = np.array([settings[row].stream_key for row in drawn.rows], np.uint64)
+            params = [rows[row].params for row in drawn.rows]
+            probs = _probabilities(_as_float(drawn.of(x)), params)
+            keys = np.array([draws.stream_key(one.seed, one.choice) for one in params], np.uint64)
             positions = np.array([rows[row].position for row in drawn.rows], np.uint64)
             ids = draws.draw(probs, upload(draws.uniforms(keys, positions), self._device))
             token_ids, numbers = drawn.put(token_ids, ids), drawn.put(numbers, _chosen(probs, ids))
         asked = self._rows([row.params.logprobs for row in rows])
         logprobs = _logprobs(logits, token_ids, rows, asked) if asked else None
         return SampledTokens(token_ids, numbers.isfinite(), logprobs)
-
-    def _settings_of(self, rows: Sequence[SamplingRow]) -> list[_Settings]:
-        known = self._settings
-        self._settings = {
-            row.key: known.get(row.key) or _Settings.of(row.params, self._vocab_size, self._eos_token_ids)
-            for row in rows
-        }
-        return list(self._settings.values())
 
     def _rows(self, flags: Sequence[bool]) -> _Rows:
         return _Rows([row for row, flag in enumerate(flags) if flag], len(flags), self._device)
@@ -179,18 +133,15 @@ class Sampler:
             yield _Rows(rows[start : start + size], num_rows, self._device)
 
 
-def _changed(logits: Tensor, rows: Sequence[SamplingRow], settings: list[_Settings], last_ids: Tensor) -> Tensor:
-    penalised = [
-        PenalisedRow(index, one.penalties, row.token_ids, row.num_prompt_tokens, row.position)
-        for index, (row, one) in enumerate(zip(rows, settings, strict=True))
-        if one.penalties.change_logits(row.position)
-    ]
+def _changed(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: frozenset[int]) -> Tensor:
+    every = [PenalisedRow(index, *row[:4]) for index, row in enumerate(rows)]
+    penalised = [row for row in every if row.changes]
     steered = [GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None]
     if not penalised and not steered:
         return logits
     changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if penalised:
-        penalise(changed, penalised, last_ids)
+        penalise(changed, penalised, last_ids, eos_token_ids)
     if steered:
         mask_by_grammar(changed, steered)
     return changed
@@ -205,22 +156,24 @@ def _as_float(logits: Tensor) -> Tensor:
     return logits.float().contiguous()
 
 
-def _probabilities(logits: Tensor, settings: list[_Settings]) -> Tensor:
+def _probabilities(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     """What the rows are drawn from, not scaled to 1. logits: [rows, vocab]."""
 
     def column(values: list[Any], dtype: type) -> Tensor:
         return upload(np.array(values, dtype)[:, None], logits.device)
 
-    probs = (logits / column([one.temperature for one in settings], np.float32)).softmax(-1)
-    if max_top_k := max(one.top_k for one in settings):  # ties with the last are kept, as in transformers
-        top_k = column([one.top_k for one in settings], np.int64)
-        values, _ = draws.largest(logits, max_top_k)
+    temperatures = [max(one.temperature, MIN_TEMPERATURE) for one in params]
+    probs = (logits / column(temperatures, np.float32)).softmax(-1)
+    top_ks = [one.top_k if one.top_k < logits.shape[1] else 0 for one in params]
+    if any(top_ks):  # ties with the last are kept, as in transformers
+        top_k = column(top_ks, np.int64)
+        values, _ = draws.largest(logits, max(top_ks))
         kth = values.gather(1, (top_k - 1).clamp_(min=0)).masked_fill_(top_k == 0, -math.inf)
         probs *= logits.clone().ge_(kth)
-    if any(one.top_p < 1.0 for one in settings):
-        probs = draws.keep_top_p(probs, column([one.top_p for one in settings], np.float64))
-    if any(one.min_p for one in settings):
-        min_p = column([one.min_p for one in settings], np.float32)
+    if any(one.top_p < 1.0 for one in params):
+        probs = draws.keep_top_p(probs, column([one.top_p for one in params], np.float64))
+    if any(one.min_p for one in params):
+        min_p = column([one.min_p for one in params], np.float32)
         probs *= probs.clone().ge_(min_p * probs.amax(-1, keepdim=True))
     return probs
 

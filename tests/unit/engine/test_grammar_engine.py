@@ -194,7 +194,7 @@ def test_rows_without_a_grammar_and_log_probabilities_are_as_they_would_be_witho
     steered = ask_engine(0, to_grammar("choice", '["z"]'), logprobs=True, top_logprobs=3)
     free = ask_engine(1, "", logprobs=True)
     state = GrammarCompiler(info).start(steered).result()
-    rows = [SamplingRow(0, steered.params, (1, 2, 3), 3, 0, state), SamplingRow(1, free.params, (1, 2, 3), 3, 0)]
+    rows = [SamplingRow(steered.params, (1, 2, 3), 3, 0, state), SamplingRow(free.params, (1, 2, 3), 3, 0)]
     logits = torch.randn(2, VOCAB_SIZE)
     before = logits.clone()
     sampled = sampler.sample(logits, rows, torch.tensor([3, 3]))

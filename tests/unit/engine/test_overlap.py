@@ -174,7 +174,7 @@ def test_on_cuda_the_sampler_asks_nothing_of_the_device(monkeypatch: pytest.Monk
     def sample() -> None:
         sampler = Sampler(1000, (3,), torch.device("cpu"))
         for position in range(3):
-            rows = [SamplingRow(key, one, array("i", [5] * 10), 10, position) for key, one in enumerate(some)]
+            rows = [SamplingRow(one, array("i", [5] * 10), 10, position) for one in some]
             last_ids = torch.empty(4, dtype=torch.int64)
             assert sampler.sample(torch.empty(4, 1000), rows, last_ids)[0].shape == (4,)
 

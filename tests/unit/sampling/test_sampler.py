@@ -37,7 +37,7 @@ class Params(SamplingParams):
 
 
 def row(params: SamplingParams, key: int = 0, prompt: Sequence[int] = (1,), output: Sequence[int] = ()) -> SamplingRow:
-    return SamplingRow(key, params, array("i", [*prompt, *output]), len(prompt), len(output))
+    return SamplingRow(params, array("i", [*prompt, *output]), len(prompt), len(output))
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int = 0, step: float = 0.0) -> Tensor:
@@ -62,8 +62,8 @@ def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
 @torch.no_grad()
 def probabilities(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """What `sample` would draw from: [rows, vocab], not scaled to a sum of 1."""
-    settings = sampler._settings_of(rows)
-    return _probabilities(_changed(logits, rows, settings, last_ids(rows)), settings)
+    x = _changed(logits, rows, last_ids(rows), frozenset([EOS]))
+    return _probabilities(x, [row.params for row in rows])
 
 
 def processed(logits: Tensor, params: Params, prompt: Sequence[int], output: Sequence[int]) -> Tensor:

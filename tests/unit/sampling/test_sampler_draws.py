@@ -91,8 +91,7 @@ def observe(params: Params, logits: torch.Tensor) -> NDArray[np.float64]:
     vocab_size = logits.shape[1]
     prompt, output = (1, 2, 9), (5, 5, 6)
     rows = [
-        SamplingRow(seed, replace(params, seed=seed), prompt + output, len(prompt), len(output))
-        for seed in range(NUM_DRAWS)
+        SamplingRow(replace(params, seed=seed), prompt + output, len(prompt), len(output)) for seed in range(NUM_DRAWS)
     ]
     sampler = Sampler(vocab_size, [EOS], CPU)
     sampled = sample_with(sampler, logits.expand(NUM_DRAWS, -1), rows)
