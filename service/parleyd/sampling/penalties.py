@@ -86,7 +86,7 @@ def penalise(logits: Tensor, rows: Sequence[PenalisedRow], last_ids: Tensor, eos
     x = flat[used]
     flat[used] = torch.where(x < 0, x * repetition, x / repetition)
     masked = [[*eos_token_ids, *row.params.stop_token_ids] if row.is_masked else [] for row in rows]
-    flat[places([np.array(ids, np.int64) for ids in masked])] = -math.inf
+    flat.index_fill_(0, places([np.array(ids, np.int64) for ids in masked]), -math.inf)
     generated, presence, frequency = with_last(
         [row.ids(row.num_prompt_tokens) for row in rows],
         [row.params.presence_penalty if row.position else 0.0 for row in rows],
