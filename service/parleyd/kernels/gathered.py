@@ -5,6 +5,7 @@ Where there are kernels that read the blocks where they lie (choice.py), they ta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,12 @@ from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.paged import block_table
 from parleyd.model.upload import upload
 from parleyd.scheduling.request import Scheduled
+
+# Sequences that are gathered together have no more tokens than this, each filled up to the longest: it is memory that
+# nobody has set aside, tens of MiB.
+_MAX_TOKENS = 2**15
+# Of a prompt's rows, as many attend at a time.
+_MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,20 @@ class Gathered:
     rows: slice
     head_blocks: Tensor
     mask: Tensor
+
+    @classmethod
+    def of_decodes(cls, decodes: list[Scheduled], cache: PagedKVCache) -> Iterator[Gathered]:
+        """Those that come first in a batch, each of one token."""
+        start = 0
+        while start < len(decodes):
+            end, longest = start, 0
+            while end < len(decodes):
+                longest = max(longest, decodes[end].start + 1)
+                if end > start and (end + 1 - start) * longest > _MAX_TOKENS:
+                    break
+                end += 1
+            yield cls.of(decodes[start:end], start, cache)
+            start = end
 
     @classmethod
     def of(cls, scheduled: list[Scheduled], row: int, cache: PagedKVCache) -> Gathered:
@@ -55,6 +76,11 @@ class Gathered:
         )
         # The heads that share a KV head stand in for query positions, so that keys need not be repeated for each.
         by_head = query.reshape(num_sequences, num_tokens, cache.num_kv_heads, -1, cache.head_dim).transpose(1, 2)
-        mask = self.mask.expand(-1, -1, -1, by_head.shape[3], -1).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(by_head.flatten(2, 3), key, value, attn_mask=mask, scale=scale)
-        return attended.view(by_head.shape).transpose(1, 2).reshape(query.shape)
+        attended = torch.empty_like(by_head)
+        for start in range(0, num_tokens, _MAX_ROWS):
+            rows = slice(start, start + _MAX_ROWS)
+            some = by_head[:, :, rows]
+            mask = self.mask[:, :, rows].expand(-1, -1, -1, some.shape[3], -1).flatten(2, 3)
+            result = F.scaled_dot_product_attention(some.flatten(2, 3), key, value, attn_mask=mask, scale=scale)
+            attended[:, :, rows] = result.view(some.shape)
+        return attended.transpose(1, 2).reshape(query.shape)

@@ -48,8 +48,8 @@ class StepLayout:
         if num_decodes and kernels.decode is not None:
             lengths = positions[:row].astype(np.int32) + 1
             parts.append(PagedDecode(upload(table[entries[:row]], cache.device), upload(lengths, cache.device)))
-        elif num_decodes:
-            parts.append(Gathered.of(scheduled[:num_decodes], 0, cache))
+        else:
+            parts += Gathered.of_decodes(scheduled[:num_decodes], cache)
         prefills = scheduled[num_decodes:]
         if prefills and kernels.prefill is not None:
             parts.append(PagedPrefill.of(prefills, row, table[num_decodes:], cache.device))

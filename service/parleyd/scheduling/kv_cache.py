@@ -154,9 +154,11 @@ class KVLedger:
     def check_integrity(self, holdings: Iterable[Iterable[int]]) -> None:
         """Raises IntegrityError unless every block is accounted for. `holdings`: the block ids of each sequence."""
         references = Counter(chain.from_iterable(holdings))
-        for block_id, count in enumerate(self._ref_counts):
-            if count != references[block_id]:
-                raise IntegrityError(f"block {block_id} is held {references[block_id]} times but counted {count}")
+        counted = {block_id: count for block_id, count in enumerate(self._ref_counts) if count}
+        if counted != dict(references):
+            block_id, _ = min(counted.items() ^ references.items())
+            count = self._ref_counts[block_id]
+            raise IntegrityError(f"block {block_id} is held {references[block_id]} times but counted {count}")
         places = [*self._free, *self._cached, *references]
         if not len(places) == len(set(places)) == self.num_blocks:
             raise IntegrityError(
