@@ -126,6 +126,21 @@ def test_ids_differ_from_turn_to_turn_and_repeat_with_the_seed(families: Familie
     assert first == call_id() != call_id(*conversation(first))
 
 
+def test_ids_differ_from_those_of_earlier_calls_where_the_oldest_turn_was_left_out(families: Families) -> None:
+    stub = families["qwen"].stub
+    said = ask(saying("qwen", spell("qwen", "get_time", "{}") + "\n" + spell("qwen", "get_time", "{}"))).messages[0]
+
+    def call_ids(*earlier: message_pb2.Message) -> list[str]:
+        config = generation_pb2.GenerationConfig(seed=3)
+        request = chat_pb2.GenerateRequest(messages=[*earlier, said], tools=TOOLS, generation_config=config)
+        return [call.id for call in stub.Generate(request, timeout=20).choices[0].message.tool_calls]
+
+    second = call_ids(*conversation("oldest000"))[0]
+    ids = call_ids(*conversation(second))
+    assert ids == call_ids(*conversation(second))
+    assert len({second, *ids}) == 3
+
+
 def test_a_template_may_refuse_what_it_cannot_write(families: Families) -> None:
     request = chat_pb2.GenerateRequest(messages=conversation("short"), tools=TOOLS)
     with pytest.raises(grpc.RpcError) as raised:

@@ -147,7 +147,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams, prompt: Prompt, choice: int) -> Answer:
         config, answer_format = request.generation_config, self._served.answer_format
         tool_names = [tool.name for tool in tools.offered(request)]
-        num_earlier_calls = sum(len(message.tool_calls) for message in request.messages)
+        earlier_ids = [call.id for message in request.messages for call in message.tool_calls]
+        taken_ids = frozenset(earlier_ids)
         skip_special_tokens = config.skip_special_tokens or not config.HasField("skip_special_tokens")
         # What has the form of response_format is content from its first token to its last.
         is_all_content = convert.has_format(request.response_format)
@@ -163,7 +164,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
         parser = answer_format.parser(
             tool_names,
-            lambda index: call_id(params.seed, choice, num_earlier_calls + index),
+            lambda index: call_id(params.seed, choice, len(earlier_ids) + index, taken_ids),
             opens_reasoning=prompt.opens_reasoning,
         )
         return Answer(self._served.tokenizer, text, AnswerParser() if is_all_content else parser, hidden_ids)

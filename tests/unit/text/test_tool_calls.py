@@ -254,6 +254,14 @@ def test_ids_are_of_nine_letters_and_digits_and_always_the_same() -> None:
     assert call_id(7, 0, 0) == call_id(7, 0, 0)
 
 
+def test_an_id_that_is_taken_moves_on_and_meets_no_others() -> None:
+    taken: set[str] = set()
+    for _ in range(4):  # each time all that would come next are there already
+        ids = {call_id(7, 0, index, taken) for index in range(8)}
+        assert len(ids) == 8 and ids.isdisjoint(taken)
+        taken |= ids
+
+
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
