@@ -89,10 +89,11 @@ def test_watches_that_break_while_nobody_reads_them_leave_no_trace(
 
 
 @pytest.mark.parametrize("method", ["Check", "Watch"])
+@pytest.mark.parametrize("data", [grpc_message(b"\xff" * 10), b""], ids=["bytes", "none"])
 def test_bytes_that_are_no_health_request_leave_no_trace(
-    gateway: GatewayThread, method: str, caplog: pytest.LogCaptureFixture
+    gateway: GatewayThread, method: str, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     with RawConnection(gateway.target) as connection:
-        connection.send(grpc_message(b"\xff" * 10), connection.begin(path=f"/grpc.health.v1.Health/{method}"))
+        connection.send(data, connection.begin(path=f"/grpc.health.v1.Health/{method}"))
         assert connection.status() == str(grpc.StatusCode.INVALID_ARGUMENT.value[0])
     assert "Error" not in caplog.text

@@ -31,6 +31,7 @@ from parleyd.gateway.worker_client import WorkerClient
 from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import ModelInfo
 from parleyd.rpc.connections import hang_up
+from parleyd.rpc.first_message import FirstMessageInterceptor
 from parleyd.rpc.interceptors import CallInterceptor
 from parleyd.rpc.telemetry import TelemetryInterceptor
 from parleyd.security.guard import Guard, check_address, check_admin_address
@@ -240,7 +241,8 @@ class Gateway:
     def _build_server(self) -> grpc.aio.Server:
         telemetry = TelemetryInterceptor(_CHAT_SERVICE, self.observer.call_ended)
         server = grpc.aio.server(
-            interceptors=[telemetry, self._interceptor], options=server_options(self._settings.server)
+            interceptors=[FirstMessageInterceptor(), telemetry, self._interceptor],
+            options=server_options(self._settings.server),
         )
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)

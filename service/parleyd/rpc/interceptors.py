@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, aclosing, contextmanager, nullcon
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Unauthenticated, Violation
 from parleyd.rpc import status
+from parleyd.rpc.first_message import Undecodable
 from parleyd.rpc.load_report import LOAD_REPORT_KEY
 from parleyd.rpc.open_calls import OpenCalls
 from parleyd.rpc.reader_watch import ReaderWatch
@@ -42,11 +42,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
-_UNDECODABLE = "the bytes are no message of this type"
-
-
-class _Undecodable:
-    """Stands in for a request whose bytes are no message, so that the answer is ours and not the library's."""
+_UNDECODABLE = "no message of this type arrived"
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -54,7 +50,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     as it ends; `report` makes the load report that goes with its status, and gets the error that ended it, if any did;
     `unread` lasts from when a client has stopped reading to when it reads on or goes away.
 
-    Other services only have their callers' credentials checked, and health not even that.
+    Other services only have their callers' credentials checked, and health not even that. Stands inside a
+    FirstMessageInterceptor, which has an Undecodable where there is no request.
     """
 
     def __init__(
@@ -96,12 +93,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return self._refusal(method, error)
         if method == details.method:
             return handler
-        safe = handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
         if handler.response_streaming:
-            return safe._replace(unary_stream=self._stream(method, caller, handler.unary_stream))
+            return handler._replace(unary_stream=self._stream(method, caller, handler.unary_stream))
         # On the wire a stream of one message, and the only kind that tells whether its client reads it.
         unary = self._unary(method, caller, handler.unary_unary)
-        return safe._replace(response_streaming=True, unary_unary=None, unary_stream=unary)
+        return handler._replace(response_streaming=True, unary_unary=None, unary_stream=unary)
 
     def _refusal(self, method: str, error: ParleyError) -> grpc.RpcMethodHandler[Any, Any]:
         async def refuse(requests: Any, context: Context) -> None:
@@ -158,7 +154,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         current_call.set(call)
         try:
             with self._entered(caller, method, request):
-                if isinstance(request, _Undecodable):
+                if isinstance(request, Undecodable):
                     raise InvalidRequest([Violation("", _UNDECODABLE)])
                 try:
                     with self._calls.entered():
@@ -203,27 +199,17 @@ def _check_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> None:
         raise InvalidRequest([Violation("", f"metadata may have {_MAX_METADATA_OCTETS:,} octets")])
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def decode(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return _Undecodable()
-
-    return decode
-
-
 def _decodable_only(handler: Any) -> Any:
-    """The handler of one request, for bytes that are one. For others gRPC would log a stack, a stranger's flood."""
+    """The handler of one request, for bytes that are one."""
     kind = "unary_stream" if handler.response_streaming else "unary_unary"
     behaviour = getattr(handler, kind)
 
     async def handle(request: Any, context: Context) -> Any:
-        if isinstance(request, _Undecodable):
+        if isinstance(request, Undecodable):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNDECODABLE)
         return await behaviour(request, context)
 
-    return handler._replace(request_deserializer=_tolerant(handler.request_deserializer), **{kind: handle})
+    return handler._replace(**{kind: handle})
 
 
 def _new_call(method: str, request: Any, context: Context, identity: str) -> Call:

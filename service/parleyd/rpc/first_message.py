@@ -1,0 +1,59 @@
+"""Reads the one message of each call, which may be no message of its type, or not be there at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+# The reading of a call that is cancelled ends as if there were no message; a moment later the call learns the truth.
+_UNTIL_CANCELLED_S = 0.05
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+Behaviour = Callable[[Any, Context], Awaitable[Any]]
+
+
+class Undecodable:
+    """Stands in for a request whose bytes are no message, or are not there, so that the answer is ours: gRPC logs a
+    stack for the first, and leaves the second without any."""
+
+
+class FirstMessageInterceptor(grpc.aio.ServerInterceptor):
+    """Goes around all others. To gRPC every call is a stream of messages, as only such get to know that none came."""
+
+    async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
+        """See grpc.aio.ServerInterceptor."""
+        handler: Any = await continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        streaming = handler._replace(
+            request_streaming=True, request_deserializer=_tolerant(handler.request_deserializer)
+        )
+        if handler.response_streaming:
+            return streaming._replace(unary_stream=None, stream_stream=_with_message(handler.unary_stream))
+        return streaming._replace(unary_unary=None, stream_unary=_with_message(handler.unary_unary))
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return Undecodable()
+
+    return decode
+
+
+def _with_message(behaviour: Behaviour) -> Behaviour:
+    async def handle(requests: Any, context: Context) -> Any:
+        request = await context.read()
+        if request is grpc.aio.EOF:
+            await asyncio.sleep(_UNTIL_CANCELLED_S)
+            request = Undecodable()
+        return await behaviour(request, context)
+
+    return handle
