@@ -124,6 +124,21 @@ def test_what_the_template_would_leave_out_is_not_supported(
     assert error_info_of(raised.value).metadata["field"] == field
 
 
+@pytest.mark.parametrize("content", ["", "It is"])
+def test_a_message_with_calls_cannot_be_continued(families: Families, content: str) -> None:
+    messages = conversation("abcdefghi")[:2]
+    messages[-1].content = content
+    for method, request in (
+        (families["qwen"].stub.Generate, chat_pb2.GenerateRequest),
+        (families["qwen"].stub.CountTokens, chat_pb2.CountTokensRequest),
+    ):
+        with pytest.raises(grpc.RpcError) as raised:
+            method(request(messages=messages, continue_final_message=True), timeout=20)
+        assert raised.value.details() == (
+            "invalid request: continue_final_message: contradicts tool_calls in the last message"
+        )
+
+
 def test_counting_with_tools_needs_them_supported_too(gateway: GatewayThread) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         gateway.stub.CountTokens(chat_pb2.CountTokensRequest(messages=ask("x").messages, tools=TOOLS), timeout=20)

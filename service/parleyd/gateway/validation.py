@@ -65,9 +65,7 @@ def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTo
     for key, value in request.chat_template_kwargs.fields.items():
         yield from _number_violations(f"chat_template_kwargs.{key}", value)
     if request.continue_final_message and request.messages:
-        last = request.messages[-1]
-        if last.role != message_pb2.ROLE_ASSISTANT or not last.content:
-            yield Violation("continue_final_message", "needs a last message of ROLE_ASSISTANT that is not empty")
+        yield from _continuation_violations(request.messages[-1])
 
 
 def config_violations(config: generation_pb2.GenerationConfig, info: ModelInfo) -> Iterator[Violation]:
@@ -103,6 +101,13 @@ def unsupported_in_conversation(
     for i, message in enumerate(request.messages):
         if message.name and message.role != message_pb2.ROLE_TOOL and not reads_names:
             yield Unsupported(f"messages[{i}].name", "the model's chat template knows no names")
+
+
+def _continuation_violations(last: message_pb2.Message) -> Iterator[Violation]:
+    if last.tool_calls:  # a chat template may leave them out, or write them after the content
+        yield Violation("continue_final_message", "contradicts tool_calls in the last message")
+    elif last.role != message_pb2.ROLE_ASSISTANT or not last.content:
+        yield Violation("continue_final_message", "needs a last message of ROLE_ASSISTANT that is not empty")
 
 
 def _range_violation(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> Iterator[Violation]:
