@@ -47,16 +47,22 @@ class ParleyError(Exception):
 
 
 class InvalidRequest(ParleyError):
-    """Fields out of range or contradicting each other; carries every violation."""
+    """Fields out of range or contradicting each other; carries every violation, or so many that no status holds more:
+    then `are_all` is false."""
 
     reason = Reason.INVALID_REQUEST
 
-    def __init__(self, violations: list[Violation]) -> None:
+    def __init__(self, violations: list[Violation], *, are_all: bool = True) -> None:
         first = violations[0]
         text = f"{first.field}: {first.description}" if first.field else first.description
-        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-        super().__init__(f"invalid request: {text}{more}")
         self.violations = violations
+        self._at_least = "" if are_all else "at least "
+        more = f" ({self.rest(1)})" if len(violations) > 1 else ""
+        super().__init__(f"invalid request: {text}{more}")
+
+    def rest(self, num_told: int) -> str:
+        """How many violations there are besides those that are told."""
+        return f"and {self._at_least}{len(self.violations) - num_told} more"
 
 
 class PromptTooLong(ParleyError):
@@ -98,17 +104,13 @@ class QueueFull(ParleyError):
 
     reason = Reason.QUEUE_FULL
 
-    def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"no room for more: {waiting} requests are here already; try again in {retry_after_s:.1f} s")
+    def __init__(self, what: str, retry_after_s: float) -> None:
+        super().__init__(f"{what}; try again in {retry_after_s:.1f} s")
         self.retry_after_s = retry_after_s
 
 
 class ClientLimit(QueueFull):
     """One client has reached a limit of its own."""
-
-    def __init__(self, what: str, retry_after_s: float) -> None:
-        ParleyError.__init__(self, f"{what}; try again in {retry_after_s:.1f} s")
-        self.retry_after_s = retry_after_s
 
 
 class Unauthenticated(ParleyError):

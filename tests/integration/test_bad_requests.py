@@ -18,7 +18,7 @@ from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from tests.integration.conftest import StartGateway
 from tests.support.gateway import GatewayThread
 from tests.support.raw_http2 import RawConnection
-from tests.support.requests import ask, error_info_of, reason_of, violated_fields
+from tests.support.requests import ask, error_info_of, reason_of, violated_fields, violations_of
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -56,6 +56,24 @@ def test_a_field_out_of_range_is_named(gateway: GatewayThread, field: str, value
     error = refusal(gateway, ask("x", **{field: value}))
     assert (error.code(), reason_of(error)) == (INVALID, "INVALID_REQUEST")
     assert violated_fields(error)[0] == f"generation_config.{field}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"top_p": 1.0000001}, "top_p: must be above 0 to 1, not 1.00000012"),
+        ({"temperature": 10.1}, "temperature: must be 0 to 10, not 10.1"),
+        ({"temperature": 3.4e38}, "temperature: must be 0 to 10, not 3.4e+38"),
+        ({"min_p": math.nan}, "min_p: must be 0 to 1, not nan"),
+        ({"max_new_tokens": 2**32 - 1}, "max_new_tokens: must be 1 to 4096, not 4294967295"),
+        ({"logit_bias": {7: 100.00001}}, "logit_bias[7]: must be -100 to 100, not 100.000008"),
+        ({"stop_token_ids": [259]}, "stop_token_ids[0]: must be below 259, not 259"),
+    ],
+)
+def test_a_number_out_of_range_is_told_as_it_was_sent(
+    gateway: GatewayThread, fields: dict[str, Any], text: str
+) -> None:
+    assert refusal(gateway, ask("x", **fields)).details() == f"invalid request: generation_config.{text}"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -120,9 +138,20 @@ def test_empty_messages_are_refused(gateway: GatewayThread) -> None:
 
 def test_many_violations_fit_into_the_trailers(gateway: GatewayThread) -> None:
     request = chat_pb2.GenerateRequest(messages=[message_pb2.Message(content="数" * 10)] * 5000)
-    fields = violated_fields(refusal(gateway, request))
+    error = refusal(gateway, request)
+    fields = violated_fields(error)
     assert fields[0] == "messages[0].role"
     assert len(fields) > 20
+    # They are not even counted: there are 4,998 more.
+    assert error.details() == "invalid request: messages[0].role: must be set (and at least 200 more)"
+    assert violations_of(error)[-1].description == f"and at least {200 - len(fields) + 2} more"
+
+
+def test_violations_that_are_all_known_are_counted(gateway: GatewayThread) -> None:
+    request = chat_pb2.GenerateRequest(messages=[message_pb2.Message(content="x")] * 200)
+    error = refusal(gateway, request)
+    assert error.details() == "invalid request: messages[0].role: must be set (and 199 more)"
+    assert violations_of(error)[-1].description == f"and {200 - len(violations_of(error)) + 1} more"
 
 
 @pytest.mark.parametrize("character", ["x", "é", "数", "😀", "\x01"])

@@ -23,7 +23,7 @@ EXAMPLES: dict[type[ParleyError], ParleyError] = {
     errors.PromptTooLong: errors.PromptTooLong(9, 8),
     errors.ModelNotFound: errors.ModelNotFound("x", ["y"]),
     errors.Unsupported: errors.Unsupported("tools", "no"),
-    errors.QueueFull: errors.QueueFull(3, 1.5),
+    errors.QueueFull: errors.QueueFull("full", 1.5),
     errors.ClientLimit: errors.ClientLimit("enough", 2.5),
     errors.Unauthenticated: errors.Unauthenticated("secret"),
     errors.PermissionDenied: errors.PermissionDenied("no"),
@@ -105,7 +105,7 @@ async def test_a_subclass_keeps_its_bases_status(service: Any) -> None:
         pass
 
     raising, stub = service
-    raising.error = OutOfBlocks(1, 1.0)
+    raising.error = OutOfBlocks("full", 1.0)
     with pytest.raises(grpc.RpcError) as raised:
         await stub.Generate(ask("x"), timeout=5)
     assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

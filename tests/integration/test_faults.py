@@ -130,6 +130,7 @@ def test_max_queue_0_refuses_whatever_cannot_start_at_once(start_gateway: StartG
     with pytest.raises(grpc.RpcError) as raised:
         gateway.stub.Generate(ask("x"), timeout=10)
     assert reason_of(raised.value) == "QUEUE_FULL"
+    assert raised.value.details().startswith("no room for more (running: 1, waiting: 0); try again in ")
     with pytest.raises(grpc.RpcError) as raised:
         gateway.stub.Generate(ask("x" * 5000), timeout=10)
     assert reason_of(raised.value) == "PROMPT_TOO_LONG", "to be told first: no retry would help"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
 
 from parley.v1 import chat_pb2
@@ -25,6 +26,22 @@ def test_reasoning_may_be_turned_off_by_the_template(families: Families) -> None
     request.chat_template_kwargs.update({"enable_thinking": False})
     message = families["thinking"].stub.Generate(request, timeout=20).choices[0].message
     assert (message.reasoning_content, message.content) == ("", "Yes.")
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "why"),
+    [
+        ("thinking", ["Why?", "<think>hm"], "the message to continue ends amid its reasoning"),
+        ("opened", ["Why?"], "the chat template has this model's answer begin with its reasoning"),
+    ],
+)
+def test_no_form_fits_an_answer_that_begins_with_reasoning(
+    families: Families, family: str, messages: list[str], why: str
+) -> None:
+    request = ask(*messages, response_format={"regex": "a"}, continue_final_message=len(messages) > 1)
+    with pytest.raises(grpc.RpcError) as raised:
+        families[family].stub.Generate(request, timeout=60)
+    assert raised.value.details() == f"response_format: {why}"
 
 
 def test_earlier_reasoning_is_the_templates_to_tell(families: Families) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -43,9 +44,14 @@ def error_info_of(error: grpc.RpcError) -> error_details_pb2.ErrorInfo:
 
 def violated_fields(error: grpc.RpcError) -> list[str]:
     """The field paths of the BadRequest."""
+    return [violation.field for violation in violations_of(error)]
+
+
+def violations_of(error: grpc.RpcError) -> Sequence[error_details_pb2.BadRequest.FieldViolation]:
+    """What the BadRequest holds."""
     bad_request = error_details_pb2.BadRequest()
     assert status_of(error).details[1].Unpack(bad_request)
-    return [violation.field for violation in bad_request.field_violations]
+    return bad_request.field_violations
 
 
 def retry_delay_of(error: grpc.RpcError) -> float:

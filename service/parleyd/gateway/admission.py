@@ -177,7 +177,8 @@ class Admission:
     def _queue_full(self, num_waiting: int) -> QueueFull:
         """With the time after which a place should be free, by how long recent requests held their slots."""
         expected_s = self._duration_s() * (num_waiting + 1) / self.max_running
-        return QueueFull(num_waiting, min(max(expected_s, _MIN_RETRY_S), _MAX_RETRY_S))
+        what = f"no room for more (running: {self._running}, waiting: {num_waiting})"
+        return QueueFull(what, min(max(expected_s, _MIN_RETRY_S), _MAX_RETRY_S))
 
 
 def _refuse(waiter: Waiter, error: ParleyError) -> None:

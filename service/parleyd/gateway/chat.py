@@ -123,7 +123,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         if not prompt.token_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])
         if convert.has_format(request.response_format) and prompt.opens_reasoning:
-            raise Unsupported("response_format", "the chat template has this model's answer begin with its reasoning")
+            raise Unsupported("response_format", _amid_reasoning(request))
         deadline = current_call.get().deadline
         if deadline is not None and deadline <= time.monotonic():
             raise DeadlineExceeded
@@ -184,6 +184,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             choice.message.CopyFrom(convert.to_answer(ParsedText.join(parts)))
         response.MergeFrom(chat_pb2.GenerateResponse(**_closing_fields(generation)))
         return response
+
+
+def _amid_reasoning(request: chat_pb2.GenerateRequest) -> str:
+    if request.continue_final_message:
+        return "the message to continue ends amid its reasoning"
+    return "the chat template has this model's answer begin with its reasoning"
 
 
 def _closing_fields(generation: Generation) -> dict[str, Any]:

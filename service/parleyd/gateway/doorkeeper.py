@@ -50,9 +50,9 @@ class Doorkeeper:
         if not self._is_ready():
             raise NotReady
         if self._by_client[client] >= _MAX_SHARE * (self._max_open - self.num_places):
-            raise QueueFull(self._num_entered, _RETRY_S)
+            raise QueueFull(f"no room for more: {self._num_entered} calls are open already", _RETRY_S)
         if self._bytes_by_client[client] + num_bytes > _MAX_SHARE * (_MAX_BYTES - self._num_bytes - num_bytes):
-            raise QueueFull(self._num_entered, _RETRY_S)
+            raise QueueFull("no room for so much: open calls' requests are large already", _RETRY_S)
         self._num_entered += 1
         self._num_bytes += num_bytes
         self._by_client[client] += 1

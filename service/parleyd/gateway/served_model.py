@@ -152,5 +152,5 @@ def _grammar_obstacle(info: ModelInfo, tokenizer: Tokenizer) -> str | None:
 
 def _refuse(*violations: Iterable[Violation]) -> None:
     """Raises InvalidRequest if there is any violation. More than fit into a status are not even looked for."""
-    if found := list(islice(chain(*violations), _MAX_VIOLATIONS)):
-        raise InvalidRequest(found)
+    if found := list(islice(chain(*violations), _MAX_VIOLATIONS + 1)):
+        raise InvalidRequest(found, are_all=len(found) <= _MAX_VIOLATIONS)

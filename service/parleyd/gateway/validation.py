@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 
@@ -113,7 +114,7 @@ def _continuation_violations(last: message_pb2.Message) -> Iterator[Violation]:
 def _range_violation(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> Iterator[Violation]:
     if not math.isfinite(value) or not (lowest <= value <= highest) or (value == lowest and not inclusive):
         least = f"{lowest}" if inclusive else f"above {lowest}"
-        yield Violation(f"generation_config.{name}", f"must be {least} to {highest}, not {value:.6g}")
+        yield Violation(f"generation_config.{name}", f"must be {least} to {highest}, not {_spell(value)}")
 
 
 def _stop_string_violations(stop_strings: Sequence[str]) -> Iterator[Violation]:
@@ -137,7 +138,15 @@ def _logit_bias_violations(config: generation_pb2.GenerationConfig, vocab_size: 
         if token_id >= vocab_size:
             yield Violation(f"{path}[{token_id}]", f"is no token id: the vocabulary has {vocab_size}")
         if not -100 <= bias <= 100:
-            yield Violation(f"{path}[{token_id}]", f"must be -100 to 100, not {bias:.6g}")
+            yield Violation(f"{path}[{token_id}]", f"must be -100 to 100, not {_spell(bias)}")
+
+
+def _spell(value: float) -> str:
+    """A number as it was sent: a float32, which takes up to nine digits to tell from others, or an integer."""
+    if isinstance(value, int):
+        return str(value)
+    short = f"{value:.6g}"
+    return short if ctypes.c_float(float(short)).value == value else f"{value:.9g}"
 
 
 def _ids_violations(path: str, token_ids: Sequence[int], limit: int, vocab_size: int) -> Iterator[Violation]:
@@ -146,7 +155,7 @@ def _ids_violations(path: str, token_ids: Sequence[int], limit: int, vocab_size:
         return
     for i, token_id in enumerate(token_ids):
         if token_id >= vocab_size:
-            yield Violation(f"{path}[{i}]", f"is no token id: the vocabulary has {vocab_size}, not {token_id}")
+            yield Violation(f"{path}[{i}]", f"must be below {vocab_size}, not {token_id}")
 
 
 def _too_many(path: str, number: int, limit: int) -> Violation:

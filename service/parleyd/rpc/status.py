@@ -64,7 +64,7 @@ def _bad_request(error: InvalidRequest) -> error_details_pb2.BadRequest:
     bad_request = error_details_pb2.BadRequest()
     for i, violation in enumerate(error.violations):
         if bad_request.ByteSize() > _MAX_VIOLATIONS_BYTES:
-            bad_request.field_violations.add(description=f"and {len(error.violations) - i} more")
+            bad_request.field_violations.add(description=error.rest(i))
             break
         bad_request.field_violations.add(field=_shorten(violation.field), description=_shorten(violation.description))
     return bad_request
