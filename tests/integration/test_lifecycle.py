@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -151,27 +152,45 @@ def test_a_gateway_that_can_open_no_file_any_more_shuts_down_as_any(tokenizer_fo
         assert gateway.worst()  # told only where nothing was raised
 
 
-@pytest.mark.parametrize("version", ["v1", "v1alpha"])
-def test_reflection_lists_the_services(gateway: GatewayThread, version: str) -> None:
+def reflect(gateway: GatewayThread, version: str, **question: str) -> reflection_pb2.ServerReflectionResponse:
     call = gateway.channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
-    (response,) = call(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
+    (response,) = call(iter([reflection_pb2.ServerReflectionRequest(**question)]), timeout=5)
+    return response
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_lists_the_services(gateway: GatewayThread, version: str) -> None:
+    response = reflect(gateway, version, list_services="")
     names = {service.name for service in response.list_services_response.service}
     assert {"parley.v1.ChatService", "grpc.health.v1.Health"} <= names
-    (response,) = call(
-        iter(
-            [
-                reflection_pb2.ServerReflectionRequest(
-                    file_containing_symbol=f"grpc.reflection.{version}.ServerReflection"
-                )
-            ]
-        ),
-        timeout=5,
-    )
-    assert response.file_descriptor_response.file_descriptor_proto
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+@pytest.mark.parametrize(
+    ("symbol", "file"),
+    [
+        ("grpc.reflection.{}.ServerReflection", "{}"),
+        ("parley.v1.ChatService", "parley/v1/chat.proto"),
+        ("parley.v1.ChatService.Generate", "parley/v1/chat.proto"),
+        ("grpc.health.v1.Health.Watch", "health.proto"),
+        ("parley.v1.Message.role", "parley/v1/message.proto"),
+        ("parley.v1.ErrorReason", "parley/v1/errors.proto"),
+    ],
+)
+def test_reflection_knows_every_symbol(gateway: GatewayThread, version: str, symbol: str, file: str) -> None:
+    response = reflect(gateway, version, file_containing_symbol=symbol.format(version))
+    files = response.file_descriptor_response.file_descriptor_proto
+    assert file.format(version) in FileDescriptorProto.FromString(files[0]).name
+
+
+@pytest.mark.parametrize("symbol", ["parley.v1.ChatService.Nothing", "parley.v1.Nothing", "Nothing", ""])
+def test_reflection_finds_nothing_where_there_is_nothing(gateway: GatewayThread, symbol: str) -> None:
+    response = reflect(gateway, "v1", file_containing_symbol=symbol)
+    assert response.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
 def test_buf_lists_the_methods_through_reflection(gateway: GatewayThread) -> None:
