@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -101,15 +103,18 @@ def _one_line(error: Exception) -> str:
 class ResultFile:
     """The output: one line a result, each written whole. Opened again, it knows which items have been answered.
 
-    Failed items and a line that a killed run left torn are taken out when it is opened, to be asked again.
+    Failed items and a line that a killed run left torn are taken out when it is opened, to be asked again. It is locked
+    while it is open: of two runs that write into one file at once, one would lose its results.
     """
 
     def __init__(self, path: Path, keys: set[Key]) -> None:
         self.answered: set[Key] = set()
         try:
-            if path.is_file():
-                self._keep_answers(path, keys)
-            self._file = path.open("ab", buffering=0)
+            with _open_locked(path):
+                if path.is_file():
+                    path = path.resolve()  # of a link, the file that it leads to is replaced
+                    self._keep_answers(path, keys)
+                self._file = _open_locked(path)
         except OSError as error:
             raise BadFile(f"{path}: {error.strerror}") from error
 
@@ -130,6 +135,7 @@ class ResultFile:
         kept = path.with_name(path.name + ".tmp")
         try:
             with kept.open("wb") as file:
+                shutil.copymode(path, kept)
                 for line, text in _lines(path):
                     if not text.endswith(b"\n"):
                         break
@@ -138,8 +144,32 @@ class ResultFile:
                         self.answered.add(key)
                         file.write(text)
             os.replace(kept, path)
-        finally:
+        except BaseException:
             kept.unlink(missing_ok=True)
+            raise
+
+
+def _open_locked(path: Path) -> FileIO:
+    """Opens a file to append to. Raises BadFile where another run has it; devices anyone may share."""
+    file = path.open("ab", buffering=0)
+    # A run replaces the file as it begins: the one that we have locked may no longer be the one that is there.
+    if path.is_file() and not (_lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+        file.close()
+        raise BadFile(f"{path}: another `parley batch` is writing it")
+    return file
+
+
+def _lock(file: FileIO) -> bool:
+    """Whether the file is ours alone now, until it is closed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _parse_result(place: str, text: bytes, keys: set[Key]) -> tuple[Key, bool]:

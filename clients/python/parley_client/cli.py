@@ -113,8 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
         '"ROLE_USER", "content": "Hi"}], "generation_config": {"max_new_tokens": 32}}, and may have an "id" beside its '
         'fields, which the result repeats. A result has the number of the input\'s "line", and "response" or "error".',
     )
-    batch.add_argument("input", metavar="INPUT", type=Path, help="JSONL file of requests")
-    batch.add_argument("output", metavar="OUTPUT", type=Path, help="JSONL file of results")
+    batch.add_argument("input", metavar="INPUT", type=_file_path, help="JSONL file of requests")
+    batch.add_argument("output", metavar="OUTPUT", type=_file_path, help="JSONL file of results")
     batch.add_argument(
         "--chunk",
         metavar="N",
@@ -206,6 +206,12 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         **form,
     )
     group.add_argument("--choice", metavar="TEXT", action="append", help="one of the texts given so")
+
+
+def _file_path(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError("'-' is no file: a batch is read twice, and its results are looked through")
+    return Path(text)
 
 
 def _file_text(path: str) -> str:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 
@@ -22,6 +23,7 @@ from parley_client import (
     ParleyError,
     QueueFull,
     Unsupported,
+    batch_files,
     batch_job,
     chat_request,
     user,
@@ -282,6 +284,70 @@ def test_a_killed_run_leaves_whole_lines_and_the_next_one_goes_on(server, files)
     assert results_in(files[1]) == {1: "a", 2: "b", 3: "c"}
     assert [content(item) for item in server.requests[-1].requests] == ["a", "c"]
     assert {path.name for path in files[1].parent.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+def test_a_second_run_into_the_same_file_is_refused_and_harms_nothing(server, files, capsys):
+    go_on = threading.Event()
+
+    def answer(request, context):
+        yield answered(0, "a")
+        assert go_on.wait(20)
+        yield answered(1, "b")
+
+    server.script["GenerateBatch"] = answer
+    files[0].write_text(line_of("a") + line_of("b"))
+    process = subprocess.Popen([sys.executable, "-m", "parley_client", "batch", *files], stderr=subprocess.PIPE)
+    while not (files[1].exists() and files[1].read_text()):
+        time.sleep(0.01)
+    assert run(files) == 1
+    assert capsys.readouterr().err == f"parley: error: {files[1]}: another `parley batch` is writing it\n"
+    go_on.set()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert results_in(files[1]) == {1: "a", 2: "b"}
+    assert {path.name for path in files[1].parent.iterdir()} == {"in.jsonl", "out.jsonl"}
+    assert run(files) == 0  # the lock has gone with the run
+
+
+def test_a_run_that_meets_the_file_just_before_it_is_replaced_is_refused(files, monkeypatch):
+    def replaced(file):
+        files[1].with_name("new").write_bytes(b"")
+        files[1].with_name("new").replace(files[1])
+        return True
+
+    monkeypatch.setattr(batch_files, "_lock", replaced)
+    with pytest.raises(batch_files.BadFile, match="another `parley batch` is writing it"):
+        batch_files.ResultFile(files[1], set())
+
+
+def test_an_output_that_is_a_link_stays_one_and_its_file_keeps_its_mode(echoes, files):
+    real = files[1].parent / "elsewhere" / "real.jsonl"
+    real.parent.mkdir()
+    files[1].symlink_to(real)
+    files[0].write_text(line_of("a"))
+    assert run(files) == 0
+    real.chmod(0o600)
+    files[0].write_text(line_of("a") + line_of("b"))
+    assert run(files) == 0
+    assert files[1].is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert results_in(real) == {1: "a", 2: "b"}
+
+
+@pytest.mark.parametrize("output", ["/dev/null", "/dev/stdout"])
+def test_an_output_may_be_a_device(echoes, files, output):
+    files[0].write_text(line_of("a"))
+    command = [sys.executable, "-m", "parley_client", "batch", files[0], output]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (result.returncode, result.stdout != "") == (0, output == "/dev/stdout")
+
+
+def test_an_output_may_be_the_file_that_stdout_goes_to(echoes, files):
+    files[0].write_text(line_of("a"))
+    with files[1].open("wb") as out:
+        command = [sys.executable, "-m", "parley_client", "batch", files[0], "/dev/stdout"]
+        assert subprocess.run(command, stdout=out, timeout=20, check=False).returncode == 0
+    assert results_in(files[1]) == {1: "a"}
 
 
 def test_ctrl_c_ends_a_batch_quietly(server, files):

@@ -30,6 +30,8 @@ def test_every_command_has_help(command, capsys):
         ["generate", "Hi", "--timeout", "nan"],
         ["health", "--timeout", "soon"],
         ["batch", "in.jsonl"],
+        ["batch", "-", "out.jsonl"],
+        ["batch", "in.jsonl", "-"],
         ["batch", "in.jsonl", "out.jsonl", "--chunk", "0"],
         ["batch", "in.jsonl", "out.jsonl", "--chunk", "1025"],
     ],
