@@ -22,19 +22,22 @@ _logger = logging.getLogger("parleyd")
 
 BOOLEANS: tuple[Any, ...] = (bool, bool | None)
 _NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
-# The client's, and those that Kubernetes gives every pod of a service that is named "parley".
-_OTHERS_VARIABLE = re.compile(r"PARLEY_(TARGET$|API_KEY$|TLS_CA$|CLIENT_CERT$|CLIENT_KEY$|SERVICE_|PORT_)")
-_SERVICE_LINK = "tcp://"
+_CLIENTS_VARIABLES = {"PARLEY_" + name for name in ("TARGET", "API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")}
+# Kubernetes tells every pod of each service in its namespace, such as "parley", "parley-canary" or "parley-admin".
+_SERVICE_VARIABLE = re.compile(
+    r"PARLEY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_LINK = re.compile("(tcp|udp|sctp)://")  # the value of the one variable that may have a setting's name
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Exit code: 0 after a clean shutdown, 1 if the service could not run, 2 for usage."""
     _open_what_is_closed()
-    arguments = vars(build_parser(os.environ).parse_args(argv))
-    if arguments["command"] == "keys":
-        return _new_key(arguments["name"])
     try:
+        arguments = vars(build_parser(os.environ).parse_args(argv))
+        if arguments["command"] == "keys":
+            return _new_key(arguments["name"])
         arguments["cache"] = arguments["cache"] or _default_cache_dir(os.environ)
         settings = Settings(
             server=_pick(ServerSettings, arguments),
@@ -58,10 +61,18 @@ def _open_what_is_closed() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells wrong usage in one line, and where all the flags are."""
+    """Tells wrong usage in one line, and where all the flags are.
+
+    `complaint` is about the environment: told where the command that it is for runs, not where another or help is asked
+    for.
+    """
+
+    complaint: str | None = None
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if self.complaint:
+            self.error(self.complaint)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
@@ -71,7 +82,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """The parser; defaults come from `environ` where it has them, and a bad value there is a usage error too."""
+    """The parser; defaults come from `environ` where it has them, and a bad value there is a usage error of
+    `serve` too."""
     parser = _Parser(prog="parleyd", description="Serves chat with a Hugging Face model over gRPC.")
     parser.add_argument("--version", action="version", version=f"parleyd {metadata.version('parley')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -97,23 +109,27 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
             _add_option(group, serve, option, get_type_hints(settings)[option.name], environ)
             known.add(variable_of(option.name))
     for name in environ:
-        if name.startswith("PARLEY_") and name not in known and not _OTHERS_VARIABLE.match(name):
-            serve.error(f"environment variable {name}: there is no such setting")
+        if name.startswith("PARLEY_") and name not in known and not _is_others(name, environ[name]):
+            serve.complaint = f"environment variable {name}: there is no such setting"
     return parser
 
 
-def _add_option(
-    group: Any, parser: argparse.ArgumentParser, option: Field[Any], hint: Any, environ: Mapping[str, str]
-) -> None:
+def _is_others(name: str, value: str) -> bool:
+    """Whether a variable is no setting of ours although it begins like one, or is named like one."""
+    is_link = name.endswith("_PORT") and _SERVICE_LINK.match(value)
+    return bool(is_link or name in _CLIENTS_VARIABLES or _SERVICE_VARIABLE.fullmatch(name))
+
+
+def _add_option(group: Any, parser: _Parser, option: Field[Any], hint: Any, environ: Mapping[str, str]) -> None:
     flag, variable = flag_of(option.name), variable_of(option.name)
     about = dict(option.metadata)
     parse = _parser_of(hint, about)
     default = option.default
-    if variable in environ and not environ[variable].startswith(_SERVICE_LINK):
+    if variable in environ and not _is_others(variable, environ[variable]):
         try:
             default = parse(environ[variable])
         except argparse.ArgumentTypeError as error:
-            parser.error(f"environment variable {variable}: {error}")
+            parser.complaint = f"environment variable {variable}: {error}"
     text = about["help"].replace("%", "%%") + ("" if default is None else f" (default: {default})")
     if hint in BOOLEANS:
         group.add_argument(flag, dest=option.name, action=argparse.BooleanOptionalAction, default=default, help=text)
@@ -175,7 +191,7 @@ def _parse_name(text: str) -> str:
 
 
 def _new_key(name: str) -> int:
-    from parleyd.security.api_keys import entry_for, new_key
+    from parleyd.security.new_key import entry_for, new_key
 
     key = new_key()
     print(entry_for(name, key), flush=True)
@@ -199,7 +215,9 @@ def _run(settings: Settings) -> None:
     try:
         from parleyd.gateway.server import serve
     except ModuleNotFoundError as error:
-        raise StartupError(f"module {error.name} is missing: install parley[service]") from error
+        raise StartupError(
+            f"module {error.name} is missing: run `pip install '.[service]'` in Parley's folder"
+        ) from error
     from parleyd.telemetry import logging as telemetry_logging
 
     telemetry_logging.configure(settings.server.log_level, settings.server.log_format)

@@ -97,5 +97,10 @@ def test_without_the_extra_the_service_says_what_is_missing(installed: Path, tmp
     command = [installed / "parleyd", "serve", "--port", "0"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
-    assert "install parley[service]" in result.stderr
+    assert "run `pip install '.[service]'` in Parley's folder" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_keys_are_made_without_the_service(installed: Path, tmp_path: Path) -> None:
+    entry = _run(installed / "parleyd", "keys", "new", "--name", "billing", cwd=tmp_path)
+    assert entry.startswith('[[key]]\nname = "billing"\n')

@@ -12,7 +12,7 @@ import pytest
 from parley.v1 import chat_pb2_grpc
 from parleyd.config import ModelSettings, SecuritySettings, ServerSettings, Settings
 from parleyd.gateway.worker_link import WORKER_COMMAND
-from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.new_key import entry_for, new_key
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask
 from tests.support.tiny_models import make_model

@@ -11,7 +11,7 @@ import pytest
 
 from parley.v1 import chat_pb2, message_pb2
 from parleyd.config import SecuritySettings
-from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.new_key import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread

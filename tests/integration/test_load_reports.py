@@ -23,7 +23,7 @@ from parleyd.config import SecuritySettings
 from parleyd.errors import ParleyError
 from parleyd.gateway.observer import Observer
 from parleyd.generation import EngineStats
-from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.new_key import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.integration.test_errors import EXAMPLES
 from tests.support.gateway import GatewayThread

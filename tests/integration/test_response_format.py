@@ -23,7 +23,7 @@ from parleyd.errors import EngineFault, InvalidRequest, Unsupported
 from parleyd.gateway import checker_process, grammar_checker
 from parleyd.gateway.grammar_checker import GrammarChecker
 from parleyd.ipc.messages import CheckGrammar
-from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.new_key import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support import tiny_tokenizer
 from tests.support.eventually import eventually

@@ -13,7 +13,7 @@ import pytest
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from parleyd.config import SecuritySettings
-from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.new_key import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support import tokens
 from tests.support.certificates import Authority

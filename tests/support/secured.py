@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 
 from parleyd.config import SecuritySettings
-from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.new_key import entry_for, new_key
 from tests.support.certificates import Authority
 from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
 from tests.support.tiny_tokenizer import write_tiny_tokenizer

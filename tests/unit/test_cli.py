@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from parleyd import cli
 from parleyd.cli import build_parser, flag_of, main, variable_of
 from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.errors import StartupError
@@ -65,9 +67,52 @@ def test_the_served_name_is_the_one_given_else_the_hub_id_else_the_base_name(tmp
     assert name("smollm2-135m-instruct") == "smollm2-135m-instruct"
 
 
-def test_what_kubernetes_says_of_a_service_named_parley_is_no_setting() -> None:
-    links = {"PARLEY_PORT": "tcp://10.0.0.1:80", "PARLEY_SERVICE_HOST": "10.0.0.1", "PARLEY_PORT_80_TCP": "x"}
-    assert build_parser(links).parse_args(["serve"]).port == 50051
+@pytest.mark.parametrize("service", ["PARLEY", "PARLEY_METRICS", "PARLEY_CANARY", "PARLEY_ADMIN"])
+def test_what_kubernetes_says_of_a_service_whose_name_begins_with_parley_is_no_setting(service: str) -> None:
+    link = "tcp://10.0.0.1:50051"
+    links = {
+        f"{service}_SERVICE_HOST": "10.0.0.1",
+        f"{service}_SERVICE_PORT": "50051",
+        f"{service}_SERVICE_PORT_GRPC": "50051",
+        f"{service}_PORT": link,
+        f"{service}_PORT_50051_TCP": link,
+        f"{service}_PORT_50051_TCP_PROTO": "tcp",
+        f"{service}_PORT_50051_TCP_PORT": "50051",
+        f"{service}_PORT_50051_TCP_ADDR": "10.0.0.1",
+        f"{service}_PORT_53_UDP": "udp://10.0.0.1:53",
+    }
+    arguments = build_parser(links).parse_args(["serve"])
+    assert (arguments.port, arguments.admin_port) == (50051, None)
+
+
+@pytest.mark.parametrize("variable", ["PARLEY_MAX_QUEU", "PARLEY_MAX_QUEUE", "PARLEY_PORT", "PARLEY_CANARY_PORT"])
+def test_a_variable_that_makes_no_sense_stops_serve_and_nothing_else(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "many")
+    with pytest.raises(SystemExit) as raised:
+        main(["serve"])
+    assert raised.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"parleyd serve: error: environment variable {variable}: ")
+    assert main(["keys", "new", "--name", "me"]) == 0
+    for asked in (["--version"], ["--help"], ["serve", "--help"]):
+        with pytest.raises(SystemExit) as raised:
+            main(asked)
+        assert raised.value.code == 0
+
+
+def test_only_the_address_of_a_port_is_taken_for_one_of_a_service() -> None:
+    endpoint = "tcp://collector:4317"
+    assert build_parser({"PARLEY_OTLP_ENDPOINT": endpoint}).parse_args(["serve"]).otlp_endpoint == endpoint
+
+
+def test_ctrl_c_while_the_arguments_are_read_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(environ: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert main(["serve"]) == 130
 
 
 def test_without_a_home_folder_one_line_asks_for_a_cache_folder(
@@ -86,3 +131,9 @@ def test_without_a_home_folder_one_line_asks_for_a_cache_folder(
 def test_a_collector_without_a_scheme_stops_the_start() -> None:
     with pytest.raises(StartupError, match=r"--otlp-endpoint collector:4317: must begin with http:// or https://"):
         Observer(lambda: None, "collector:4317")  # type: ignore[arg-type, return-value]
+
+
+def test_without_the_tracing_packages_one_line_tells_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "parleyd.telemetry.tracing", None)
+    with pytest.raises(StartupError, match=r"run `pip install '\.\[tracing\]'` in Parley's folder"):
+        Observer(lambda: None, "http://collector:4317")  # type: ignore[arg-type, return-value]

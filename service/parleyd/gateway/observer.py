@@ -95,7 +95,9 @@ def _tracing_to(endpoint: str) -> Tracing:
     try:
         from parleyd.telemetry.tracing import Tracing
     except ModuleNotFoundError as error:
-        raise StartupError(f"--otlp-endpoint: module {error.name} is missing: install parley[tracing]") from error
+        raise StartupError(
+            f"--otlp-endpoint: module {error.name} is missing: run `pip install '.[tracing]'` in Parley's folder"
+        ) from error
     return Tracing.to(endpoint)
 
 

@@ -1,14 +1,9 @@
-"""API keys: made by `parleyd keys new`, stored as hashes in a TOML file, looked up for each call.
-
-A key is 256 random bits, so one SHA-256 is enough to store it by: nobody can search that space. Slow hashes such as
-bcrypt are for passwords that people choose, and would cost each call tens of milliseconds of the gateway's CPU.
-"""
+"""API keys: stored as hashes in a TOML file, looked up for each call. new_key.py makes them."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 from collections.abc import Collection
 
 import msgspec
@@ -18,7 +13,6 @@ from parleyd.security.caller import Caller, Rules, identity
 from parleyd.security.rules import RuleFields
 from parleyd.security.watched import read_file
 
-_PREFIX = "parley_"  # so that scanners find keys that were published by mistake
 _FLAG = "--api-keys"
 
 
@@ -66,16 +60,6 @@ class ApiKeys:
             if hmac.compare_digest(known, digest):
                 found = caller
         return found
-
-
-def new_key() -> str:
-    """A fresh key."""
-    return _PREFIX + secrets.token_urlsafe(32)
-
-
-def entry_for(name: str, key: str) -> str:
-    """The lines that let `key` in under `name`."""
-    return f'[[key]]\nname = "{name}"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
 
 
 def _caller(path: str, entry: _Entry, rpcs: Collection[str], defaults: Rules) -> Caller:

@@ -12,7 +12,7 @@ from parley_client import Client, ConnectionFailed, PermissionDenied, QueueFull,
 from parley_client.cli import main
 from parley_client.credentials import channel_credentials
 from parleyd.config import SecuritySettings
-from parleyd.security.api_keys import entry_for, new_key
+from parleyd.security.new_key import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support.certificates import Authority
 from tests.support.gateway import GatewayThread

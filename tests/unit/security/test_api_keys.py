@@ -10,8 +10,9 @@ import pytest
 from parleyd.cli import main
 from parleyd.errors import StartupError
 from parleyd.security import api_keys
-from parleyd.security.api_keys import ApiKeys, entry_for, new_key
+from parleyd.security.api_keys import ApiKeys
 from parleyd.security.caller import Rules
+from parleyd.security.new_key import entry_for, new_key
 
 RPCS = ("Generate", "GetModel")
 
