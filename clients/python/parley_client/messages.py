@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 from parley.v1 import message_pb2
-from parley_client.encoding import set_field
+from parley_client.encoding import check_kind, set_field
 
 
 class Role(StrEnum):
@@ -79,9 +79,11 @@ class Message:
         for field in ("content", "reasoning_content", "tool_call_id", "name"):
             set_field(proto, field, getattr(self, field), path)
         for i, call in enumerate(self.tool_calls):
+            call_path = f"{path}.tool_calls[{i}]"
+            check_kind(call, ToolCall, call_path)
             call_proto = proto.tool_calls.add()
             for field in ("id", "name", "arguments"):
-                set_field(call_proto, field, getattr(call, field), f"{path}.tool_calls[{i}]")
+                set_field(call_proto, field, getattr(call, field), call_path)
         return proto
 
 

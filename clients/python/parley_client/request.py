@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, Unpack
 from google.protobuf.message import Message as ProtoMessage
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from parley_client.encoding import extend_field, join, set_field, update_field
+from parley_client.encoding import check_kind, extend_field, join, refused, set_field, update_field
 from parley_client.errors import InvalidRequest
 from parley_client.messages import AnyTool, Message, Tool
 from parley_client.options import ChatOptions, GenerationOptions, HasJsonSchema
@@ -49,7 +49,8 @@ def generate(method: str, messages: Iterable[AnyMessage], options: ChatOptions) 
     _set_config(request.generation_config, config)
     _set_tool_choice(request, options.get("tool_choice"))
     _set_response_format(request, options.get("response_format"))
-    extend_field(request.resume, "token_ids", options.get("resume") or (), "resume")
+    if (resume := options.get("resume")) is not None:
+        extend_field(request.resume, "token_ids", resume, "resume")
     for name in ("request_id", "priority"):
         if options.get(name) is not None:
             set_field(request, name, options.get(name), "")
@@ -106,13 +107,15 @@ def _set_prompt(
     chat_template_kwargs: Mapping[str, Any] | None,
     continue_final_message: bool | None,
 ) -> None:
-    if isinstance(messages, (str, Message, Reply, ProtoMessage)):
+    if isinstance(messages, (str, Message, Reply, ProtoMessage)) or not isinstance(messages, Iterable):
         raise TypeError(f"messages: expected a sequence of messages, not one {type(messages).__name__}")
     request.messages.extend(_to_proto(message, f"messages[{i}]") for i, message in enumerate(messages))
-    request.tools.extend(_to_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools or ()))
+    if tools is not None:
+        check_kind(tools, Iterable, "tools")
+        request.tools.extend(_to_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools))
     if model is not None:
         set_field(request, "model", model, "")
-    if chat_template_kwargs:
+    if chat_template_kwargs is not None:
         update_field(request, "chat_template_kwargs", chat_template_kwargs, "")
     if continue_final_message is not None:
         set_field(request, "continue_final_message", continue_final_message, "")
@@ -147,6 +150,7 @@ def _to_tool(tool: AnyTool, path: str) -> message_pb2.Tool:
         return tool
     if isinstance(tool, Tool):
         tool = {name: value for name, value in vars(tool).items() if value is not None}
+    check_kind(tool, Mapping, path)
     fields = tool
     if tool.get("type") == "function" and isinstance(tool.get("function"), Mapping):
         fields, path = tool["function"], join(path, "function")
@@ -154,14 +158,14 @@ def _to_tool(tool: AnyTool, path: str) -> message_pb2.Tool:
     for name, value in fields.items():
         if name not in message_pb2.Tool.DESCRIPTOR.fields_by_name:
             raise InvalidRequest.at(join(path, name), "is no field of a tool")
-        set_field(proto, name, _to_json(value) if name == "parameters" else value, path)
+        set_field(proto, name, _to_json(value, join(path, name)) if name == "parameters" else value, path)
     return proto
 
 
 def _set_tool_choice(request: chat_pb2.GenerateRequest, choice: str | message_pb2.ToolChoice | None) -> None:
     if isinstance(choice, message_pb2.ToolChoice):
         request.tool_choice.CopyFrom(choice)
-    elif choice in _MODES:
+    elif isinstance(choice, str) and choice in _MODES:
         request.tool_choice.mode = _MODES[choice]
     elif choice is not None:
         set_field(request.tool_choice, "name", choice, "tool_choice")
@@ -179,8 +183,9 @@ def _set_response_format(
         return
     if isinstance(form, str):
         form = {form: None}
-    elif not isinstance(form, Mapping):
+    elif hasattr(form, "model_json_schema"):
         form = {"json_schema": form}
+    check_kind(form, Mapping, path)
     if len(form) != 1:
         raise InvalidRequest.at(path, f"takes exactly one form, not {len(form)}")
     [(kind, value)] = form.items()
@@ -192,13 +197,16 @@ def _set_response_format(
         proto.choice.SetInParent()
         extend_field(proto.choice, "choices", value, join(path, kind))
     elif kind in ("json_schema", "regex", "grammar"):
-        set_field(proto, kind, _to_json(value) if kind == "json_schema" else value, path)
+        set_field(proto, kind, _to_json(value, join(path, kind)) if kind == "json_schema" else value, path)
     else:
         raise InvalidRequest.at(path, f"{kind!r} is no form; forms: {', '.join(proto.DESCRIPTOR.fields_by_name)}")
 
 
-def _to_json(value: object) -> object:
+def _to_json(value: object, path: str) -> object:
     """JSON text of a JSON Schema that is given as a dict (or True) or by a class that has one; text stays as it is."""
     if hasattr(value, "model_json_schema"):
         value = value.model_json_schema()
-    return json.dumps(value) if isinstance(value, (Mapping, bool)) else value
+    try:
+        return json.dumps(value) if isinstance(value, (Mapping, bool)) else value
+    except (TypeError, ValueError, RecursionError) as error:
+        raise refused(path, value, error) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
@@ -69,12 +71,37 @@ def test_a_lone_stop_string_is_not_taken_apart():
         ({"response_format": {"regex": "a", "grammar": "b"}}, "response_format"),
         ({"response_format": {"regex": "\ud800"}}, "response_format.regex"),
         ({"response_format": {"choice": ["a", "\ud800"]}}, "response_format.choice.choices[1]"),
+        ({"response_format": {"choice": "yes"}}, "response_format.choice.choices"),
+        ({"response_format": ["a", "b"]}, "response_format"),
+        ({"response_format": {"json_schema": {"type": str}}}, "response_format.json_schema"),
+        ({"tools": "weather"}, "tools"),
+        ({"tools": ["weather"]}, "tools[0]"),
+        ({"tools": [{"name": "a", "parameters": {"type": str}}]}, "tools[0].parameters"),
+        ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice.name"),
+        ({"logit_bias": [1]}, "generation_config.logit_bias"),
+        ({"stop_token_ids": 5}, "generation_config.stop_token_ids"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {1: "x"}}, "chat_template_kwargs[1]"),
+        ({"resume": 5}, "resume.token_ids"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_with_the_field(options, field):
     with pytest.raises(InvalidRequest) as caught:
         build(**options)
     assert [violation.field for violation in caught.value.violations] == [field]
+    assert "built-in" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (user(None), "messages[0].content: must be text, not NoneType"),
+        (assistant("", tool_calls=[{"name": "a"}]), "messages[0].tool_calls[0]: must be a ToolCall, not dict"),
+    ],
+)
+def test_what_stands_in_a_message_and_does_not_belong_there_is_named(message, said):
+    with pytest.raises(InvalidRequest, match=re.escape(said)):
+        request.generate("chat", [message], {})
 
 
 def test_unknown_options_are_type_errors_that_name_them():
@@ -82,7 +109,7 @@ def test_unknown_options_are_type_errors_that_name_them():
         build(max_length=5)
 
 
-@pytest.mark.parametrize("messages", ["Hi", user("Hi"), message_pb2.Message()])
+@pytest.mark.parametrize("messages", ["Hi", user("Hi"), message_pb2.Message(), 5, None])
 def test_one_message_is_not_a_conversation(messages):
     with pytest.raises(TypeError, match="expected a sequence of messages"):
         request.generate("chat", messages, {})
