@@ -6,6 +6,7 @@ import argparse
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -21,20 +22,19 @@ EXIT_USAGE = 2  # as argparse itself
 EXIT_INTERRUPTED = 130  # what shells give for a program that Ctrl-C ended
 
 DEFAULT_TARGET = "localhost:50051"
+# Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
+_TARGET = re.compile(
+    r"([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):\w+|(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds|google-c2p):\S+"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `parley` with these arguments (default: the process's own) and returns its exit code."""
     _open_what_is_closed()
-    args = build_parser().parse_args(argv)
-    _tolerate_odd_characters()
     try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
-    except ParleyError as error:
-        commands.print_error(error, args)
-        return EXIT_FAILED
+        args = build_parser().parse_args(argv)
+        _tolerate_odd_characters()
+        return _run(args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OSError as error:
@@ -42,6 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"parley: error: the output cannot be written: {error.strerror}", file=sys.stderr)
         # The interpreter flushes once more at exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except ParleyError as error:
+        commands.print_error(error, args)
         return EXIT_FAILED
 
 
@@ -146,6 +156,7 @@ def _add_connection(parser: argparse.ArgumentParser, timeout_help: str, timeout:
     group.add_argument(
         "--target",
         metavar="HOST:PORT",
+        type=_target,
         default=os.environ.get("PARLEY_TARGET") or DEFAULT_TARGET,
         help=f"where the server listens (default: $PARLEY_TARGET, else {DEFAULT_TARGET})",
     )
@@ -206,6 +217,15 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         **form,
     )
     group.add_argument("--choice", metavar="TEXT", action="append", help="one of the texts given so")
+
+
+def _target(text: str) -> str:
+    if not _TARGET.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor another target of gRPC's, such as "
+            "dns:///HOST:PORT or unix:/PATH"
+        )
+    return text
 
 
 def _file_path(text: str) -> Path:

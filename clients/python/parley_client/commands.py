@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message as ProtoMessage
 
 from parley_client.client import Client, Stream
-from parley_client.credentials import channel_credentials, tls_credentials
+from parley_client.credentials import PlainTextKey, channel_credentials, tls_credentials
 from parley_client.errors import ConnectionFailed, DeadlineExceeded, ParleyError, Unauthenticated
 from parley_client.health import HealthStatus
 from parley_client.messages import Message, system, user
@@ -30,10 +30,13 @@ _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 def connection(args: Namespace) -> dict[str, Any]:
     """A client's arguments, from the connection flags. Flags that make no sense end the program."""
     try:
-        tls = args.tls or args.tls_ca or args.client_cert or args.client_key
-        credentials = tls_credentials(ca=args.tls_ca, cert=args.client_cert, key=args.client_key) if tls else None
+        files = {"ca": args.tls_ca, "cert": args.client_cert, "key": args.client_key}
+        credentials = tls_credentials(**files) if _has_tls(args) else None
         api_key = Path(args.api_key_file).read_text().strip() if args.api_key_file else args.api_key
         channel_credentials(args.target, credentials, api_key, args.insecure)
+    except PlainTextKey as error:
+        refusal = PlainTextKey(args.target, "connect with --tls or --tls-ca, or say --insecure")
+        raise SystemExit(f"parley: error: {refusal}") from error
     except (OSError, ValueError) as error:
         raise SystemExit(f"parley: error: {error}") from error
     return {
@@ -43,6 +46,10 @@ def connection(args: Namespace) -> dict[str, Any]:
         "api_key": api_key,
         "insecure": args.insecure,
     }
+
+
+def _has_tls(args: Namespace) -> bool:
+    return bool(args.tls or args.tls_ca or args.client_cert or args.client_key)
 
 
 def generate(args: Namespace) -> int:
@@ -178,10 +185,21 @@ def print_error(error: ParleyError, args: Namespace) -> None:
 def _hint(error: ParleyError, args: Namespace) -> str:
     match error:
         case ConnectionFailed():
-            kind = "in plain text" if connection(args)["credentials"] is None else "with TLS"
-            return f" (does a server listen at {args.target}, {kind}? --target names another)"
+            return f" ({_connection_hint(error.message, args)})"
         case DeadlineExceeded() if args.timeout:
             return f" (--timeout is {args.timeout:g} s)"
         case Unauthenticated():
             return " (show a key with --api-key-file or $PARLEY_API_KEY)"
     return ""
+
+
+def _connection_hint(message: str, args: Namespace) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in message:
+        return "give the authority of the server's certificate with --tls-ca"
+    if "Hostname Verification" in message:
+        return f"the server's certificate is not for the name in --target {args.target}"
+    if _has_tls(args) and not args.client_cert and "Socket closed" in message:
+        return "the server may want a certificate: --client-cert and --client-key"
+    # Of a name with several addresses the last one's error is told, which may be that nobody listens there.
+    kind = "with TLS, and of an authority that --tls-ca names" if _has_tls(args) else "in plain text"
+    return f"does a server listen at {args.target}, {kind}? --target names another"

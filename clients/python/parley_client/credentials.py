@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -10,19 +11,31 @@ from pathlib import Path
 import grpc
 
 ApiKey = str | Callable[[], str]
+AnyPath = str | PathLike[str]
 
 _LOCAL_TARGET = re.compile(
     r"(dns:/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\w+|ipv4:127(\.\d+){3}:\d+|ipv6:\[::1\]:\d+"
 )
 _KEY = re.compile("[!-~]+")
 _UNIX_TARGET = re.compile(r"unix(-abstract)?:")
+_PEM_CERTIFICATE = re.compile(b"-----BEGIN ((X509|TRUSTED) )?CERTIFICATE-----")
+_PEM_KEY = re.compile(rb"-----BEGIN ((RSA|EC) )?PRIVATE KEY-----(?!\s*Proc-Type: 4,ENCRYPTED)")
+
+
+class PlainTextKey(ValueError):
+    """An API key would cross a network in plain text."""
+
+    def __init__(
+        self, target: str, way_out: str = "give credentials, such as tls_credentials(), or say insecure=True"
+    ) -> None:
+        super().__init__(f"an API key must not cross the network to {target} in plain text: {way_out}")
 
 
 def tls_credentials(
     *,
-    ca: str | PathLike[str] | None = None,
-    cert: str | PathLike[str] | None = None,
-    key: str | PathLike[str] | None = None,
+    ca: AnyPath | None = None,
+    cert: AnyPath | None = None,
+    key: AnyPath | None = None,
 ) -> grpc.ChannelCredentials:
     """Channel credentials from PEM files, for the `credentials` of a client.
 
@@ -33,11 +46,15 @@ def tls_credentials(
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: one of `cert` and `key` is missing.
+        ValueError: one of `cert` and `key` is missing, they do not belong together, or a file holds something else.
     """
     if (cert is None) != (key is None):
         raise ValueError("a certificate and its key belong together")
-    authorities, chain, private_key = (None if path is None else Path(path).read_bytes() for path in (ca, cert, key))
+    authorities = _read_pem(ca, _PEM_CERTIFICATE, "certificate")
+    chain = _read_pem(cert, _PEM_CERTIFICATE, "certificate")
+    private_key = _read_pem(key, _PEM_KEY, "unencrypted private key")
+    if cert is not None and key is not None:
+        _check_pair(cert, key)
     return grpc.ssl_channel_credentials(authorities, private_key, chain)
 
 
@@ -47,7 +64,8 @@ def channel_credentials(
     """What the channel is made with; None is plain text.
 
     Raises:
-        ValueError: an API key would cross a network in plain text, or is none.
+        PlainTextKey: an API key would cross a network in plain text.
+        ValueError: it can be none.
     """
     if isinstance(api_key, str) and not _KEY.fullmatch(api_key):
         raise ValueError("the API key is empty, or has blanks, line ends or letters beyond ASCII: no key has")
@@ -62,6 +80,25 @@ def channel_credentials(
 def authorization(api_key: ApiKey) -> tuple[str, str]:
     """The metadata that carries an API key or token."""
     return "authorization", f"Bearer {api_key() if callable(api_key) else api_key}"
+
+
+def _read_pem(path: AnyPath | None, kind: re.Pattern[bytes], name: str) -> bytes | None:
+    """gRPC takes what it is given and fails only in the handshake, with an error that names no file."""
+    if path is None:
+        return None
+    pem = Path(path).read_bytes()
+    if not kind.search(pem):
+        raise ValueError(f"{path} holds no {name} in PEM")
+    return pem
+
+
+def _check_pair(cert: AnyPath, key: AnyPath) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_cert_chain(cert, key, password=lambda: "")  # which it would ask the terminal for
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":  # of all else gRPC is the judge: this is another library
+            raise ValueError(f"{key} is not the key of {cert}") from error
 
 
 class _Bearer(grpc.AuthMetadataPlugin):
@@ -79,7 +116,4 @@ def _local_connection_type(target: str) -> grpc.LocalConnectionType:
         return grpc.LocalConnectionType.UDS
     if _LOCAL_TARGET.fullmatch(target):
         return grpc.LocalConnectionType.LOCAL_TCP
-    raise ValueError(
-        f"an API key must not cross the network to {target} in plain text: give credentials, such as "
-        "tls_credentials(), or say insecure=True"
-    )
+    raise PlainTextKey(target)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,47 @@ def test_what_can_be_no_key_is_refused_before_anything_is_sent(key: str) -> None
 def test_certificate_and_key_belong_together(files: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="belong together"):
         tls_credentials(cert=files["cert"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"ca": "key"}, "client.key holds no certificate in PEM"),
+        ({"cert": "key"}, "client.key holds no certificate in PEM"),
+        ({"key": "cert"}, "client.pem holds no unencrypted private key in PEM"),
+        ({"key": "encrypted"}, "encrypted.key holds no unencrypted private key in PEM"),
+        ({"key": "other"}, "other.key is not the key of .*client.pem"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(
+    files: dict[str, str], tmp_path: Path, wrong: dict[str, str], said: str
+) -> None:
+    _, other = AUTHORITY.issue("other").write(tmp_path, "other")
+    encrypted = tmp_path / "encrypted.key"
+    encrypted.write_text("-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n")
+    given = {name: {**files, "other": other, "encrypted": str(encrypted)}[wrong.get(name, name)] for name in files}
+    with pytest.raises(ValueError, match=said):
+        tls_credentials(**given)
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--tls"], "give the authority of the server's certificate with --tls-ca"),
+        (["--tls-ca", "ca"], "the server may want a certificate: --client-cert and --client-key"),
+        ([], "does a server listen at 127.0.0.1:PORT, in plain text? --target names another"),
+    ],
+)
+def test_the_command_line_tells_in_one_line_which_tls_flag_may_help(
+    mutual: GatewayThread, files: dict[str, str], flags: list[str], hint: str
+) -> None:
+    command = [sys.executable, "-m", "parley_client", "health", "--target", mutual.target]
+    command += [files.get(flag, flag) for flag in flags]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GRPC_", "PARLEY_"))}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    (error,) = result.stderr.splitlines()
+    assert error.endswith(f" ({hint.replace('PORT', mutual.target.rpartition(':')[2])})")
 
 
 def test_the_command_line_takes_credentials_from_flags_and_environment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from parley_client import cli
 from parley_client.cli import build_parser, main
 
 COMMANDS = [["chat"], ["generate", "Hi"], ["batch", "in.jsonl", "out.jsonl"], ["model"], ["health"]]
@@ -55,3 +56,52 @@ def test_the_target_is_the_flag_else_the_environment_else_localhost(command, mon
 def test_a_value_that_does_not_fit_is_one_line_and_exit_code_1(capsys):
     assert main(["generate", "Hi", "--seed", "-1"]) == 1
     assert capsys.readouterr().err.startswith("parley: error: invalid request: generation_config.seed: ")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "localhost:50051",
+        "parley.example:https",
+        "[::1]:50051",
+        "dns:///parley.example:50051",
+        "dns:parley.example",
+        "unix:/run/parley.sock",
+        "unix-abstract:parley",
+        "ipv4:10.0.0.1:50051,10.0.0.2:50051",
+        "ipv6:[::1]:50051",
+        "xds:///parley",
+    ],
+)
+def test_every_kind_of_target_that_grpc_knows_is_taken(target):
+    assert build_parser().parse_args(["model", "--target", target]).target == target
+
+
+@pytest.mark.parametrize(
+    "target", ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/"]
+)
+def test_what_grpc_would_take_for_something_else_is_no_target(target, monkeypatch, capsys):
+    monkeypatch.setenv("PARLEY_API_KEY", "k")
+    with pytest.raises(SystemExit) as caught:
+        main(["model", "--target", target])
+    assert caught.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{target!r} is no HOST:PORT, such as localhost:50051" in error
+
+
+def test_a_key_that_would_cross_a_network_in_plain_text_is_told_with_the_flags_that_help(monkeypatch):
+    monkeypatch.setenv("PARLEY_API_KEY", "k")
+    with pytest.raises(SystemExit) as caught:
+        main(["model", "--target", "my-host:50051"])
+    assert str(caught.value) == (
+        "parley: error: an API key must not cross the network to my-host:50051 in plain text: "
+        "connect with --tls or --tls-ca, or say --insecure"
+    )
+
+
+def test_ctrl_c_while_the_arguments_are_read_is_quiet(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert main(["model"]) == 130
