@@ -46,7 +46,7 @@ class Checkpoint:
         """Raises StartupError where the folder holds no causal language model in safetensors files that are whole, or,
         where that is allowed, in pickled ones."""
         if not (folder / "config.json").is_file():
-            raise StartupError(f"--model {folder}: not a model folder: it has no config.json")
+            raise StartupError(f"--model {folder}: {_why_no_model(folder)}")
         config = read_json_object(folder / "config.json")
         _check_architecture(folder, config)
         has_safetensors = any((folder / name).is_file() for name in (_SINGLE_FILE, _INDEX))
@@ -78,6 +78,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StartupError(f"{path} holds no JSON object")
     return value
+
+
+def _why_no_model(folder: Path) -> str:
+    if not (folder / "adapter_config.json").is_file():
+        return "not a model folder: it has no config.json"
+    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+    return (
+        f"an adapter, such as LoRA, not a model; merge it into {base} with the package peft (merge_and_unload), and "
+        "serve what that saves"
+    )
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:

@@ -37,6 +37,11 @@ def test_a_folder_without_config_is_one_clear_line(tmp_path: Path) -> None:
     assert startup_error(tmp_path) == f"--model {tmp_path}: not a model folder: it has no config.json"
 
 
+def test_a_lora_adapter_is_to_be_merged(tmp_path: Path) -> None:
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="org/base")
+    assert "an adapter, such as LoRA, not a model; merge it into org/base" in startup_error(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
 def test_a_broken_config_is_named(llama_folder: Path, text: str) -> None:
     (llama_folder / "config.json").write_text(text, encoding="latin-1")
