@@ -13,6 +13,35 @@ NUM_TOP_LOGPROBS = 20
 NOT_FINITE = "the model's logits are not finite"
 
 
+class Range(NamedTuple):
+    """The values that a field may have. NaN and infinities are outside."""
+
+    lowest: float
+    highest: float
+    includes_lowest: bool = True
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and (
+            self.lowest < value <= self.highest or (self.includes_lowest and value == self.lowest)
+        )
+
+    def __str__(self) -> str:
+        return f"{'' if self.includes_lowest else 'above '}{self.lowest} to {self.highest}"
+
+
+# Of requests and of models' own defaults.
+RANGES = {
+    "temperature": Range(0, 10),
+    "top_p": Range(0, 1, includes_lowest=False),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, 10, includes_lowest=False),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "num_return_sequences": Range(1, 16),
+    "top_logprobs": Range(0, 20),
+}
+
+
 class FinishReason(Enum):
     """Why a sequence ended."""
 

@@ -11,7 +11,7 @@ from google.protobuf import struct_pb2
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parleyd.errors import Unsupported, Violation
 from parleyd.gateway import tools
-from parleyd.generation import ModelInfo
+from parleyd.generation import RANGES, ModelInfo, Range
 from parleyd.rpc.interceptors import REQUEST_ID_PATTERN
 
 _MAX_MESSAGES = 4096
@@ -22,18 +22,6 @@ _MAX_LOGIT_BIAS = 1024
 _MAX_FORMAT_CHARACTERS = {"json_schema": 65_536, "regex": 8_192, "grammar": 65_536}
 _MAX_CHOICES = 1024
 _MAX_CHOICE_CHARACTERS = 1024
-
-# field: (lowest, is the lowest itself allowed, highest)
-_RANGES: dict[str, tuple[float, bool, float]] = {
-    "temperature": (0, True, 10),
-    "top_p": (0, False, 1),
-    "min_p": (0, True, 1),
-    "repetition_penalty": (0, False, 10),
-    "presence_penalty": (-2, True, 2),
-    "frequency_penalty": (-2, True, 2),
-    "num_return_sequences": (1, True, 16),
-    "top_logprobs": (0, True, 20),
-}
 
 _ROLES = frozenset(message_pb2.Role.values()) - {message_pb2.ROLE_UNSPECIFIED}
 
@@ -71,11 +59,10 @@ def conversation_violations(request: chat_pb2.GenerateRequest | chat_pb2.CountTo
 
 def config_violations(config: generation_pb2.GenerationConfig, info: ModelInfo) -> Iterator[Violation]:
     """What is out of range in a GenerationConfig."""
-    for name, (lowest, inclusive, highest) in _RANGES.items():
-        if config.HasField(name):
-            yield from _range_violation(name, getattr(config, name), lowest, inclusive, highest)
-    if config.HasField("max_new_tokens"):
-        yield from _range_violation("max_new_tokens", config.max_new_tokens, 1, True, info.max_context_tokens)
+    ranges = RANGES | {"max_new_tokens": Range(1, info.max_context_tokens)}
+    for name, allowed in ranges.items():
+        if config.HasField(name) and (value := getattr(config, name)) not in allowed:
+            yield Violation(f"generation_config.{name}", f"must be {allowed}, not {_spell(value)}")
     yield from _stop_string_violations(config.stop_strings)
     yield from _ids_violations(
         "generation_config.stop_token_ids", config.stop_token_ids, _MAX_STOP_TOKEN_IDS, info.vocab_size
@@ -109,12 +96,6 @@ def _continuation_violations(last: message_pb2.Message) -> Iterator[Violation]:
         yield Violation("continue_final_message", "contradicts tool_calls in the last message")
     elif last.role != message_pb2.ROLE_ASSISTANT or not last.content:
         yield Violation("continue_final_message", "needs a last message of ROLE_ASSISTANT that is not empty")
-
-
-def _range_violation(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> Iterator[Violation]:
-    if not math.isfinite(value) or not (lowest <= value <= highest) or (value == lowest and not inclusive):
-        least = f"{lowest}" if inclusive else f"above {lowest}"
-        yield Violation(f"generation_config.{name}", f"must be {least} to {highest}, not {_spell(value)}")
 
 
 def _stop_string_violations(stop_strings: Sequence[str]) -> Iterator[Violation]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from parleyd.errors import StartupError
-from parleyd.generation import SamplingDefaults
+from parleyd.generation import RANGES, Range, SamplingDefaults
 from parleyd.model.checkpoint import read_json_object
+
+_logger = logging.getLogger("parleyd.model")
 
 _FILE = "generation_config.json"
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -17,6 +20,12 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "top_k": int, "min_p": (int, float), "repetition_penalty": (int, float),
     "num_return_sequences": int,
 }  # fmt: skip
+_NO_LIMIT = 2**32 - 1  # of the requests' fields
+_RANGES = RANGES | {
+    "max_new_tokens": Range(1, _NO_LIMIT),
+    "min_new_tokens": Range(0, _NO_LIMIT),
+    "top_k": Range(0, _NO_LIMIT),
+}
 
 # Each architecture has its own name for it.
 _CONTEXT_NAMES = (
@@ -30,7 +39,8 @@ _TOKENIZER_UNLIMITED = 10**9  # transformers writes 10**30 for "no limit"
 def read_defaults(folder: Path) -> SamplingDefaults:
     """Only what the file itself sets: transformers would fill the rest with defaults of its own.
 
-    Raises StartupError where the file, or a value that we use, is not what it should be.
+    Raises StartupError where the file, or a value that we use, is not what it should be. One that is out of range does
+    not count: of models that are greedy nobody ever looked at it, and elsewhere -1 may stand for "off".
     """
     values = _read(folder)
     given = {name: values.get(name) for name in _KINDS}
@@ -39,6 +49,9 @@ def read_defaults(folder: Path) -> SamplingDefaults:
             not isinstance(value, _KINDS[name]) or isinstance(value, bool) != (name == "do_sample")
         ):
             raise _not_of_its_kind(folder, name, value)
+        if value is not None and name in _RANGES and value not in _RANGES[name]:
+            _logger.warning("%s: %s is %s, not %s: it is ignored", folder / _FILE, name, value, _RANGES[name])
+            given[name] = None
     return SamplingDefaults(**given, stop_strings=_stop_strings(folder, values.get("stop_strings")))
 
 

@@ -79,7 +79,7 @@ def recall(place: Path, files: ModelFiles) -> tuple[LeanModel, ModelInfo] | None
     except (OSError, ValueError, KeyError, MemoryError, RuntimeError, SafetensorError):
         _logger.debug("%s is of no use", place, exc_info=True)
         return None
-    info = replace(memory.info, tokenizer_dir=str(files.tokenizer_dir.resolve()))
+    info = replace(memory.info, tokenizer_dir=str(files.tokenizer_dir.resolve()), defaults=files.defaults)
     return LeanModel(memory.shape, weights), info
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from parleyd.config import ModelSettings
 from parleyd.generation import ModelInfo, SamplingDefaults
+from parleyd.model.generation_config import read_defaults
 from parleyd.model.loader import LoadedModel, load_model
 from tests.support.tiny_gguf import CONTEXT
 from tests.support.tiny_tokenizer import IM_END_ID, VOCAB_SIZE, write_tiny_tokenizer
@@ -70,6 +72,34 @@ def test_defaults_are_only_what_generation_config_sets(llama_folder: Path) -> No
     given = {"temperature": 0.7, "top_k": 20, "do_sample": True, "num_return_sequences": 2}
     edit_json(llama_folder / "generation_config.json", **given, max_length=33)
     assert info(llama_folder).defaults == SamplingDefaults(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("temperature", -1.0, "0 to 10"),
+        ("temperature", math.nan, "0 to 10"),
+        ("top_p", 0.0, "above 0 to 1"),
+        ("top_k", -1, "0 to 4294967295"),
+        ("repetition_penalty", 0, "above 0 to 10"),
+        ("max_new_tokens", 0, "1 to 4294967295"),
+    ],
+)
+def test_a_default_that_no_request_may_have_is_told_and_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, value: float, allowed: str
+) -> None:
+    edit_json(tmp_path / "generation_config.json", **{name: value}, do_sample=False, min_p=0.5)
+    assert read_defaults(tmp_path) == SamplingDefaults(do_sample=False, min_p=0.5)
+    expected = f"{tmp_path / 'generation_config.json'}: {name} is {value}, not {allowed}: it is ignored"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+
+
+def test_defaults_that_switch_something_off_stay_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {"do_sample": False, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0, "repetition_penalty": 1.0}
+    edit_json(tmp_path / "generation_config.json", **given, min_new_tokens=0, num_return_sequences=1)
+    expected = SamplingDefaults(**given, min_new_tokens=0, num_return_sequences=1)  # type: ignore[arg-type]
+    assert read_defaults(tmp_path) == expected
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("given", ["END", ["END"]])
