@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from base64 import b64decode
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from google.protobuf.struct_pb2 import Struct
 from tokenizers import Tokenizer
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from tests.integration.conftest import StartGateway
-from tests.support.gateway import GatewayThread
+from parleyd.config import ModelSettings
+from tests.integration.conftest import StartGateway, assert_answers
+from tests.support.gateway import GatewayThread, scripted_command, scripted_settings
 from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask, error_info_of, reason_of, violated_fields, violations_of
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
@@ -297,10 +299,35 @@ def test_what_is_not_supported_says_so_and_names_the_field(
     assert error_info_of(error).metadata["field"] == field
 
 
+def test_a_token_that_only_the_tokenizer_knows_is_named_and_told_of_at_the_start(
+    start_gateway: StartGateway, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = start_gateway(folder=write_tiny_tokenizer(tmp_path, further_specials=["<|image|>"]))  # the worker knows 259
+    refused = refusal(own, ask("<|image|>"))
+    assert violated_fields(refused) == ["messages"]
+    assert "the token '<|image|>', which the tokenizer knows and the model has no embedding for" in refused.details()
+    said = "scripted has embeddings for 259 of the 260 tokens of its tokenizer: prompts with others will be refused"
+    assert said in caplog.messages
+    assert_answers(own)
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_model_without_a_chat_template_is_told_of_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_folder: bool
+) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "model", chat_template=None)
+    model = ModelSettings(model=str(folder if is_folder else tmp_path / "model.gguf"))
+    with GatewayThread(replace(scripted_settings(), model=model), scripted_command(folder)) as own:
+        assert refusal(own, ask("x")).code() is grpc.StatusCode.FAILED_PRECONDITION
+    (warning,) = [message for message in caplog.messages if "no chat template" in message]
+    assert ("a chat_template.jinja in its folder would be one" in warning) == is_folder
+
+
 def test_several_return_sequences_of_a_greedy_request_are_an_error(gateway: GatewayThread) -> None:
-    assert violated_fields(refusal(gateway, ask("x", num_return_sequences=2))) == [
-        "generation_config.num_return_sequences"
-    ]
+    refused = refusal(gateway, ask("x", num_return_sequences=2))
+    assert violated_fields(refused) == ["generation_config.num_return_sequences"]
+    assert "set a temperature above 0, and do_sample not to false" in refused.details()
+    gateway.stub.Generate(ask("x", num_return_sequences=2, temperature=0.5), timeout=10)
 
 
 def test_refused_calls_carry_the_request_id_in_the_trailers(gateway: GatewayThread) -> None:

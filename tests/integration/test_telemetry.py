@@ -225,6 +225,7 @@ logging.getLogger("parleyd").info("hi")
     stderr = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
     event = json.loads(stderr)
     assert (event["message"], event["request_id"], event["levelname"]) == ("hi", "abc", "INFO")
+    assert "request" not in event
 
 
 def test_logs_tell_no_url_that_a_library_asks_for() -> None:

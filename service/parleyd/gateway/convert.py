@@ -149,7 +149,9 @@ def resolved_violations(
         yield Violation("resume", "contradicts several return sequences")
     if num_choices > 1 and not params.do_sample:
         yield Violation(
-            "generation_config.num_return_sequences", "more than 1 needs sampling, and this request is greedy"
+            "generation_config.num_return_sequences",
+            "more than 1 needs sampling, and this request is greedy: set a temperature above 0, and do_sample not to "
+            "false",
         )
 
 

@@ -101,6 +101,8 @@ def _tokenize(served: ServedModel, text: str) -> list[int]:
         raise PromptTooLong(num_tokens, served.info.max_context_tokens)
     token_ids = encoding.ids if spellings is None else spellings.without_marks(encoding.ids)
     # A tokenizer may know tokens that the model has no embedding for, and users may spell them.
-    if token_ids and max(token_ids) >= served.info.vocab_size:
-        raise InvalidRequest([Violation("messages", "spell a token that the model does not know")])
+    if token_ids and (highest := max(token_ids)) >= served.info.vocab_size:
+        token = served.tokenizer.token(highest)
+        why = f"become a prompt with the token {token!r}, which the tokenizer knows and the model has no embedding for"
+        raise InvalidRequest([Violation("messages", why)])
     return token_ids

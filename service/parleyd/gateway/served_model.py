@@ -9,7 +9,7 @@ from itertools import chain, islice, takewhile
 from pathlib import Path
 
 from parley.v1 import chat_pb2
-from parleyd.config import ServerSettings
+from parleyd.config import Settings
 from parleyd.errors import InvalidRequest, Unsupported, Violation
 from parleyd.gateway import convert, tools, validation
 from parleyd.generation import ModelInfo, SamplingParams
@@ -42,15 +42,16 @@ class ServedModel:
     description: chat_pb2.GetModelResponse
 
     @classmethod
-    def load(cls, name: str, info: ModelInfo, settings: ServerSettings) -> ServedModel:
+    def load(cls, info: ModelInfo, settings: Settings) -> ServedModel:
         """Reads tokenizer and chat template from the model's folder."""
-        folder = Path(info.tokenizer_dir)
-        tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
+        name, server = settings.served_model_name, settings.server
+        folder, is_own_folder = Path(info.tokenizer_dir), Path(settings.model.model).is_dir()
+        tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder, is_own_folder)
         answer_format = AnswerFormat.find(
-            template, tokenizer, tool_format=settings.tool_format, reasoning_format=settings.reasoning_format
+            template, tokenizer, tool_format=server.tool_format, reasoning_format=server.reasoning_format
         )
-        spellings = SpecialSpellings(tokenizer) if settings.split_special_tokens else None
-        defaults = convert.effective_defaults(info, settings.default_max_new_tokens)
+        spellings = SpecialSpellings(tokenizer) if server.split_special_tokens else None
+        defaults = convert.effective_defaults(info, server.default_max_new_tokens)
         grammar_obstacle = _grammar_obstacle(info, tokenizer)
         description = chat_pb2.GetModelResponse(
             model=name,

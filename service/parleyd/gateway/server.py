@@ -216,9 +216,8 @@ class Gateway:
 
     async def _on_worker_ready(self, info: ModelInfo) -> None:
         name = self._settings.served_model_name
-        self._chat.model = await asyncio.to_thread(ServedModel.load, name, info, self._settings.server)
-        if self._chat.model.template.source is None:
-            _logger.warning("%s has no chat template: every conversation will be refused as UNSUPPORTED", name)
+        self._chat.model = await asyncio.to_thread(ServedModel.load, info, self._settings)
+        _warn_of_gaps(self._chat.model)
         wanted = self._settings.model.max_running or info.max_running
         if wanted > info.max_running:
             _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)
@@ -250,6 +249,18 @@ class Gateway:
         if reflection or (reflection is None and not self.guard.is_on):
             add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])
         return server
+
+
+def _warn_of_gaps(model: ServedModel) -> None:
+    if model.template.obstacle:
+        _logger.warning("%s %s: every conversation will be refused as UNSUPPORTED", model.name, model.template.obstacle)
+    if model.tokenizer.vocab_size > model.info.vocab_size:
+        _logger.warning(
+            "%s has embeddings for %d of the %d tokens of its tokenizer: prompts with others will be refused",
+            model.name,
+            model.info.vocab_size,
+            model.tokenizer.vocab_size,
+        )
 
 
 def _bracketed(host: str) -> str:

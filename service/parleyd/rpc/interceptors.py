@@ -181,7 +181,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @contextmanager
     def _entered(self, caller: Caller, method: str, request: Any) -> Iterator[None]:
-        num_bytes = 0 if isinstance(request, _Undecodable) else request.ByteSize()
+        num_bytes = 0 if isinstance(request, Undecodable) else request.ByteSize()
         self._enter(caller.identity, num_bytes)
         try:
             # Of a batch, each request counts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from parleyd.telemetry.call import current_call
@@ -28,7 +29,9 @@ def configure(level: str, log_format: str = "text") -> None:
     """Sends this process's logs to stderr, from `level` ("debug" … "error") up, as `log_format` ("text" or "json")."""
     is_json = log_format == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(_JSON_FORMAT) if is_json else logging.Formatter(_TEXT_FORMAT))
+    # JSON has the two parts of `request` for themselves.
+    as_json = JsonFormatter(_JSON_FORMAT, reserved_attrs=[*RESERVED_ATTRS, "request"])
+    handler.setFormatter(as_json if is_json else logging.Formatter(_TEXT_FORMAT))
     handler.addFilter(_RequestFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # They tell of each request with its URL, and of its headers: those of downloads hold secrets.

@@ -37,11 +37,13 @@ class ChatTemplate:
     """One model's chat template. Safe for many threads; rendering is pure Python, so it belongs in a thread pool.
 
     `variables` are the names that a client may set through `chat_template_kwargs`; `source` is the template's own text.
+    `obstacle`: why there is none, and what to do; None where there is one.
     """
 
-    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str], way_out: str = "") -> None:
         """`source=None`: the model has none. Raises StartupError where the template is not valid Jinja."""
         self.source = source
+        self.obstacle = f"has no chat template{way_out}" if source is None else None
         self._special_tokens = dict(special_tokens)
         parameters = inspect.signature(template_utils().render_jinja_template).parameters
         self._reserved = _RESERVED | parameters.keys() | special_tokens.keys()
@@ -49,8 +51,9 @@ class ChatTemplate:
         self.variables = names - self._reserved
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate:
+    def load(cls, folder: Path, is_own_folder: bool = False) -> ChatTemplate:
         """Reads chat_template.jinja, else `chat_template` of tokenizer_config.json ("default" where it has several).
+        `is_own_folder`: it is one that the operator may add files to.
 
         Raises StartupError where a file cannot be used.
         """
@@ -60,7 +63,8 @@ class ChatTemplate:
             source = path.read_text(encoding="utf-8") if path.is_file() else config.chat_template
         except (OSError, ValueError) as error:
             raise StartupError(f"{path} cannot be read: {error}") from error
-        return cls(source, {name: token.content for name, token in config.special_tokens.items()})
+        way_out = " (a chat_template.jinja in its folder would be one)" if is_own_folder else ""
+        return cls(source, {name: token.content for name, token in config.special_tokens.items()}, way_out)
 
     @cached_property
     def reads_names(self) -> bool:
@@ -102,7 +106,7 @@ class ChatTemplate:
         or drops the one to continue, and for `kwargs` that `kwarg_violations` objects to.
         """
         if self.source is None:
-            raise Unsupported("messages", "this model has no chat template, so it cannot answer conversations")
+            raise Unsupported("messages", f"this model {self.obstacle}, so it cannot answer conversations")
         if violations := self.kwarg_violations(kwargs or {}):
             raise InvalidRequest(violations)
         variables: dict[str, Any] = {**self._special_tokens, **(kwargs or {})}

@@ -125,6 +125,14 @@ def test_a_model_without_a_template_cannot_chat(tmp_path: Path) -> None:
     with pytest.raises(Unsupported) as error:
         template.render([USER])
     assert error.value.metadata == {"field": "messages"}
+    assert "chat_template.jinja" not in str(error.value)
+
+
+def test_who_serves_a_folder_without_a_template_is_told_that_it_may_hold_one(tmp_path: Path) -> None:
+    template = ChatTemplate.load(write_tiny_tokenizer(tmp_path, chat_template=None), is_own_folder=True)
+    with pytest.raises(Unsupported, match=r"no chat template \(a chat_template.jinja in its folder would be one\)"):
+        template.render([USER])
+    assert ChatTemplate.load(write_tiny_tokenizer(tmp_path), is_own_folder=True).obstacle is None
 
 
 def test_an_invalid_template_stops_the_start(tmp_path: Path) -> None:
