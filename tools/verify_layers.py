@@ -123,8 +123,6 @@ ROOMS = (
 
 # What a process is told from outside is read in one place, so that everything else can be tested without it.
 READERS = ("cli.py", "__main__.py")
-# Runs before the client's cli.py, and imports gRPC, which then reads the environment.
-EARLY_READERS = ("parley_client",)
 OUTSIDE = {"os": ("environ", "environb", "getenv", "getenvb"), "sys": ("argv", "orig_argv")}
 
 
@@ -162,7 +160,7 @@ def verify_module(source: str, module: str, path: str) -> list[Violation]:
         for line, name in _imports(tree, package)
         if not _may_import(room, name)
     ]
-    if Path(path).name not in READERS and module not in EARLY_READERS:
+    if Path(path).name not in READERS:
         violations += [
             Violation(path, line, f"only {' and '.join(READERS)} read {name}") for line, name in _outside_reads(tree)
         ]

@@ -9,14 +9,6 @@
 `AsyncClient` is the same for asyncio.
 """
 
-import os
-import sys
-
-if getattr(sys, "argv", None) and os.path.basename(sys.argv[0]) in ("parley", "parley.exe", "-m"):
-    # This is the command, and gRPC looks at the variable as it is imported. It would write a line for each handshake
-    # that fails, for example; what the command must know gRPC raises as well.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 from parley_client.aio import AsyncClient, AsyncStream
 from parley_client.batch import BatchResult
 from parley_client.client import Client, Stream

@@ -303,13 +303,6 @@ def test_chat_on_a_terminal_goes_on_after_an_error_and_after_ctrl_c(server, monk
     assert [message.content for message in server.requests[-1].messages] == ["Two"]
 
 
-def test_only_the_command_decides_what_grpc_logs():
-    script = "import os, parley_client; print(os.environ.get('GRPC_VERBOSITY'))"
-    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout == "None\n"
-
-
 def test_an_output_that_cannot_be_written_is_one_line(server):
     server.says("Hello")
     with open("/dev/full", "w") as full:
