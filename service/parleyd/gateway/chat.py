@@ -160,6 +160,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             stop_strings=config.stop_strings or self._served.info.defaults.stop_strings,
             include_stop_string=config.include_stop_string,
             min_new_tokens=params.min_new_tokens,
+            # What continues a text, or follows a grammar, is told to its first space.
+            id_before=prompt.token_ids[-1] if request.continue_final_message or params.grammar else None,
         )
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
         parser = answer_format.parser(

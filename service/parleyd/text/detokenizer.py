@@ -22,12 +22,18 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
+        id_before: int | None = None,
     ) -> None:
-        """`shown_ids` are special tokens whose text is wanted all the same."""
+        """`shown_ids` are special tokens whose text is wanted all the same. `id_before`: the sequence goes on behind
+        this one, whose text is not told; else it begins a text, of which some vocabularies drop the first space."""
         self._skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         by_bytes = tokenizer.byte_coding is ByteCoding.BYTE_LEVEL
-        self._decoder: _Decoder = _ByteDecoder(tokenizer) if by_bytes else _PieceDecoder(tokenizer)
+        self._decoder: _Decoder = _ByteDecoder(tokenizer) if by_bytes else _PieceDecoder(tokenizer, id_before)
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, often empty."""
@@ -62,9 +68,9 @@ class _PieceDecoder:
     so its text is what decoding both gives beyond decoding the one before.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, id_before: int | None) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # the id before, if any
+        self._before = [] if id_before is None else [id_before]
         self._bytes = _ByteRun()
 
     def push(self, token_id: int) -> str:

@@ -21,8 +21,12 @@ class SequenceText:
         skip_special_tokens: bool = True,
         shown_ids: frozenset[int] = frozenset(),
         min_new_tokens: int = 0,
+        id_before: int | None = None,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
+        """For `id_before` see Detokenizer."""
+        self._detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids, id_before=id_before
+        )
         self._stop = StopMatcher(stop_strings, include=include_stop_string)
         self._num_unsearched = min_new_tokens
 

@@ -130,3 +130,20 @@ def test_time_per_id_does_not_grow_with_a_run_of_broken_bytes(tokenizer: Tokeniz
     started = time.process_time()
     assert "".join(deltas(tokenizer, [token_id] * 50_000)) == "\ufffd" * 50_000
     assert time.process_time() - started < 2  # quadratic cost would take minutes
+
+
+@pytest.mark.parametrize("tokenizer", [*BYTE_FALLBACK.values(), *WITHOUT_BYTES])
+def test_what_goes_on_behind_an_id_is_what_decoding_both_adds(tokenizer: Tokenizer) -> None:
+    ids = [token_id for token_id in range(tokenizer.vocab_size) if tokenizer.fallback_byte(token_id) is None]
+    for before in ids:
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=False, id_before=before)
+        text = tokenizer.decode([before], skip_special_tokens=False)
+        text += "".join(map(detokenizer.push, ids))
+        assert text == tokenizer.decode([before, *ids], skip_special_tokens=False)
+
+
+def test_the_first_space_is_told_behind_an_id_alone() -> None:
+    tokenizer = BYTE_FALLBACK[True]
+    ids = [token_id for piece in ("▁the", "▁the") if (token_id := tokenizer.token_id(piece)) is not None]
+    for id_before, text in ((None, "the the"), (ids[0], " the the"), (0, " the the")):
+        assert "".join(map(Detokenizer(tokenizer, id_before=id_before).push, ids)) == text
