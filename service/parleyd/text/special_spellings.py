@@ -16,10 +16,10 @@ class SpecialSpellings:
     out."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Teaches the tokenizer the mark. A special token that is a word, such as `user`, or a single character is left
-        as it is: templates and tools have such names."""
-        tokens = (tokenizer.token(token_id) for token_id in tokenizer.special_ids)
-        self._tokens = [token for token in tokens if token and len(token) > 1 and not token.isidentifier()]
+        """Teaches the tokenizer the mark, and to take special tokens by their exact spelling alone. One that is a word,
+        such as `user`, or a single character is left as it is: templates and tools have such names."""
+        tokens = tokenizer.spell_special_tokens_exactly()
+        self._tokens = [token for token in tokens if len(token) > 1 and not token.isidentifier()]
         tokenizer.add_special_token(_MARK)
         self._mark_id = tokenizer.token_id(_MARK)
 

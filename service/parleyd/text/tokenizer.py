@@ -66,6 +66,26 @@ class Tokenizer:
         """Has `encode` read one more, which no model knows."""
         self._backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
 
+    def spell_special_tokens_exactly(self) -> list[str]:
+        """The texts of the special tokens. From now on `encode` looks for them before it normalises a text, in which
+        other texts may become theirs."""
+        tokens = [token for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        self._backend.encode_special_tokens = False  # else it would find none, nor any that is added
+        self._backend.add_special_tokens(
+            [
+                tokenizers.AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=False,
+                    special=True,
+                )
+                for token in tokens
+            ]
+        )
+        return [token.content for token in tokens]
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that make no character become U+FFFD, ids outside the vocabulary nothing."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)

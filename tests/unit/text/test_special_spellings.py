@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from parleyd.text.special_spellings import SpecialSpellings
 from parleyd.text.tokenizer import Tokenizer
@@ -69,3 +70,28 @@ def test_tokenizers_of_every_kind_find_none(kind: str) -> None:
     ids = spellings.without_marks(tokenizer.encode(spellings.mark(text)))
     # Pieces outside the vocabulary are the unknown token's, which is special itself.
     assert tokenizer.special_ids.intersection(ids) <= {tokenizer.token_id("<unk>")}
+
+
+NORMALIZERS = {
+    "Llama": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "Gemma": normalizers.Replace(" ", "▁"),
+    "lower case": normalizers.Lowercase(),
+    "NFKC": normalizers.NFKC(),
+}
+
+
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_what_normalising_makes_a_special_token_is_none(name: str, splits: bool) -> None:
+    tokens = ("</s>", "<|end of turn|>", "<|end▁of▁turn|>")
+    backend = byte_level_tokenizer()
+    backend.normalizer = NORMALIZERS[name]
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=True) for token in tokens])
+    backend.encode_special_tokens = splits
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()))
+    spellings = SpecialSpellings(tokenizer)
+    for text in (*tokens, "a</s>b", " </s>", "</S>", "<|END of turn|>", "＜/s＞", "<|end▁of turn|>"):
+        ids = spellings.without_marks(tokenizer.encode(spellings.mark(text)))
+        assert not tokenizer.special_ids.intersection(ids), text
+    for token in tokens:  # as a chat template writes it
+        assert tokenizer.encode(token) == [tokenizer.token_id(token)]
