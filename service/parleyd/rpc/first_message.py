@@ -1,9 +1,9 @@
-"""Reads the one message of each call, which may be no message of its type, or not be there at all."""
+"""Reads the messages of calls, which may be no messages of their type, or the one of a call not be there at all."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -11,6 +11,8 @@ from google.protobuf.message import DecodeError
 
 # The reading of a call that is cancelled ends as if there were no message; a moment later the call learns the truth.
 _UNTIL_CANCELLED_S = 0.05
+
+NO_MESSAGE = "no message of this type arrived"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
@@ -28,11 +30,13 @@ class FirstMessageInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         """See grpc.aio.ServerInterceptor."""
         handler: Any = await continuation(details)
-        if handler is None or handler.request_streaming:
+        if handler is None or handler.request_deserializer is None:  # then it refuses, whatever comes
             return handler
         streaming = handler._replace(
             request_streaming=True, request_deserializer=_tolerant(handler.request_deserializer)
         )
+        if handler.request_streaming:  # of reflection alone, which answers in a stream too
+            return streaming._replace(stream_stream=_with_messages(handler.stream_stream))
         if handler.response_streaming:
             return streaming._replace(unary_stream=None, stream_stream=_with_message(handler.unary_stream))
         return streaming._replace(unary_unary=None, stream_unary=_with_message(handler.unary_unary))
@@ -46,6 +50,20 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return Undecodable()
 
     return decode
+
+
+def _with_messages(behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    async def decodable(requests: Any, context: Context) -> AsyncIterator[Any]:
+        async for request in requests:
+            if isinstance(request, Undecodable):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+            yield request
+
+    async def handle(requests: Any, context: Context) -> AsyncIterator[Any]:
+        async for response in behaviour(decodable(requests, context), context):
+            yield response
+
+    return handle
 
 
 def _with_message(behaviour: Behaviour) -> Behaviour:

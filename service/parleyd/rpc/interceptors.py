@@ -17,7 +17,7 @@ import grpc
 
 from parleyd.errors import EngineFault, InvalidRequest, ParleyError, Reason, SlowReader, Unauthenticated, Violation
 from parleyd.rpc import status
-from parleyd.rpc.first_message import Undecodable
+from parleyd.rpc.first_message import NO_MESSAGE, Undecodable
 from parleyd.rpc.load_report import LOAD_REPORT_KEY
 from parleyd.rpc.open_calls import OpenCalls
 from parleyd.rpc.reader_watch import ReaderWatch
@@ -40,9 +40,6 @@ _logger = logging.getLogger("parleyd.rpc")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
-
-
-_UNDECODABLE = "no message of this type arrived"
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -155,7 +152,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             with self._entered(caller, method, request):
                 if isinstance(request, Undecodable):
-                    raise InvalidRequest([Violation("", _UNDECODABLE)])
+                    raise InvalidRequest([Violation("", NO_MESSAGE)])
                 try:
                     with self._calls.entered():
                         await run(call)
@@ -206,7 +203,7 @@ def _decodable_only(handler: Any) -> Any:
 
     async def handle(request: Any, context: Context) -> Any:
         if isinstance(request, Undecodable):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNDECODABLE)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
         return await behaviour(request, context)
 
     return handler._replace(**{kind: handle})
