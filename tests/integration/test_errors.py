@@ -60,7 +60,7 @@ class Raising(chat_pb2_grpc.ChatServiceServicer):
 async def service() -> AsyncIterator[tuple[Raising, chat_pb2_grpc.ChatServiceStub]]:
     raising = Raising()
     server = grpc.aio.server(
-        interceptors=[CallInterceptor("parley.v1.ChatService", OPEN, lambda _: None, lambda _: None, lambda _: b"")]
+        interceptors=[CallInterceptor("parley.v1.ChatService", OPEN, lambda *_: None, lambda *_: None, lambda _: b"")]
     )
     chat_pb2_grpc.add_ChatServiceServicer_to_server(raising, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -140,7 +140,7 @@ async def test_a_cancelled_call_is_no_error_in_the_log(service: Any, caplog: pyt
 
     raising.Generate = wait  # type: ignore[method-assign]
     server = grpc.aio.server(
-        interceptors=[CallInterceptor("parley.v1.ChatService", OPEN, lambda _: None, lambda _: None, lambda _: b"")]
+        interceptors=[CallInterceptor("parley.v1.ChatService", OPEN, lambda *_: None, lambda *_: None, lambda _: b"")]
     )
     chat_pb2_grpc.add_ChatServiceServicer_to_server(raising, server)
     port = server.add_insecure_port("127.0.0.1:0")

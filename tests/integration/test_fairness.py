@@ -97,7 +97,9 @@ def test_a_batch_of_a_thousand_holds_up_nobody(start: Any) -> None:
 
 def test_a_prompt_passes_the_huge_prompts_of_another_client(start: Any) -> None:
     gateway, many = start(max_queue=8), Watched()
-    huge = chat_pb2.GenerateRequest(messages=[message_pb2.Message(role=message_pb2.ROLE_USER, content="a")] * 60_001)
+    huge = chat_pb2.GenerateRequest(
+        messages=[message_pb2.Message(role=message_pb2.ROLE_USER, content="x" * 800)] * 4095
+    )
     calls = [gateway.stub.Generate.future(huge, timeout=100, metadata=bearer(MANY)) for _ in range(8)]
     for call in calls:
         call.add_done_callback(many.note)
