@@ -13,8 +13,8 @@ import pytest
 from parleyd.config import SecuritySettings
 from parleyd.errors import Unauthenticated
 from parleyd.security import guard, watched
-from parleyd.security.api_keys import entry_for, new_key
 from parleyd.security.guard import Guard
+from parleyd.security.new_key import entry_for, new_key
 from parleyd.security.watched import Watched
 
 
