@@ -20,8 +20,7 @@ _LIMIT_MS = 10.0
 _ATTEMPTS = 3  # a machine that stalls does so now and then
 _NUM_STREAMS = 48
 _NUM_WAITING = 500
-# Far beyond any context. gRPC's own copying and decoding of the 4 MiB that a message may have takes 10 ms by itself, and
-# more on a slow machine.
+# Far beyond any context. gRPC's own copying and decoding of the 4 MiB that a message may have takes 10 ms and more.
 _LARGE_BYTES = 512 * 1024
 
 
