@@ -67,21 +67,23 @@ class SampledTokens(NamedTuple):
 
 
 class _Rows:
-    """Some rows of a tensor, in order. All of them cost no copy."""
+    """Some rows of a tensor, in order. Neighbours cost no copy."""
 
-    def __init__(self, rows: Sequence[int], num_rows: int, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
         self.rows = tuple(rows)
-        self._index = upload(np.array(rows, np.int64), device) if 0 < len(rows) < num_rows else None
+        first = rows[0] if rows else 0
+        self._index: slice | Tensor = slice(first, first + len(rows))
+        if self.rows != tuple(range(first, first + len(rows))):
+            self._index = upload(np.array(rows, np.int64), device)
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor if self._index is None else tensor.index_select(0, self._index)
+        return tensor[self._index]
 
-    def put(self, tensor: Tensor, values: Tensor) -> Tensor:
-        """The tensor with the values in these rows: in place, or the values where they are all."""
-        return values if self._index is None else tensor.index_copy_(0, self._index, values)
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        tensor[self._index] = values
 
 
 class Sampler:
@@ -109,28 +111,29 @@ class Sampler:
         numbers = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         if greedy := self._rows(are_greedy):
             ids = draws.first_argmax(_as_float(greedy.of(x)))
-            token_ids = greedy.put(token_ids, ids)
-            numbers = greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
-        for drawn in self._chunks([row for row, is_greedy in enumerate(are_greedy) if not is_greedy], len(rows)):
+            greedy.put(token_ids, ids)
+            greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
+        for drawn in self._chunks([row for row, is_greedy in enumerate(are_greedy) if not is_greedy]):
             # Either makes all of a softmax NaN.
             params = [rows[row].params for row in drawn.rows]
             probs = _probabilities(_as_float(drawn.of(x)), params)
             keys = np.array([draws.stream_key(one.seed, one.choice) for one in params], np.uint64)
             positions = np.array([rows[row].position for row in drawn.rows], np.uint64)
             ids = draws.draw(probs, upload(draws.uniforms(keys, positions), self._device))
-            token_ids, numbers = drawn.put(token_ids, ids), drawn.put(numbers, _chosen(probs, ids))
+            drawn.put(token_ids, ids)
+            drawn.put(numbers, _chosen(probs, ids))
         asked = self._rows([row.params.logprobs for row in rows])
         logprobs = _logprobs(logits, token_ids, rows, asked) if asked else None
         return SampledTokens(token_ids, numbers.isfinite(), logprobs)
 
     def _rows(self, flags: Sequence[bool]) -> _Rows:
-        return _Rows([row for row, flag in enumerate(flags) if flag], len(flags), self._device)
+        return _Rows([row for row, flag in enumerate(flags) if flag], self._device)
 
-    def _chunks(self, rows: list[int], num_rows: int) -> Iterator[_Rows]:
+    def _chunks(self, rows: list[int]) -> Iterator[_Rows]:
         """The rows that are drawn together."""
-        size = num_rows if self._device.type == "cuda" else max(1, _CHUNK_SIZE // self._vocab_size)
-        for start in range(0, len(rows), size):
-            yield _Rows(rows[start : start + size], num_rows, self._device)
+        size = len(rows) if self._device.type == "cuda" else _CHUNK_SIZE // self._vocab_size
+        for start in range(0, len(rows), max(size, 1)):
+            yield _Rows(rows[start : start + max(size, 1)], self._device)
 
 
 def _changed(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: frozenset[int]) -> Tensor:
