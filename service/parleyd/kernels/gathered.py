@@ -19,8 +19,8 @@ from parleyd.model.upload import upload
 from parleyd.scheduling.request import Scheduled
 
 # Sequences that are gathered together have no more tokens than this, each filled up to the longest: it is memory that
-# nobody has set aside, tens of MiB.
-_MAX_TOKENS = 2**15
+# nobody has set aside, and more would not stay in a CPU's cache.
+_MAX_TOKENS = 2**12
 # Of a prompt's rows, as many attend at a time.
 _MAX_ROWS = 64
 
