@@ -23,8 +23,8 @@ _LIMITS = LLParserLimits(
 )
 
 
-# What following it may take of a processor: so many seconds at once, and for each token. Typical ones take a twentieth
-# of it. Ambiguous ones take longer with every token, within any limit, while all other sequences wait.
+# What following it may take of a processor: so many seconds at once, and for each token. Typical ones take a quarter
+# of it at most. Ambiguous ones take longer with every token, within any limit, while all other sequences wait.
 _BURST_S, _TOKEN_S = 0.3, 0.002
 _REPLAYED_AT_ONCE = 16  # in one call, which lets no other thread run
 
