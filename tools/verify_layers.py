@@ -56,7 +56,7 @@ ROOMS = (
         imports=("prometheus_client", "opentelemetry", "pythonjsonlogger", *SETTINGS),
     ),
     Room(("parleyd.security",), imports=("cryptography", "grpc", "jwt", "msgspec", *SETTINGS)),
-    Room(("parleyd.grammar",), imports=("llguidance", "parleyd.ipc", *SETTINGS)),
+    Room(("parleyd.grammar",), imports=("llguidance", "numpy", "parleyd.ipc", *SETTINGS)),
     Room(("parleyd.text",), imports=("tokenizers", "jinja2", "regex", "transformers.utils", *SETTINGS)),
     Room(("parleyd.scheduling",), imports=SETTINGS),
     Room(("parleyd.cpu_kernels",), imports=("torch", "numpy", "numba", "llvmlite")),
@@ -67,7 +67,7 @@ ROOMS = (
     ),
     Room(
         ("parleyd.sampling",),
-        imports=("torch", "numpy", "llguidance", "parleyd.grammar.compiler", "parleyd.model.upload", *SETTINGS),
+        imports=("torch", "numpy", "parleyd.grammar.state", "parleyd.model.upload", *SETTINGS),
     ),
     Room(
         ("parleyd.kernels",),
@@ -88,7 +88,7 @@ ROOMS = (
         imports=(
             *TORCH_SIDE,
             "parleyd.cpu_kernels",
-            "parleyd.grammar.compiler",
+            "parleyd.grammar",
             "parleyd.kernels",
             "parleyd.model",
             "parleyd.sampling",

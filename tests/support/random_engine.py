@@ -13,9 +13,9 @@ from torch import Tensor
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.model_runner import ModelRunner
 from parleyd.generation import EngineRequest, FinishReason, ModelInfo, SamplingParams
+from parleyd.grammar.state import GrammarCompiler
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.layout import StepLayout
-from parleyd.sampling.grammar import GrammarCompiler
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
 

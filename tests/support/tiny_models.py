@@ -17,10 +17,10 @@ from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner
 from parleyd.engine.stock_forward import StockForward
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
+from parleyd.grammar.state import GrammarCompiler
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.paged import NO_KERNELS, Kernels
 from parleyd.model.lean_model import LeanModel
-from parleyd.sampling.grammar import GrammarCompiler
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
 

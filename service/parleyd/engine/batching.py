@@ -15,7 +15,7 @@ import torch
 from parleyd.engine.model_runner import Launched, ModelRunner
 from parleyd.generation import EngineRequest, EngineStats, Output
 from parleyd.grammar.compiler import GrammarError
-from parleyd.sampling.grammar import GrammarCompiler, GrammarState
+from parleyd.grammar.state import GrammarCompiler, GrammarState
 from parleyd.scheduling.prefill_budget import PrefillBudget
 from parleyd.scheduling.request import Batch
 from parleyd.scheduling.scheduler import Scheduler

@@ -15,6 +15,7 @@ from parleyd.engine.model_runner import Forward, ModelRunner
 from parleyd.engine.obstacle import batching_obstacle
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
+from parleyd.grammar.state import GrammarCompiler
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.choice import AttentionShape, choose_kernels
 from parleyd.kernels.compiled import CompiledKernels, compiled_kernels
@@ -22,7 +23,6 @@ from parleyd.model.cache import cache_root
 from parleyd.model.gguf_blocks import GgufBlocks
 from parleyd.model.lean_model import LeanModel, can_be_lean
 from parleyd.model.memory import free_bytes
-from parleyd.sampling.grammar import GrammarCompiler
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.prefill_budget import PrefillBudget
 from parleyd.scheduling.scheduler import Scheduler

@@ -32,7 +32,8 @@ from parleyd.generation import (
     TokenLogprob,
 )
 from parleyd.grammar.compiler import GrammarError
-from parleyd.sampling.grammar import GrammarCompiler, GrammarRow, GrammarState, mask_by_grammar
+from parleyd.grammar.state import GrammarCompiler, GrammarState
+from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
 from parleyd.sampling.penalties import MIN_REPETITION_PENALTY
 from parleyd.sampling.sampler import MIN_TEMPERATURE
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from parleyd.generation import TokenLogprob
+from parleyd.grammar.state import GrammarState
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.layout import StepLayout
 from parleyd.model.upload import upload
-from parleyd.sampling.grammar import GrammarState
 from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow
 from parleyd.scheduling.request import Batch, Scheduled
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
+from parleyd.grammar.state import GrammarState
 from parleyd.model.upload import upload
 from parleyd.sampling import draws
-from parleyd.sampling.grammar import GrammarRow, GrammarState, mask_by_grammar
+from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
 from parleyd.sampling.penalties import PenalisedRow, penalise
 
 # Below this, logits overflow; what it asks for is the greedy choice anyway.

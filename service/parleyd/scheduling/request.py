@@ -22,7 +22,7 @@ class SequenceState(Enum):
 
 
 class Grammar(Protocol):
-    """Where a sequence is in the grammar that its text must follow; see sampling/grammar.py."""
+    """Where a sequence is in the grammar that its text must follow; see grammar/state.py."""
 
     @property
     def error(self) -> str | None:

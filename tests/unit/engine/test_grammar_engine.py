@@ -15,8 +15,9 @@ from parleyd.engine.batching import BatchingEngine
 from parleyd.generation import FinishReason, ModelInfo
 from parleyd.grammar.compiler import GrammarError, UnknownTokenizer
 from parleyd.grammar.formats import to_grammar
+from parleyd.grammar.state import GrammarCompiler
 from parleyd.sampling.draws import first_argmax
-from parleyd.sampling.grammar import GrammarCompiler, GrammarRow, mask_by_grammar
+from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
 from parleyd.sampling.sampler import Sampler, SamplingRow
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler

@@ -1,32 +1,26 @@
-"""Grammars that answers must follow: compiled in threads of their own, one state a sequence, masks for the sampler."""
+"""Where each sequence is in the grammar that it follows. Grammars are compiled in threads of their own, and kept.
+
+Called by the engines; the sampler masks logits by it.
+"""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
-from torch import Tensor
 
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.grammar.compiler import Clock, GrammarError, compile_grammar, load_tokenizer, raise_error, replay
-from parleyd.model.upload import upload
-
-_logger = logging.getLogger("parleyd.engine")
 
 _MAX_CACHED = 128
 _NUM_THREADS = 2
-# For each byte of a mask, what is added to its 8 logits. Adding takes a CPU half the time that filling does.
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_ADDENDS = np.where(_BITS, np.float32(0), np.float32(-np.inf))
 
 
 class GrammarState:
@@ -130,30 +124,6 @@ class GrammarCompiler:
 def _has_failed(future: Future[Any]) -> bool:
     """Then it is tried again: a file that could not be opened, or memory that was short, may be there by now."""
     return future.done() and future.exception() is not None
-
-
-class GrammarRow(NamedTuple):
-    """A row of a step, and the output position that it samples. `state` has taken all ids before."""
-
-    row: int
-    state: GrammarState
-    position: int
-
-
-def mask_by_grammar(logits: Tensor, rows: Sequence[GrammarRow]) -> None:
-    """Makes logits minus infinity, in place, for what may not be drawn in these rows. logits: [batch, vocab], float32.
-
-    Where an end is all there is, it may be drawn whatever else has masked it.
-    """
-    vocab_size = logits.shape[1]
-    mask = np.zeros((len(rows), -(-vocab_size // 32)), np.int32)
-    must_end = [state.fill(mask, i, position) for i, (_, state, position) in enumerate(rows)]
-    packed = upload(mask.view(np.uint8), logits.device)
-    addends = upload(_ADDENDS, logits.device).index_select(0, packed.flatten().int())
-    places = upload(np.array([one.row for one in rows]), logits.device)
-    logits.index_add_(0, places, addends.view(len(rows), -1)[:, :vocab_size])
-    for one in compress(rows, must_end):
-        logits[one.row, one.state.eos_token_id] = 0.0
 
 
 def _bits(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.uint8]:
