@@ -121,7 +121,8 @@ def _wide_floor(probs: NDArray[np.float32], limit: float) -> float:
     """The same in all of a row, `[vocab]`: by the masses of bins first, so that few numbers are sorted."""
     bins = probs.view(np.int32) >> 15  # those of one share their exponent and eight bits of their fraction
     mass = np.bincount(bins, probs)[::-1].cumsum()
-    place = min(int(mass.searchsorted(limit)), len(mass) - 1)
+    # Summed in another order, all of it may lie below the limit by its last bits.
+    place = int(mass.searchsorted(min(limit, mass[-1])))
     above = mass[place - 1] if place else 0.0
     values = -np.sort(-probs[bins == len(mass) - 1 - place])
     num_kept = int((above + values.cumsum(dtype=np.float64) - values < limit).sum())

@@ -167,6 +167,13 @@ def test_nucleus_of_a_large_vocabulary_is_found_however_wide_it_is(
             assert kept[order[: int(kept.sum())]].all()
 
 
+def test_a_nucleus_that_only_rounding_keeps_from_being_all_is_all_but_what_has_no_weight() -> None:
+    probs = random_logits(40, 4096, seed=1).softmax(-1)
+    top_p = torch.full((40, 1), 1 - 2**-53, dtype=torch.float64)
+    kept = draws.keep_top_p(probs.clone(), top_p)
+    torch.testing.assert_close(kept.sum(-1), probs.sum(-1))
+
+
 MIXED = [
     {}, {"repetition_penalty": 1.2}, {"do_sample": True}, {"do_sample": True, "temperature": 0.5, "min_p": 0.05},
     {"do_sample": True, "top_k": 5}, {"do_sample": True, "top_k": 50, "top_p": 0.9}, {"do_sample": True, "top_p": 0.9},
