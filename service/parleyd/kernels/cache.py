@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parleyd.kernels.paged import NO_KERNELS, Kernels
-from parleyd.model.upload import upload
+from parleyd.scheduling.request import BlockCopy
 
 
 class PagedKVCache:
@@ -42,11 +42,12 @@ class PagedKVCache:
             self.keys[:, block_id].zero_()
             self.values[:, block_id].zero_()
 
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """From the first block of each pair to the second, in all layers; all are read before any is written."""
-        sources, targets = upload(np.array(copies, np.int64).T, self.device)
-        for blocks in (*self.keys, *self.values):
-            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+    def copy_blocks(self, copies: list[BlockCopy]) -> None:
+        """One after the other, in all layers, with zeros behind: what the source has there may not be finite."""
+        for source, target, num_tokens in copies:
+            for blocks in (self.keys, self.values):
+                blocks[:, target, :, :num_tokens] = blocks[:, source, :, :num_tokens]
+                blocks[:, target, :, num_tokens:].zero_()
 
     def gather(self, layer: int, head_blocks: Tensor) -> list[Tensor]:
         """Keys and values of blocks, by `block id * kv_heads + head`: `[head blocks, block_size, head_dim]` each.

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
-from parleyd.scheduling.request import Sequence
+from parleyd.scheduling.request import BlockCopy, Sequence
 
 
 class IntegrityError(RuntimeError):
@@ -85,11 +85,11 @@ class KVLedger:
         num_new = self.num_blocks_for(len(sequence.token_ids)) - len(prefix.block_ids)
         return num_new + num_revived + num_reserved <= self.num_available
 
-    def allocate(self, sequence: Sequence, prefix: CachedPrefix) -> tuple[int, int] | None:
+    def allocate(self, sequence: Sequence, prefix: CachedPrefix) -> BlockCopy | None:
         """Gives a sequence `prefix` (from `cached_prefix`) and new blocks for the rest of its tokens.
 
-        Returns the block to copy, if there is one, and the sequence's own to copy it to. The former is not kept for it:
-        it may be what the next batch writes, or even the same block.
+        Returns what is to be copied, if there is something. Its source is not kept for it: it may be what the next
+        batch writes, or even the same block.
         """
         for block_id in prefix.block_ids:
             if self._ref_counts[block_id] == 0:
@@ -103,18 +103,19 @@ class KVLedger:
             block_ids.append(self._take_block())
         sequence.block_ids = block_ids
         sequence.num_computed_tokens = prefix.num_tokens
-        return None if copied is None else (copied, block_ids[len(prefix.block_ids)])
+        if copied is None:
+            return None
+        num_whole = len(prefix.block_ids)
+        return BlockCopy(copied, block_ids[num_whole], prefix.num_tokens - num_whole * self.block_size)
 
     def can_append(self, sequence: Sequence) -> bool:
         """Whether the next token to compute has a slot or can be given one."""
         return sequence.num_computed_tokens < len(sequence.block_ids) * self.block_size or self.num_available > 0
 
-    def append(self, sequence: Sequence) -> int | None:
-        """Sees to it that the next token to compute has a slot. Returns the block, if it needs a new one."""
-        if sequence.num_computed_tokens < len(sequence.block_ids) * self.block_size:
-            return None
-        sequence.block_ids.append(self._take_block())
-        return sequence.block_ids[-1]
+    def append(self, sequence: Sequence) -> None:
+        """Sees to it that the next token to compute has a slot."""
+        if sequence.num_computed_tokens == len(sequence.block_ids) * self.block_size:
+            sequence.block_ids.append(self._take_block())
 
     def register(self, sequence: Sequence, start: int, end: int) -> None:
         """Lets others find what filled up when the positions from `start` to before `end` were computed: blocks, and

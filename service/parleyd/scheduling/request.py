@@ -128,18 +128,24 @@ class Scheduled(NamedTuple):
     awaits_id: bool  # its one input id is being sampled by the batch before, and not known here yet
 
 
+class BlockCopy(NamedTuple):
+    """The first `num_tokens` of a block that another is to begin with."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class Batch:
     """What one step runs: decodes first, then stretches of prompts.
 
     A stretch attends to all before it in its blocks, its own tokens included: in each layer, write first, then attend.
-    Before all that, blocks are copied, then others cleared: `copies` are pairs of where from and where to; `cleared`
-    are new, each the last of its sequence: behind the last token a mask hides what is there, which must be finite.
+    Before all that, blocks are copied, in the order of `copies`, and then others cleared: see `begun_blocks`.
     """
 
     scheduled: list[Scheduled] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    cleared: list[int] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
     num_tokens: int = 0
     num_decodes: int = 0  # the leading entries, of one token each
     num_samples: int = 0
@@ -156,6 +162,18 @@ class Batch:
         if samples:
             self.num_samples += 1
             sequence.num_pending += 1
+
+    def begun_blocks(self, block_size: int) -> list[int]:
+        """Those that a stretch is the first to write to, and does not fill.
+
+        They must be cleared: behind its last token a mask hides what is there, which must be finite.
+        """
+        ends = [item.start + item.num_tokens for item in self.scheduled]
+        return [
+            item.block_ids[end // block_size]
+            for item, end in zip(self.scheduled, ends, strict=True)
+            if 0 < end % block_size <= item.num_tokens
+        ]
 
     def token_ids(self) -> array[int]:
         """Input ids of all stretches, end to end (int32); 0 for an id that is awaited."""

@@ -217,12 +217,12 @@ class Scheduler:
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens - sequence.num_computed_tokens > 1:
                 prefills.append(sequence)
-            elif num_tokens < sequence.max_length and self._make_room(sequence, batch):
+            elif num_tokens < sequence.max_length and self._make_room(sequence):
                 batch.add(sequence, 1)
         batch.num_decodes = len(batch.scheduled)
         return prefills
 
-    def _make_room(self, sequence: Sequence, batch: Batch) -> bool:
+    def _make_room(self, sequence: Sequence) -> bool:
         """Gives the sequence's next token a slot, at the cost of the last in rank; False where that is itself."""
         while not self._ledger.can_append(sequence):
             # Ranks behind this one, so it is not in the batch yet.
@@ -230,8 +230,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        if (block_id := self._ledger.append(sequence)) is not None:
-            batch.cleared.append(block_id)
+        self._ledger.append(sequence)
         return True
 
     def _preempt(self, victim: Sequence) -> None:
@@ -292,11 +291,8 @@ class Scheduler:
         if not self._ledger.can_allocate(head, prefix, num_reserved):
             return False
         del self._waiting[0]
-        copy, last = self._ledger.allocate(head, prefix), head.block_ids[-1]
-        if copy is not None:
+        if (copy := self._ledger.allocate(head, prefix)) is not None:
             batch.copies.append(copy)
-        if copy is None or copy[1] != last:
-            batch.cleared.append(last)
         head.state = SequenceState.RUNNING
         _insert(self._running, head)
         if head.cached_prompt_tokens is None:

@@ -11,7 +11,7 @@ from parleyd.engine.batching import BrokenStateError
 from parleyd.engine.engine import Engine
 from parleyd.engine.generate import GenerateEngine
 from parleyd.errors import StartupError
-from parleyd.generation import NOT_FINITE, Output
+from parleyd.generation import NOT_FINITE, EngineRequest, Output
 from parleyd.worker import load
 from tests.support.tiny_models import CONTEXT, EOS, info_of, make_engine, make_model, oracle, prompts, request, run
 
@@ -122,6 +122,46 @@ def test_one_that_is_cancelled_before_it_could_fail_harms_nobody_either(lean: bo
         outputs += engine.step()
     assert not [output.error for output in outputs if output.error]
     assert [token_id for output in outputs if output.key == 1 for token_id in output.token_ids] == expected
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("lean", [True, False])
+def test_no_block_that_a_chunk_ends_in_has_anything_of_another(lean: bool, overlap: bool) -> None:
+    prompt = tuple(range(40, 90)) * 4
+    expected = oracle(make_model("Llama", num_hidden_layers=3), prompt)
+    model = make_model("Llama", num_hidden_layers=3)
+    model.get_input_embeddings().weight.data[BAD_ID] = math.nan
+    engine = make_engine(model, lean=lean, overlap=overlap, num_blocks=40, max_batch_tokens=12, max_running=4)
+    engine.submit(request(50, (5,), ignore_eos=True, max_new_tokens=100))  # so that each step has an output
+    engine.submit(request(BAD_KEY, (BAD_ID, *range(5, 30)) * 8))
+    for _ in range(15):
+        engine.step()
+    engine.abort(BAD_KEY)
+    assert run_beside(engine, request(1, prompt)) == expected
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("lean", [True, False])
+def test_who_is_given_a_copy_of_a_prompts_end_gets_nothing_of_the_answer_behind_it(lean: bool, overlap: bool) -> None:
+    prompt = tuple(range(40, 53))
+    (bad,) = oracle(make_model("Llama"), prompt, 1)
+    model = make_model("Llama")
+    model.get_input_embeddings().weight.data[bad] = math.nan
+    engine = make_engine(model, lean=lean, overlap=overlap)
+    engine.submit(request(BAD_KEY, prompt))
+    assert [output.token_ids for output in engine.step()] == [(bad,)]
+    # With overlap a step is in flight in which what follows `bad` is written, and not known to be wrong yet.
+    assert run_beside(engine, request(1, prompt, logit_bias=((bad, -100.0),), max_new_tokens=1)) != [bad]
+
+
+def run_beside(engine: Engine, one: EngineRequest) -> list[int]:
+    """Its ids, whatever becomes of others."""
+    engine.submit(one)
+    outputs: list[Output] = []
+    while not outputs or not outputs[-1].is_last:
+        outputs += [output for output in engine.step() if output.key == one.key]
+    assert outputs[-1].error is None
+    return [token_id for output in outputs for token_id in output.token_ids]
 
 
 def test_nobody_finds_its_prefix() -> None:

@@ -18,7 +18,7 @@ from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.choice import AttentionShape, check_kernels, choose_kernels
 from parleyd.kernels.layout import StepLayout, attend
 from parleyd.kernels.paged import NO_KERNELS, Kernels
-from parleyd.scheduling.request import Batch, Sequence
+from parleyd.scheduling.request import Batch, BlockCopy, Sequence
 from tests.support import torch_kernels
 from tests.support.tiny_models import make_engine, make_model, oracle, prompts, request
 from tests.support.tiny_models import run as run_engine
@@ -51,14 +51,16 @@ def run(batch: Batch, kernels: Kernels = NO_KERNELS, dtype: torch.dtype = torch.
     return attend(cache, 1, StepLayout.of(batch, cache), query, key[:, :KV_HEADS], value[:, :KV_HEADS], 0.3)
 
 
-def test_blocks_are_copied_in_all_layers_and_read_before_they_are_written() -> None:
+def test_blocks_are_copied_in_all_layers_with_nothing_behind() -> None:
     cache = PagedKVCache((2, 4, BLOCK_SIZE, KV_HEADS, HEAD_DIM), torch.float32, "cpu")
     cache.keys.normal_()
     cache.values.normal_()
     keys, values = cache.keys.clone(), cache.values.clone()
-    cache.copy_blocks([(0, 3), (2, 0), (1, 1)])
+    cache.copy_blocks([BlockCopy(0, 3, BLOCK_SIZE), BlockCopy(2, 0, 5), BlockCopy(1, 1, 5)])
     for before, after in ((keys, cache.keys), (values, cache.values)):
-        assert torch.equal(after, before[:, [2, 1, 2, 0, 4]])
+        expected = before[:, [2, 1, 2, 0, 4]]
+        expected[:, :2, :, 5:] = 0
+        assert torch.equal(after, expected)
 
 
 MIXED = make_batch([1, 7, 8, 9, 100, 30, 31], [(0, 5), (13, 4), (0, 1), (40, 24)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from parleyd.scheduling.request import Batch, Sequence, SequenceState
+from parleyd.scheduling.request import Batch, BlockCopy, Sequence, SequenceState
 from tests.unit.scheduling.token_model import EOS, before_the_first, key_value, next_token
 
 
@@ -43,7 +43,7 @@ class Device:
 
     def run(self, step: Step) -> list[int]:
         self._copy(step.batch.copies)
-        for block_id in step.batch.cleared:
+        for block_id in step.batch.begun_blocks(self._block_size):
             self._memory.update((block_id * self._block_size + i, -1) for i in range(self._block_size))
         sampled = []
         for item, (ids, written, read) in zip(step.batch.scheduled, step.inputs, strict=True):
@@ -63,13 +63,11 @@ class Device:
                 sampled.append(next_token(state))
         return sampled
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
-        pairs = [
-            (a * self._block_size + i, b * self._block_size + i) for a, b in copies for i in range(self._block_size)
-        ]
-        # Where nobody has written yet there is nothing that anybody may read.
-        read = [(target, self._memory.get(source, -1)) for source, target in pairs]
-        self._memory.update(read)
+    def _copy(self, copies: list[BlockCopy]) -> None:
+        for source, target, num_tokens in copies:
+            for i in range(self._block_size):
+                read = self._memory[source * self._block_size + i] if i < num_tokens else -1
+                self._memory[target * self._block_size + i] = read
 
     def _slot(self, block_ids: array[int], position: int) -> int:
         return block_ids[position // self._block_size] * self._block_size + position % self._block_size

@@ -131,7 +131,7 @@ class Service:
                 block_id = item.block_ids[index]
                 assert self.ledger._ref_counts[block_id] == 1, "a shared block is written"
                 assert not self.ledger._hashes[block_id] or self._is_behind_prompt(item, index), "it is registered"
-        targets = [target for _, target in batch.copies] if batch else []
+        targets = [copy.target for copy in batch.copies] if batch else []
         first_blocks = {item.block_ids[item.start // self.ledger.block_size] for item in scheduled}
         assert len(set(targets)) == len(targets) and first_blocks.issuperset(targets), (
             "a copy that nobody has asked for"

@@ -9,7 +9,7 @@ import pytest
 
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.scheduling.kv_cache import IntegrityError, KVLedger
-from parleyd.scheduling.request import Sequence
+from parleyd.scheduling.request import BlockCopy, Sequence
 
 BLOCK_SIZE = 4
 
@@ -130,8 +130,8 @@ def test_what_two_sequences_compute_at_once_is_registered_once() -> None:
     ledger.check_integrity([])
 
 
-def copied(ledger: KVLedger, one: Sequence) -> tuple[int, int] | None:
-    """Allocates; returns from where to where a block is copied."""
+def copied(ledger: KVLedger, one: Sequence) -> BlockCopy | None:
+    """Allocates; returns what is copied."""
     return ledger.allocate(one, ledger.cached_prefix(one))
 
 
@@ -140,9 +140,10 @@ def test_of_a_prompt_that_is_there_all_but_its_last_token_is_found(num_prompt: i
     ledger = KVLedger(10, BLOCK_SIZE)
     first, second = sequence(*tokens(0, num_prompt)), sequence(*tokens(0, num_prompt))
     admit(ledger, first)
-    pair = copied(ledger, second)
+    copy = copied(ledger, second)
     assert second.num_computed_tokens == num_prompt - 1
-    assert pair == (first.block_ids[-1], second.block_ids[-1]) and pair[0] != pair[1]
+    assert copy == (first.block_ids[-1], second.block_ids[-1], (num_prompt - 1) % BLOCK_SIZE)
+    assert copy.source != copy.target
     assert first.block_ids[:-1] == second.block_ids[:-1]
     ledger.check_integrity([first.block_ids, second.block_ids])
 
@@ -197,7 +198,7 @@ def test_a_block_may_be_copied_onto_itself_where_there_is_no_other() -> None:
     first, second = sequence(*tokens(0, 3)), sequence(*tokens(0, 3))
     admit(ledger, first)
     ledger.free(first)
-    assert copied(ledger, second) == (0, 0)
+    assert copied(ledger, second) == (0, 0, 2)
     assert second.num_computed_tokens == 2
     ledger.check_integrity([second.block_ids])
 

@@ -177,7 +177,8 @@ def test_a_prompt_is_computed_once_for_all_that_share_it(num_prompt: int) -> Non
     assert entries(batch) == [(1, num_prompt, 1), (2, num_prompt - 1, 1), (3, num_prompt - 1, 1)]
     assert batch
     last_blocks = [item.block_ids[(num_prompt - 1) // BLOCK_SIZE] for item in batch.scheduled]
-    assert batch.copies == [(last_blocks[0], last_blocks[1]), (last_blocks[0], last_blocks[2])]
+    num_copied = (num_prompt - 1) % BLOCK_SIZE
+    assert batch.copies == [(last_blocks[0], last_blocks[1], num_copied), (last_blocks[0], last_blocks[2], num_copied)]
     assert [item.sequence.cached_prompt_tokens for item in batch.scheduled] == [0, num_prompt - 1, num_prompt - 1]
     engine.check_integrity()
 
