@@ -94,6 +94,16 @@ def test_draws_and_penalties_are_the_same_with_everything_on_and_off() -> None:
     assert tight.stats().num_preemptions > 0
 
 
+def test_the_steps_of_a_long_prompt_are_not_launched_all_at_once() -> None:
+    engine = make_engine(cuda_model("Llama"), lean=True, overlap=True, max_batch_tokens=16)
+    engine.submit(request(1, (5,) * 100, max_new_tokens=1))
+    list(engine._take_inbox())
+    for _ in range(3):
+        list(engine._run_batch())
+    assert len(engine._in_flight) == 1
+    assert all(launched.done is not None for _, launched in engine._in_flight)
+
+
 def test_a_launch_waits_for_nothing() -> None:
     engine = make_engine(
         cuda_model("Llama"), lean=True, kernels=kernels_of("triton"), capture=CudaCapture(), overlap=True, eos=()

@@ -34,14 +34,14 @@ class Forward(Protocol):
 class Launched(NamedTuple):
     """A step that a device works on, or is still to begin."""
 
-    sampled: SampledTokens | None  # in the host's memory once `copied` has happened; None: nothing samples
-    copied: torch.cuda.Event | None  # None: it is all there
+    sampled: SampledTokens | None  # in the host's memory once `done` has happened; None: nothing samples
+    done: torch.cuda.Event | None  # None: it has run
 
     def wait(self) -> tuple[list[int | None], dict[int, TokenLogprob]]:
         """One sampled id for each entry that samples, in the batch's order, None where its logits are not finite; and
         by their places the log-probabilities of those that ask for them. Raises what broke the device."""
-        if self.copied is not None:
-            self.copied.synchronize()
+        if self.done is not None:
+            self.done.synchronize()
         if self.sampled is None:
             return [], {}
         token_ids, are_finite, logprobs = self.sampled
@@ -85,12 +85,12 @@ class ModelRunner:
         sample_rows = upload(ends[samples] - 1, self._device)
         logits = self._forward(input_ids, positions, layout, sample_rows)
         if not sampling:
-            return Launched(None, None)
+            return _launched(None, self._device)
         rows = [_sampling_row(item) for item in sampling]
         sampled = self._sampler.sample(logits, rows, input_ids.index_select(0, sample_rows))
         self._sampled_places = {item.sequence.key: place for place, item in enumerate(sampling)}
         self._sampled_ids = sampled.token_ids
-        return _copy_to_host(sampled)
+        return _launched(sampled, self._device)
 
     def _input_ids(self, batch: Batch) -> Tensor:
         ids = upload(np.frombuffer(batch.token_ids(), np.int32).astype(np.int64), self._device)
@@ -118,11 +118,14 @@ def _sampling_row(item: Scheduled) -> SamplingRow:
     )
 
 
-def _copy_to_host(sampled: SampledTokens) -> Launched:
-    if not sampled.token_ids.is_cuda:
+def _launched(sampled: SampledTokens | None, device: torch.device) -> Launched:
+    """With what was sampled on its way to the host."""
+    if device.type != "cuda":
         return Launched(sampled, None)
     # Asynchronously, and so into pinned memory.
     on_host = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", non_blocking=True), sampled)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-    return Launched(on_host, copied)
+    # Also where nothing samples: else all steps of a long prompt would be launched at once, and whoever comes, or is
+    # cancelled, would wait for the last of them.
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+    return Launched(on_host, done)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from parleyd.engine.build import _graphed
 from parleyd.engine.cuda_graphs import Replay, graph_sizes
 from parleyd.engine.lean_forward import LeanForward
-from parleyd.engine.model_runner import Launched
+from parleyd.engine.model_runner import Launched, _launched
 from parleyd.generation import Output
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.model.lean_model import LeanModel
@@ -158,6 +158,22 @@ def test_a_broken_device_ends_the_engine_with_a_step_in_flight(monkeypatch: pyte
     monkeypatch.setattr(*((engine._runner, "launch") if when == "launch" else (Launched, "wait")), broken)
     with pytest.raises(torch.AcceleratorError):
         engine.step()
+
+
+def test_on_cuda_a_step_that_samples_nothing_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    launched = _launched(None, torch.device("cuda"))
+    assert launched.wait() == ([], {})
+    assert calls == ["record", "synchronize"]
 
 
 def test_on_cuda_the_sampler_asks_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
