@@ -76,7 +76,6 @@ def measure(
     num_blocks = 1 + max(max(item.block_ids) for item in batch.scheduled)
     shape = (1, num_blocks, BLOCK_SIZE, arguments.kv_heads, arguments.head_dim)
     query = torch.randn(batch.num_tokens, arguments.heads, arguments.head_dim).bfloat16()
-    key, value = torch.randn(2, batch.num_tokens, arguments.kv_heads, arguments.head_dim).bfloat16()
     ways = []
     for kernels in (Kernels(compiled.decode, takes_prompts=True), NO_KERNELS):
         cache = PagedKVCache(shape, torch.bfloat16, torch.device("cpu"), kernels)
@@ -87,7 +86,7 @@ def measure(
     for turn in range(arguments.turns + 1):
         for (cache, layout), seconds in zip(ways, times, strict=True):
             started = time.perf_counter()
-            attend_to_written(cache, 0, layout, query, key, value, arguments.head_dim**-0.5)
+            attend_to_written(cache, 0, layout, query, arguments.head_dim**-0.5)
             if turn:  # the first warms up
                 seconds.append(time.perf_counter() - started)
     return times

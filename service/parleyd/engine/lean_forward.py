@@ -110,8 +110,7 @@ class LeanForward:
             qkv = torch.cat([query, key, value], 1)
         keys, values = self._cache.keys[index], self._cache.values[index]
         qkv = self._ops.rotate_and_write(qkv, num_kv_heads, cos, sin, layout.slots, keys, values)
-        query, key, value = qkv.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
-        attended = attend_to_written(self._cache, index, layout, query, key, value, head_dim**-0.5)
+        attended = attend_to_written(self._cache, index, layout, qkv[:, :num_heads], head_dim**-0.5)
         return attended.reshape(-1, num_heads * head_dim)
 
 

@@ -64,9 +64,7 @@ class Gathered:
         rows = slice(row, row + len(scheduled) * num_tokens)
         return cls(rows, upload(head_blocks.reshape(-1), cache.device), mask[:, None, :, None, :])
 
-    def attend(
-        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, cache: PagedKVCache, layer: int, query: Tensor, scale: float) -> Tensor:
         """See Part."""
         num_sequences, _, num_tokens, _, _ = self.mask.shape
         query = query[self.rows]

@@ -19,10 +19,8 @@ from parleyd.scheduling.request import Batch
 class Part(Protocol):
     """Consecutive rows of a step that are attended to together."""
 
-    def attend(
-        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        """All arguments are the step's; the result is of the part's rows, `[rows, heads, head_dim]`."""
+    def attend(self, cache: PagedKVCache, layer: int, query: Tensor, scale: float) -> Tensor:
+        """`query` is the step's; the result is of the part's rows, `[rows, heads, head_dim]`."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,10 @@ def attend(
     `query`: `[rows, heads, head_dim]`, as is the result.
     """
     write(cache.keys[layer], cache.values[layer], layout.slots, key, value)
-    return attend_to_written(cache, layer, layout, query, key, value, scale)
+    return attend_to_written(cache, layer, layout, query, scale)
 
 
-def attend_to_written(
-    cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Tensor:
+def attend_to_written(cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, scale: float) -> Tensor:
     """See `attend`; the keys and values are in the cache already."""
-    parts = [part.attend(cache, layer, query, key, value, scale) for part in layout.parts]
+    parts = [part.attend(cache, layer, query, scale) for part in layout.parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -53,9 +53,7 @@ class PagedDecode:
     table: Tensor
     lengths: Tensor
 
-    def attend(
-        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, cache: PagedKVCache, layer: int, query: Tensor, scale: float) -> Tensor:
         """See Part."""
         assert cache.kernels.decode is not None
         query = query[: len(self.lengths)]
@@ -83,9 +81,7 @@ class PagedPrefill:
         starts = np.concatenate(([0], num_tokens.cumsum())).astype(np.int32)
         return cls(row, upload(table, device), upload(lengths, device), upload(starts, device), int(num_tokens.max()))
 
-    def attend(
-        self, cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, cache: PagedKVCache, layer: int, query: Tensor, scale: float) -> Tensor:
         """See Part."""
         assert cache.kernels.prefill is not None
         keys, values = cache.keys[layer], cache.values[layer]
