@@ -6,9 +6,9 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import NamedTuple
+from functools import partial
 
 import torch
 
@@ -30,13 +30,6 @@ _MAX_FAILURES_IN_A_ROW = 3
 
 class BrokenStateError(RuntimeError):
     """Steps fail one after the other, whatever is in them."""
-
-
-class _Submitted(NamedTuple):
-    """A request in the inbox, and where its grammar starts."""
-
-    request: EngineRequest
-    compiled: Future[GrammarState] | None = None
 
 
 class BatchingEngine:
@@ -65,7 +58,7 @@ class BatchingEngine:
         self._runner = runner
         self._grammars = grammars
         self._compiling: set[int] = set()  # keys of requests that are not in the inbox yet, and may be aborted
-        self._inbox: queue.SimpleQueue[_Submitted | int] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], Output | None]] = queue.SimpleQueue()
 
     @property
     def progress(self) -> int:
@@ -75,16 +68,16 @@ class BatchingEngine:
     def submit(self, request: EngineRequest) -> None:
         """See Engine. A request with a grammar enters the inbox once that is compiled."""
         if not request.params.grammar:
-            self._inbox.put(_Submitted(request))
+            self._inbox.put(partial(self._scheduler.submit, request))
             return
         self._compiling.add(request.key)
         state = self._grammars.start(request)
-        state.add_done_callback(lambda state: self._inbox.put(_Submitted(request, state)))
+        state.add_done_callback(lambda state: self._inbox.put(partial(self._submit_compiled, request, state)))
 
     def abort(self, key: int) -> None:
         """See Engine."""
         self._compiling.discard(key)
-        self._inbox.put(key)
+        self._inbox.put(partial(self._scheduler.abort, key))
 
     def stats(self) -> EngineStats:
         """See Engine."""
@@ -138,24 +131,17 @@ class BatchingEngine:
             self._num_failures_in_a_row = self._num_failures_in_a_row + 1 if len(errors) == len(outputs) else 0
         return outputs
 
-    def _take_inbox(self) -> Iterator[Output]:
+    def _take_inbox(self) -> list[Output]:
         """Everything in the inbox; waits for something where there is nothing else to do."""
+        outputs: list[Output | None] = []
         if self._scheduler.is_idle and not self._in_flight and self._inbox.empty():
             self._scheduler.check_integrity()
-            yield from self._take(self._inbox.get())
+            outputs.append(self._inbox.get()())
         while not self._inbox.empty():
-            yield from self._take(self._inbox.get())
+            outputs.append(self._inbox.get()())
+        return [output for output in outputs if output is not None]
 
-    def _take(self, item: _Submitted | int) -> Iterator[Output]:
-        if isinstance(item, int):
-            self._scheduler.abort(item)
-        elif (output := self._submit(item)) is not None:
-            yield output
-
-    def _submit(self, submitted: _Submitted) -> Output | None:
-        request, compiled = submitted
-        if compiled is None:
-            return self._scheduler.submit(request)
+    def _submit_compiled(self, request: EngineRequest, compiled: Future[GrammarState]) -> Output | None:
         if request.key not in self._compiling:  # aborted
             return None
         self._compiling.discard(request.key)  # an abort between the two is in the inbox, behind this
