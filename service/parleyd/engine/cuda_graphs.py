@@ -55,20 +55,6 @@ class CudaCapture:
         return replay
 
 
-class _Buffer:
-    """An input of the graphs: of up to as many rows as the largest has, at first all of them nobody's."""
-
-    def __init__(self, nobody: Tensor, num_rows: int) -> None:
-        """`nobody`: what a row of nobody's has, `[columns]`."""
-        self.rows = nobody.repeat(num_rows, 1)
-        self._nobody = nobody
-
-    def load(self, rows: Tensor, size: int) -> None:
-        """A step's rows, `[rows, columns or fewer]`, and nobody's from there to `size`."""
-        self.rows[: len(rows), : rows.shape[1]].copy_(rows)
-        self.rows[len(rows) : size].copy_(self._nobody)
-
-
 class GraphedForward:
     """A Forward that replays steps of decodes alone, and leaves all others to the one it was made of."""
 
@@ -84,7 +70,7 @@ class GraphedForward:
         """Captures all graphs. Raises what capturing raises."""
         self._forward = forward
         num_blocks, scratch = -(-max_context_tokens // cache.block_size), np.array([cache.num_blocks])
-        # Input id, position, slots, block table and length.
+        # What a row of nobody's has: input id, position, slots, block table and length.
         nobody = (
             np.zeros(1, np.int64),
             np.zeros(1, np.int64),
@@ -92,7 +78,8 @@ class GraphedForward:
             scratch.repeat(num_blocks).astype(np.int32),
             np.ones(1, np.int32),
         )
-        self._buffers = [_Buffer(upload(one, cache.device), max_rows) for one in nobody]
+        self._nobody = [upload(one, cache.device) for one in nobody]
+        self._buffers = [one.repeat(max_rows, 1) for one in self._nobody]
         self._rows = torch.arange(max_rows, device=cache.device)
         self._sizes = graph_sizes(max_rows)
         self._replays: dict[int, Replay] = {}
@@ -116,13 +103,15 @@ class GraphedForward:
         if size is None or decode is None:
             return self._forward(input_ids, positions, layout, sample_rows)
         inputs = (input_ids, positions, layout.slots, decode.table, decode.lengths)
-        for buffer, rows in zip(self._buffers, inputs, strict=True):
-            buffer.load(rows.view(num_rows, -1), size)
+        for buffer, rows, nobody in zip(self._buffers, inputs, self._nobody, strict=True):
+            rows = rows.view(num_rows, -1)
+            buffer[:num_rows, : rows.shape[1]].copy_(rows)
+            buffer[num_rows:size].copy_(nobody)
         return self._replays[size]()[:num_rows]
 
     @torch.inference_mode()
     def _run(self, size: int) -> Tensor:
-        input_ids, positions, slots, table, lengths = (buffer.rows[:size] for buffer in self._buffers)
+        input_ids, positions, slots, table, lengths = (buffer[:size] for buffer in self._buffers)
         layout = StepLayout(slots.view(-1), (PagedDecode(table, lengths.view(-1)),))
         return self._forward(input_ids.view(-1), positions.view(-1), layout, self._rows[:size])
 
