@@ -35,17 +35,12 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """[rows] numbers in [0, 1), of 53 bits: number `position` of each stream.
+def uniform(key: int, position: int) -> float:
+    """In [0, 1), of 53 bits: number `position` of the stream that starts at `key`.
 
     SplitMix64 (Steele, Lea, Flood 2014), whose n-th number needs no n - 1 before it.
     """
-    z = keys + (positions + np.uint64(1)) * np.uint64(_GAMMA)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-    z ^= z >> np.uint64(31)
-    numbers: NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return numbers
+    return (_mix(key + (position + 1) * _GAMMA & _MASK64) >> 11) * 2.0**-53
 
 
 def first_argmax(x: Tensor) -> Tensor:

@@ -116,11 +116,11 @@ class Sampler:
             greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
         for drawn in self._chunks([row for row, is_greedy in enumerate(are_greedy) if not is_greedy]):
             # Either makes all of a softmax NaN.
-            params = [rows[row].params for row in drawn.rows]
-            probs = _probabilities(_as_float(drawn.of(x)), params)
-            keys = np.array([draws.stream_key(one.seed, one.choice) for one in params], np.uint64)
-            positions = np.array([rows[row].position for row in drawn.rows], np.uint64)
-            ids = draws.draw(probs, upload(draws.uniforms(keys, positions), self._device))
+            some = [rows[row] for row in drawn.rows]
+            probs = _probabilities(_as_float(drawn.of(x)), [row.params for row in some])
+            keys = [draws.stream_key(row.params.seed, row.params.choice) for row in some]
+            uniforms = [draws.uniform(key, row.position) for key, row in zip(keys, some, strict=True)]
+            ids = draws.draw(probs, upload(np.array(uniforms), self._device))
             drawn.put(token_ids, ids)
             drawn.put(numbers, _chosen(probs, ids))
         asked = self._rows([row.params.logprobs for row in rows])

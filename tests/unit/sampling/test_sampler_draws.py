@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -17,14 +18,13 @@ from tests.unit.sampling.test_sampler import CPU, EOS, Params, processed, sample
 NUM_DRAWS = 8_000
 
 
-def stream(seed: int, num: int, choice: int = 0, start: int = 0) -> NDArray[np.float64]:
-    keys = np.full(num, draws.stream_key(seed, choice), np.uint64)
-    return draws.uniforms(keys, np.arange(start, start + num, dtype=np.uint64))
+def stream(seed: int, num: int, choice: int = 0) -> NDArray[np.float64]:
+    key = draws.stream_key(seed, choice)
+    return np.array([draws.uniform(key, position) for position in range(num)])
 
 
-def first_of(seeds: range, position: int = 0, choice: int = 0) -> NDArray[np.float64]:
-    keys = np.array([draws.stream_key(seed, choice) for seed in seeds], np.uint64)
-    return draws.uniforms(keys, np.full(len(keys), position, np.uint64))
+def first_of(seeds: Iterable[int], position: int = 0, choice: int = 0) -> NDArray[np.float64]:
+    return np.array([draws.uniform(draws.stream_key(seed, choice), position) for seed in seeds])
 
 
 def excess_chi_squared(observed: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
@@ -54,13 +54,8 @@ def assert_independent(first: NDArray[np.float64], second: NDArray[np.float64]) 
 
 
 def test_numbers_are_those_of_splitmix64() -> None:
-    numbers = draws.uniforms(np.full(3, 1234567, np.uint64), np.arange(3, dtype=np.uint64))
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert (numbers * 2**53).astype(np.uint64).tolist() == [number >> 11 for number in published]
-
-
-def test_scalar_and_vector_mix_are_the_same() -> None:
-    assert draws.uniforms(np.zeros(1, np.uint64), np.zeros(1, np.uint64))[0] * 2**53 == draws._mix(draws._GAMMA) >> 11
+    assert [draws.uniform(1234567, position) * 2**53 for position in range(3)] == [number >> 11 for number in published]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**63, 2**64 - 1])
@@ -77,8 +72,8 @@ def test_neighbouring_seeds_are_uniform_and_independent(position: int) -> None:
     assert_independent(numbers[:-1], numbers[1:])
     assert_independent(numbers, first_of(range(30_000), position, choice=1))
     # Seeds that differ by SplitMix64's own step must not have the same stream a position apart.
-    shifted = np.array([draws.stream_key(seed + draws._GAMMA, 0) for seed in range(30_000)], np.uint64)
-    assert_independent(first_of(range(30_000), 1), draws.uniforms(shifted, np.zeros(30_000, np.uint64)))
+    shifted = (seed + draws._GAMMA for seed in range(30_000))
+    assert_independent(first_of(range(30_000), 1), first_of(shifted))
 
 
 def test_neighbouring_choices_have_unrelated_streams() -> None:
