@@ -63,7 +63,7 @@ def make_random_engine(
         eos_token_ids=info.eos_token_ids,
     )
     forward = RandomForward(info.vocab_size, likely_ids, seed)
-    runner = ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids)
+    runner = ModelRunner(forward, cache, info.eos_token_ids)
     return BatchingEngine(scheduler, runner, 16, GrammarCompiler(info), overlap=overlap)
 
 

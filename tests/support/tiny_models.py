@@ -81,7 +81,7 @@ def make_engine(
     forward: Forward = LeanForward(LeanModel.of(model), cache) if lean else StockForward(model, cache)
     if capture is not None:
         forward = GraphedForward(forward, cache, max_rows=max_running, max_context_tokens=context, capture=capture)
-    runner = ModelRunner(forward, cache, VOCAB_SIZE, eos)
+    runner = ModelRunner(forward, cache, eos)
     return BatchingEngine(scheduler, runner, max_running, GrammarCompiler(info_of(model, context)), overlap=overlap)
 
 

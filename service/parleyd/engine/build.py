@@ -118,7 +118,7 @@ def _build_batching(settings: ModelSettings, forward: Forward, cache: PagedKVCac
     )
     if is_cuda and settings.cuda_graphs and cache.kernels.decode is not None:
         forward = _graphed(forward, cache, max_running, info.max_context_tokens)
-    runner = ModelRunner(forward, cache, info.vocab_size, info.eos_token_ids)
+    runner = ModelRunner(forward, cache, info.eos_token_ids)
     overlap = is_cuda and settings.overlap
     return BatchingEngine(scheduler, runner, max_running, GrammarCompiler(info), budget, overlap=overlap)
 

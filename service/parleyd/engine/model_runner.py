@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from parleyd.grammar.state import GrammarState
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.layout import StepLayout
 from parleyd.model.upload import upload
-from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow
+from parleyd.sampling.sampler import SampledTokens, SamplingRow, sample
 from parleyd.scheduling.request import Batch, Scheduled
 
 
@@ -52,13 +52,13 @@ class Launched(NamedTuple):
 
 
 class ModelRunner:
-    """Owns the cache's tensors and the sampler; called once a step by the engine."""
+    """Owns the cache's tensors; called once a step by the engine."""
 
-    def __init__(self, forward: Forward, cache: PagedKVCache, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, forward: Forward, cache: PagedKVCache, eos_token_ids: Collection[int]) -> None:
         self._forward = forward
         self._cache = cache
         self._device = cache.device
-        self._sampler = Sampler(vocab_size, eos_token_ids, self._device)
+        self._eos_token_ids = eos_token_ids
         # What the step before has sampled, on the device: by key, its place in the tensor.
         self._sampled_places: dict[int, int] = {}
         self._sampled_ids = torch.empty(0, dtype=torch.int64, device=self._device)
@@ -87,7 +87,7 @@ class ModelRunner:
         if not sampling:
             return _launched(None, self._device)
         rows = [_sampling_row(item) for item in sampling]
-        sampled = self._sampler.sample(logits, rows, input_ids.index_select(0, sample_rows))
+        sampled = sample(logits, rows, input_ids.index_select(0, sample_rows), self._eos_token_ids)
         self._sampled_places = {item.sequence.key: place for place, item in enumerate(sampling)}
         self._sampled_ids = sampled.token_ids
         return _launched(sampled, self._device)

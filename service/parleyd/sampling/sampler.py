@@ -6,7 +6,7 @@ The model runner calls it once a step. Nothing here waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,57 +87,49 @@ class _Rows:
         tensor[self._index] = values
 
 
-class Sampler:
+@torch.no_grad()
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Collection[int]
+) -> SampledTokens:
     """Greedy and random choice of the next tokens; the semantics and their order are those of transformers' processors.
 
     A row's token depends on its own logits and request alone, and the random number behind it on (seed, choice,
     position) alone: not on its neighbours, not on what was preempted or resumed.
+
+    logits: [batch, vocab], any float type, in the rows' order; left as it is. last_ids: [batch], the id that each row's
+    logits come from.
     """
-
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
-        self._vocab_size = vocab_size
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._device = device
-
-    @torch.no_grad()
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor) -> SampledTokens:
-        """Chooses a token for each row. logits: [batch, vocab], any float type, in the rows' order; left as it is.
-
-        last_ids: [batch], the id that each row's logits come from.
-        """
-        x = _changed(logits, rows, last_ids, self._eos_token_ids)
-        are_greedy = [not row.params.do_sample or row.params.temperature == 0.0 for row in rows]
-        token_ids = torch.empty(len(rows), dtype=torch.int64, device=x.device)
-        # Of what was chosen, as NaN is taken for the largest, and infinity is.
-        numbers = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-        if greedy := self._rows(are_greedy):
-            ids = draws.first_argmax(_as_float(greedy.of(x)))
-            greedy.put(token_ids, ids)
-            greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
-        for drawn in self._chunks([row for row, is_greedy in enumerate(are_greedy) if not is_greedy]):
-            # Either makes all of a softmax NaN.
-            some = [rows[row] for row in drawn.rows]
-            probs = _probabilities(_as_float(drawn.of(x)), [row.params for row in some])
-            keys = [draws.stream_key(row.params.seed, row.params.choice) for row in some]
-            uniforms = [draws.uniform(key, row.position) for key, row in zip(keys, some, strict=True)]
-            ids = draws.draw(probs, upload(np.array(uniforms), self._device))
-            drawn.put(token_ids, ids)
-            drawn.put(numbers, _chosen(probs, ids))
-        asked = self._rows([row.params.logprobs for row in rows])
-        logprobs = _logprobs(logits, token_ids, rows, asked) if asked else None
-        return SampledTokens(token_ids, numbers.isfinite(), logprobs)
-
-    def _rows(self, flags: Sequence[bool]) -> _Rows:
-        return _Rows([row for row, flag in enumerate(flags) if flag], self._device)
-
-    def _chunks(self, rows: list[int]) -> Iterator[_Rows]:
-        """The rows that are drawn together."""
-        size = len(rows) if self._device.type == "cuda" else _CHUNK_SIZE // self._vocab_size
-        for start in range(0, len(rows), max(size, 1)):
-            yield _Rows(rows[start : start + max(size, 1)], self._device)
+    x = _changed(logits, rows, last_ids, eos_token_ids)
+    are_greedy = np.array([not row.params.do_sample or row.params.temperature == 0.0 for row in rows], bool)
+    token_ids = torch.empty(len(rows), dtype=torch.int64, device=x.device)
+    # Of what was chosen, as NaN is taken for the largest, and infinity is.
+    numbers = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+    if greedy := _Rows(are_greedy.nonzero()[0].tolist(), x.device):
+        ids = draws.first_argmax(_as_float(greedy.of(x)))
+        greedy.put(token_ids, ids)
+        greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
+    for drawn in _chunks((~are_greedy).nonzero()[0].tolist(), x):
+        # Either makes all of a softmax NaN.
+        some = [rows[row] for row in drawn.rows]
+        probs = _probabilities(_as_float(drawn.of(x)), [row.params for row in some])
+        keys = [draws.stream_key(row.params.seed, row.params.choice) for row in some]
+        uniforms = [draws.uniform(key, row.position) for key, row in zip(keys, some, strict=True)]
+        ids = draws.draw(probs, upload(np.array(uniforms), x.device))
+        drawn.put(token_ids, ids)
+        drawn.put(numbers, _chosen(probs, ids))
+    asked = _Rows([index for index, row in enumerate(rows) if row.params.logprobs], x.device)
+    logprobs = _logprobs(logits, token_ids, rows, asked) if asked else None
+    return SampledTokens(token_ids, numbers.isfinite(), logprobs)
 
 
-def _changed(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: frozenset[int]) -> Tensor:
+def _chunks(rows: list[int], x: Tensor) -> Iterator[_Rows]:
+    """The rows that are drawn together."""
+    size = max(1, len(rows) if x.is_cuda else _CHUNK_SIZE // x.shape[1])
+    for start in range(0, len(rows), size):
+        yield _Rows(rows[start : start + size], x.device)
+
+
+def _changed(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Collection[int]) -> Tensor:
     every = [PenalisedRow(index, *row[:4]) for index, row in enumerate(rows)]
     penalised = [row for row in every if row.changes]
     steered = [GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None]

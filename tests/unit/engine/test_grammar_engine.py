@@ -18,7 +18,7 @@ from parleyd.grammar.formats import to_grammar
 from parleyd.grammar.state import GrammarCompiler
 from parleyd.sampling.draws import first_argmax
 from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
-from parleyd.sampling.sampler import Sampler, SamplingRow
+from parleyd.sampling.sampler import SamplingRow, sample
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
 from tests.support import tiny_tokenizer
@@ -191,14 +191,13 @@ def test_a_sequence_with_a_grammar_is_not_scheduled_ahead_of_its_id(info: ModelI
 
 
 def test_rows_without_a_grammar_and_log_probabilities_are_as_they_would_be_without(info: ModelInfo) -> None:
-    sampler = Sampler(VOCAB_SIZE, (EOS,), torch.device("cpu"))
     steered = ask_engine(0, to_grammar("choice", '["z"]'), logprobs=True, top_logprobs=3)
     free = ask_engine(1, "", logprobs=True)
     state = GrammarCompiler(info).start(steered).result()
     rows = [SamplingRow(steered.params, (1, 2, 3), 3, 0, state), SamplingRow(free.params, (1, 2, 3), 3, 0)]
     logits = torch.randn(2, VOCAB_SIZE)
     before = logits.clone()
-    sampled = sampler.sample(logits, rows, torch.tensor([3, 3]))
+    sampled = sample(logits, rows, torch.tensor([3, 3]), (EOS,))
     assert torch.equal(logits, before)
     assert sampled.token_ids.tolist() == [ord("z"), int(first_argmax(logits[1:]))]
     assert sampled.logprobs is not None

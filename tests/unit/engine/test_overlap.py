@@ -23,7 +23,7 @@ from parleyd.engine.model_runner import Launched, _launched
 from parleyd.generation import Output
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.model.lean_model import LeanModel
-from parleyd.sampling.sampler import Sampler, SamplingRow
+from parleyd.sampling.sampler import SamplingRow, sample
 from tests.support import torch_kernels
 from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
 
@@ -187,12 +187,11 @@ def test_on_cuda_the_sampler_asks_nothing_of_the_device(monkeypatch: pytest.Monk
     def upload(numbers: Any, device: torch.device) -> torch.Tensor:
         return torch.empty(numbers.shape, dtype=torch.from_numpy(numbers).dtype)
 
-    def sample() -> None:
-        sampler = Sampler(1000, (3,), torch.device("cpu"))
+    def sample_some() -> None:
         for position in range(3):
             rows = [SamplingRow(one, array("i", [5] * 10), 10, position) for one in some]
             last_ids = torch.empty(4, dtype=torch.int64)
-            assert sampler.sample(torch.empty(4, 1000), rows, last_ids)[0].shape == (4,)
+            assert sample(torch.empty(4, 1000), rows, last_ids, (3,))[0].shape == (4,)
 
     monkeypatch.setattr("parleyd.sampling.sampler.upload", upload)
     monkeypatch.setattr("parleyd.sampling.penalties.upload", upload)
@@ -200,6 +199,6 @@ def test_on_cuda_the_sampler_asks_nothing_of_the_device(monkeypatch: pytest.Monk
         with pytest.raises(
             (DataDependentOutputException, DynamicOutputShapeException)
         ):  # as on a CPU, where looking costs nothing
-            sample()
+            sample_some()
         monkeypatch.setattr(FakeTensor, "is_cuda", property(lambda _: True), raising=False)
-        sample()
+        sample_some()

@@ -24,10 +24,9 @@ from transformers import (
 )
 
 from parleyd.generation import SamplingParams
-from parleyd.sampling import draws
-from parleyd.sampling.sampler import SampledTokens, Sampler, SamplingRow, _changed, _probabilities
+from parleyd.sampling import draws, sampler
+from parleyd.sampling.sampler import SampledTokens, SamplingRow, _changed, _probabilities
 
-CPU = torch.device("cpu")
 EOS = 3
 
 
@@ -50,19 +49,19 @@ def last_ids(rows: list[SamplingRow]) -> Tensor:
     return torch.tensor([row.token_ids[-1] for row in rows])
 
 
-def sample_with(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> SampledTokens:
-    return sampler.sample(logits, rows, last_ids(rows))
+def sample_all(logits: Tensor, rows: list[SamplingRow]) -> SampledTokens:
+    return sampler.sample(logits, rows, last_ids(rows), [EOS])
 
 
 def sample(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    ids: list[int] = sample_with(Sampler(logits.shape[1], [EOS], CPU), logits, rows).token_ids.tolist()
+    ids: list[int] = sample_all(logits, rows).token_ids.tolist()
     return ids
 
 
 @torch.no_grad()
-def probabilities(sampler: Sampler, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+def probabilities(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """What `sample` would draw from: [rows, vocab], not scaled to a sum of 1."""
-    x = _changed(logits, rows, last_ids(rows), frozenset([EOS]))
+    x = _changed(logits, rows, last_ids(rows), [EOS])
     return _probabilities(x, [row.params for row in rows])
 
 
@@ -118,9 +117,8 @@ def test_distribution_equals_that_of_transformers_processors(name: str, step: fl
     logits = random_logits(num_rows, vocab_size, seed=len(name), step=step)
     ids = random_logits(num_rows, 30, seed=1).abs().mul(12).long().clamp(max=vocab_size - 1).tolist()
     rows = [row(params, key, ids[key][:20], ids[key][20:]) for key in range(num_rows)]
-    sampler = Sampler(vocab_size, [EOS], CPU)
 
-    probs = probabilities(sampler, logits, rows)
+    probs = probabilities(logits, rows)
 
     for index in range(num_rows):
         expected = processed(logits[index], params, ids[index][:20], ids[index][20:]).softmax(-1)
@@ -138,8 +136,7 @@ def test_of_ties_at_the_edge_of_top_p_the_lowest_ids_are_kept(top_k: int, in_rea
     weights = logits[0].double().exp()
     total = weights.sort(descending=True).values[:in_reach].sum()
     params = Params(do_sample=True, top_k=top_k, top_p=float((weights[1] + 1.5 * weights[2]) / total))
-    sampler = Sampler(8, [EOS], CPU)
-    probs = probabilities(sampler, logits, [row(params)])
+    probs = probabilities(logits, [row(params)])
     assert (probs[0] > 0).nonzero().flatten().tolist() == [1, 2, 3]
 
 
@@ -150,11 +147,8 @@ def test_nucleus_of_a_large_vocabulary_is_found_however_wide_it_is(
 ) -> None:
     logits = random_logits(4, 8192, seed=5, step=step) * spread
     logits[:, 5::7] = -math.inf
-    sampler = Sampler(8192, [EOS], CPU)
     top_ps = [0.3, 0.9, 0.999, 1e-6]
-    probs = probabilities(
-        sampler, logits, [row(Params(do_sample=True, top_p=top_p), key) for key, top_p in enumerate(top_ps)]
-    )
+    probs = probabilities(logits, [row(Params(do_sample=True, top_p=top_p), key) for key, top_p in enumerate(top_ps)])
     # The device's way, which must find the same.
     monkeypatch.setattr(draws, "_search", draws._bisect)
     bisected = draws.keep_top_p(logits.softmax(-1), torch.tensor(top_ps, dtype=torch.float64)[:, None])
@@ -202,10 +196,9 @@ def test_a_rows_token_is_the_same_in_any_company_and_order(vocab_size: int, step
 def test_probabilities_are_bit_equal_alone_and_among_others() -> None:
     logits = random_logits(16, 1001, seed=8)
     rows = [row(Params(do_sample=True, **EVERYTHING), key, (1, 2), (5, 6)) for key in range(16)]  # type: ignore[arg-type]
-    sampler = Sampler(1001, [EOS], CPU)
-    together = probabilities(sampler, logits, rows)
+    together = probabilities(logits, rows)
     for index in range(16):
-        alone = probabilities(sampler, logits[index : index + 1], rows[index : index + 1])
+        alone = probabilities(logits[index : index + 1], rows[index : index + 1])
         assert torch.equal(alone[0], together[index])
 
 
@@ -233,7 +226,7 @@ def test_params_of_today_without_the_newer_fields_are_taken() -> None:
 
 
 def test_penalties_follow_the_ids_sampled_on_the_device() -> None:
-    """A sampler that lives on, whose rows come and go and whose ids reach the host a step late, against fresh ones."""
+    """Rows come and go, and their ids reach the host a step late."""
     vocab_size, num_steps = 60, 90
     choices = [
         Params(
@@ -244,7 +237,6 @@ def test_penalties_follow_the_ids_sampled_on_the_device() -> None:
         for key in range(6)
     ]
     outputs: dict[int, list[int]] = {key: [] for key in range(6)}
-    sampler = Sampler(vocab_size, [EOS], CPU)
     before: list[int] = []
     for step in range(num_steps):
         running = [key for key in (3, 0, 5, 1, 4, 2) if (step // 10 + key) % 3]
@@ -254,7 +246,7 @@ def test_penalties_follow_the_ids_sampled_on_the_device() -> None:
             full = row(choices[key], key, (1, 2, 50), outputs[key])
             rows.append(full)
             late.append(full._replace(token_ids=full.token_ids[:-1]) if key in before and outputs[key] else full)
-        ids = sampler.sample(logits, late, last_ids(rows)).token_ids.tolist()
+        ids = sampler.sample(logits, late, last_ids(rows), [EOS]).token_ids.tolist()
         assert ids == sample(logits, rows), step
         for key, id_ in zip(running, ids, strict=True):
             outputs[key].append(id_)
@@ -266,12 +258,12 @@ def test_draws_go_on_as_before_after_a_pause() -> None:
     logits = random_logits(12, 97, seed=2)
 
     def generate(pauses: set[int]) -> list[int]:
-        sampler, output = Sampler(97, [EOS], CPU), [7]
+        output = [7]
         for step in range(12):
             if step in pauses:
-                sample_with(sampler, logits[:1], [row(Params(), 99)])
+                sample_all(logits[:1], [row(Params(), 99)])
             one = [row(params, 1, (1, 2), output)]
-            output.append(int(sample_with(sampler, logits[step : step + 1], one).token_ids))
+            output.append(int(sample_all(logits[step : step + 1], one).token_ids))
         return output
 
     assert generate({3, 4, 9}) == generate(set())
@@ -285,10 +277,9 @@ def test_eos_and_stop_ids_are_masked_until_min_new_tokens(do_sample: bool, ignor
     )
     logits = torch.zeros(1, 97)
     logits[0, 8] = 90.0
-    sampler = Sampler(97, [EOS], CPU)
     output: list[int] = []
     for _ in range(3):
-        output.append(int(sample_with(sampler, logits, [row(params, 1, (1,), output)]).token_ids))
+        output.append(int(sample_all(logits, [row(params, 1, (1,), output)]).token_ids))
     assert not {EOS, 8} & set(output[:2])
     assert output[2] == EOS
 
@@ -302,8 +293,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         row(Params(logprobs=True), 2),
         row(Params(logprobs=True, top_logprobs=2), 3),
     ]
-    sampler = Sampler(1000, [EOS], CPU)
-    sampled = sample_with(sampler, logits, rows)
+    sampled = sample_all(logits, rows)
 
     assert sampled.logprobs is not None
     assert sampled.logprobs.rows == (1, 2, 3)
@@ -320,7 +310,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert list(by_row) == [1, 2, 3]
     assert by_row[2] == (sampled.logprobs.token_logprobs[1].item(), ())
     assert by_row[3].top == tuple(zip(ids[2].tolist()[:2], values[2].tolist()[:2], strict=True))
-    assert sample_with(sampler, logits[:1], rows[:1]).logprobs is None
+    assert sample_all(logits[:1], rows[:1]).logprobs is None
 
 
 extreme_params = st.builds(
@@ -372,8 +362,7 @@ def test_logits_that_are_not_numbers_give_some_id_and_no_exception() -> None:
 def test_of_equal_log_probabilities_the_lowest_ids_come_first() -> None:
     logits = random_logits(4, 1024, step=0.5)
     rows = [row(SamplingParams(max_new_tokens=9, logprobs=True, top_logprobs=n), key=n) for n in (1, 2, 5, 20)]
-    sampler = Sampler(1024, [EOS], CPU)
-    sampled = sample_with(sampler, logits, rows)
+    sampled = sample_all(logits, rows)
     assert sampled.logprobs is not None
     for index, logprob in sampled.logprobs.by_row().items():
         assert logprob.top[0] == (int(sampled.token_ids[index]), logprob.logprob)

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from parleyd.sampling import draws
-from parleyd.sampling.sampler import Sampler, SamplingRow
-from tests.unit.sampling.test_sampler import CPU, EOS, Params, processed, sample_with
+from parleyd.sampling.sampler import SamplingRow
+from tests.unit.sampling.test_sampler import Params, processed, sample_all
 
 NUM_DRAWS = 8_000
 
@@ -88,8 +88,7 @@ def observe(params: Params, logits: torch.Tensor) -> NDArray[np.float64]:
     rows = [
         SamplingRow(replace(params, seed=seed), prompt + output, len(prompt), len(output)) for seed in range(NUM_DRAWS)
     ]
-    sampler = Sampler(vocab_size, [EOS], CPU)
-    sampled = sample_with(sampler, logits.expand(NUM_DRAWS, -1), rows)
+    sampled = sample_all(logits.expand(NUM_DRAWS, -1), rows)
     return np.bincount(sampled.token_ids.numpy(), minlength=vocab_size).astype(float)
 
 
