@@ -1,4 +1,5 @@
-"""Changes to single logits: penalties on ids that have been used, biases, ids masked until enough are generated.
+"""What a row samples by, and its changes to single logits: penalties on ids that have been used, biases, and ids masked
+until enough are generated.
 
 Called by the sampler. Made anew of a sequence's ids at each step, so nothing is kept.
 """
@@ -15,20 +16,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parleyd.generation import SamplingParams
+from parleyd.grammar.state import GrammarState
 from parleyd.model.upload import upload
 
 # Below this, logits overflow; what it asks for is the greedy choice anyway.
 MIN_REPETITION_PENALTY = 1e-3
 
 
-class PenalisedRow(NamedTuple):
-    """A row of the batch whose logits may change. `token_ids` may lack the last of the `position` generated ids."""
+class SamplingRow(NamedTuple):
+    """One sequence whose next token is sampled.
 
-    row: int
+    `position` counts the tokens generated before this one. `token_ids` (prompt, then output) may lack the latest of
+    them while it is on its way from the device. `grammar` has taken all generated tokens.
+    """
+
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
     position: int
+    grammar: GrammarState | None = None
 
     @property
     def looks_back(self) -> bool:
@@ -42,8 +48,8 @@ class PenalisedRow(NamedTuple):
         return self.position < self.params.min_new_tokens
 
     @property
-    def changes(self) -> bool:
-        """Whether its logits change at all."""
+    def is_penalised(self) -> bool:
+        """Whether its logits are changed here at all."""
         return self.looks_back or self.is_masked or bool(self.params.logit_bias)
 
     def ids(self, start: int) -> NDArray[np.int64]:
@@ -52,16 +58,18 @@ class PenalisedRow(NamedTuple):
         return np.array(self.token_ids[start:end], np.int64)
 
 
-def penalise(logits: Tensor, rows: Sequence[PenalisedRow], last_ids: Tensor, eos_token_ids: Iterable[int]) -> None:
-    """Changes the logits in place, in transformers' order: biases, repetition, mask.
+def penalise(logits: Tensor, batch: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Iterable[int]) -> None:
+    """Changes the logits of those that are penalised in place, in transformers' order: biases, repetition, mask.
 
     Presence and frequency penalties, which it lacks, come last, where its `generate` puts a caller's processors.
     An id that stands several times in a row's history has its logit written as often, each time the same.
 
     logits: [batch, vocab]. last_ids: [batch], the last id of each row, which the host may not know yet.
     """
+    penalised = np.array([row.is_penalised for row in batch], bool).nonzero()[0]
+    rows = [batch[index] for index in penalised.tolist()]
     flat, params = logits.view(-1), [row.params for row in rows]
-    starts = np.array([row.row for row in rows]) * logits.shape[1]
+    starts = penalised * logits.shape[1]
 
     def on_device(array: NDArray[Any]) -> Tensor:
         return upload(array, logits.device)
@@ -70,7 +78,7 @@ def penalise(logits: Tensor, rows: Sequence[PenalisedRow], last_ids: Tensor, eos
         """Of these ids of each row in `flat`."""
         return on_device(np.concatenate(ids) + starts.repeat([len(one) for one in ids]))
 
-    last = on_device(starts) + last_ids.index_select(0, on_device(np.array([row.row for row in rows])))
+    last = on_device(starts) + last_ids.index_select(0, on_device(penalised))
 
     def with_last(ids: list[NDArray[np.int64]], *numbers: list[float]) -> list[Tensor]:
         """The places of these ids of each row and of its last one, then for each of them the row's number."""

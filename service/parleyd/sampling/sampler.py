@@ -14,30 +14,15 @@ import torch
 from torch import Tensor
 
 from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
-from parleyd.grammar.state import GrammarState
 from parleyd.model.upload import upload
 from parleyd.sampling import draws
 from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
-from parleyd.sampling.penalties import PenalisedRow, penalise
+from parleyd.sampling.penalties import SamplingRow, penalise
 
 # Below this, logits overflow; what it asks for is the greedy choice anyway.
 MIN_TEMPERATURE = 1e-5
 # A CPU draws for as many rows at once as have so many logits together, which its cache holds.
 _CHUNK_SIZE = 2**19
-
-
-class SamplingRow(NamedTuple):
-    """One sequence whose next token is sampled.
-
-    `position` counts the tokens generated before this one. `token_ids` (prompt, then output) may lack the latest of
-    them while it is on its way from the device. `grammar` has taken all generated tokens.
-    """
-
-    params: SamplingParams
-    token_ids: Sequence[int]
-    num_prompt_tokens: int
-    position: int
-    grammar: GrammarState | None = None
 
 
 class Logprobs(NamedTuple):
@@ -130,14 +115,13 @@ def _chunks(rows: list[int], x: Tensor) -> Iterator[_Rows]:
 
 
 def _changed(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Collection[int]) -> Tensor:
-    every = [PenalisedRow(index, *row[:4]) for index, row in enumerate(rows)]
-    penalised = [row for row in every if row.changes]
+    are_penalised = any(row.is_penalised for row in rows)
     steered = [GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None]
-    if not penalised and not steered:
+    if not are_penalised and not steered:
         return logits
     changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if penalised:
-        penalise(changed, penalised, last_ids, eos_token_ids)
+    if are_penalised:
+        penalise(changed, rows, last_ids, eos_token_ids)
     if steered:
         mask_by_grammar(changed, steered)
     return changed
