@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ class CudaCapture:
     """A Capture into CUDA graphs, whose memory they share: one runs at a time."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
         """Runs it before, for what is made on first use."""
@@ -46,7 +45,6 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = run()
-        self._pool = graph.pool()
 
         def replay() -> Tensor:
             graph.replay()
