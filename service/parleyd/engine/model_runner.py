@@ -110,13 +110,8 @@ class ModelRunner:
 def _sampling_row(item: Scheduled) -> SamplingRow:
     sequence = item.sequence
     position = item.start + item.num_tokens - sequence.num_prompt_tokens
-    return SamplingRow(
-        sequence.params,
-        sequence.token_ids,
-        sequence.num_prompt_tokens,
-        position,
-        cast(GrammarState | None, sequence.grammar),
-    )
+    grammar = cast(GrammarState | None, sequence.grammar)
+    return SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens, position, grammar)
 
 
 def _launched(sampled: SampledTokens | None, device: torch.device) -> Launched:
