@@ -32,10 +32,6 @@ class Grammar(Protocol):
         """Takes the sequence's next id, unless it is one that ends the sequence."""
 
 
-def _no_ids() -> array[int]:
-    return array("i")
-
-
 @dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
     """One request's state, from `submit` to its last token.
@@ -50,14 +46,13 @@ class Sequence:
     params: SamplingParams
     stop_token_ids: frozenset[int]
     max_length: int  # of prompt and output together
-    priority: int
-    arrival: int
+    rank: tuple[int, int]  # the smaller, the sooner it is served and the later it is preempted
     cache_salt: str
     grammar: Grammar | None = None
 
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
-    block_ids: array[int] = field(default_factory=_no_ids)
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as far as anyone has asked
     num_computed_tokens: int = 0  # whose keys and values are in the cache once every batch scheduled so far has run
     num_in_flight: int = 0  # batches scheduled and not yet committed
@@ -84,8 +79,7 @@ class Sequence:
             params=params,
             stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if ignores_eos else eos_token_ids),
             max_length=min(len(request.prompt_ids) + params.max_new_tokens, max_context_tokens),
-            priority=request.priority,
-            arrival=arrival,
+            rank=(-request.priority, arrival),
             cache_salt=request.cache_salt,
             grammar=grammar,
         )
@@ -94,11 +88,6 @@ class Sequence:
         elif len(sequence.token_ids) >= sequence.max_length:
             sequence.finish_reason = FinishReason.LENGTH
         return sequence
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """The smaller, the sooner it is served and the later it is preempted."""
-        return -self.priority, self.arrival
 
     @property
     def num_tokens(self) -> int:
