@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.kernels.cache import PagedKVCache
@@ -79,22 +80,20 @@ def check_kernels(kernels: Kernels, block_size: int, shape: AttentionShape) -> N
     num_blocks = 1 + max(max(item.block_ids) for item in batch.scheduled)
     sizes = (1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     random = torch.Generator(shape.device).manual_seed(0)
+    cache = PagedKVCache(sizes, shape.dtype, shape.device)
+    cache.keys.normal_(generator=random)
+    cache.values.normal_(generator=random)
+    query, key, value = (
+        cache.keys.new_empty(batch.num_tokens, num_heads, shape.head_dim).normal_(generator=random)
+        for num_heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    )
 
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, generator=random, device=shape.device).to(shape.dtype)
+    def attended(used: Kernels) -> Tensor:
+        cache.kernels = used
+        return attend(cache, 0, StepLayout.of(batch, cache), query, key, value, shape.head_dim**-0.5)
 
-    heads = (shape.num_kv_heads, shape.head_dim)
-    query = normal(batch.num_tokens, shape.num_heads, shape.head_dim)
-    key, value = normal(batch.num_tokens, *heads), normal(batch.num_tokens, *heads)
-    outputs = []
-    for used in (NO_KERNELS, kernels):
-        cache = PagedKVCache(sizes, shape.dtype, shape.device, used)
-        random.manual_seed(1)
-        cache.keys.copy_(normal(*cache.keys.shape))
-        cache.values.copy_(normal(*cache.values.shape))
-        outputs.append(attend(cache, 0, StepLayout.of(batch, cache), query, key, value, shape.head_dim**-0.5))
-    expected, actual = outputs
-    compare(actual, expected)
+    expected = attended(NO_KERNELS)
+    compare(attended(kernels), expected)
 
 
 def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: int = 0) -> Batch:
