@@ -53,18 +53,15 @@ class LeanForward:
         compiled: CompiledKernels | None = None,
     ) -> None:
         """Takes the model's weights. `packed`, `blocks`: see LinearMaker."""
-        shape = model.shape
+        self._shape = model.shape
         self._cache = cache
         self._ops: LayerOps = compiled.layers if compiled else layer_ops
-        self._num_heads = shape.num_heads
-        self._num_kv_heads = shape.num_kv_heads
-        self._head_dim = shape.head_dim
-        self._eps = shape.norm_epsilon
+        self._eps = model.shape.norm_epsilon
         self._embedding = model.embedding
         self._cos, self._sin = model.rotary_tables()
         self._norm = model.weights["model.norm.weight"]
         linears = LinearMaker(model.weights, packed=packed, blocks=blocks, compiled=compiled is not None)
-        self._layers = [_lean_layer(f"model.layers.{index}", model, linears) for index in range(shape.num_layers)]
+        self._layers = [_lean_layer(f"model.layers.{index}", model, linears) for index in range(model.shape.num_layers)]
         self._head = linears.make(HEAD if HEAD in model.weights else EMBEDDING)
         linears.choose()
         self._decoder = _compiled_decoder(self._layers, cache, self._eps)
@@ -100,7 +97,7 @@ class LeanForward:
         return delta
 
     def _attend(self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, layout: StepLayout) -> Tensor:
-        num_heads, num_kv_heads, head_dim = self._num_heads, self._num_kv_heads, self._head_dim
+        num_heads, num_kv_heads, head_dim = self._shape.num_heads, self._shape.num_kv_heads, self._shape.head_dim
         qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, head_dim)
         if layer.qk_norms is not None:
             query, key, value = qkv.split_with_sizes([num_heads, num_kv_heads, num_kv_heads], 1)
