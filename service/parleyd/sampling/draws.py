@@ -92,24 +92,21 @@ def keep_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
     floor = (_bisect if probs.is_cuda else _search)(probs, limit)
     num_ties = ((limit - _mass_above(probs, floor)) / floor).ceil_().clamp_(min=1.0)
     ties = probs.clone().eq_(floor)
-    if _may_hold(num_ties < ties.sum(-1, keepdim=True)):
+    # On CUDA, where looking would wait for the device, it is taken that there are too many.
+    if probs.is_cuda or bool((num_ties < ties.sum(-1, keepdim=True)).any()):
         probs.masked_fill_(ties.cumsum(-1).mul_(ties) > num_ties, 0.0)
     return probs.mul_(probs.clone().ge_(floor))
 
 
 def _search(probs: Tensor, limit: Tensor) -> Tensor:
     """[rows, 1]: the lowest probability above which there is less than `limit` ([rows, 1]); 0 where there is in all."""
-    floor, is_reached = _floor(largest(probs, min(_NUM_NUCLEUS_CANDIDATES, probs.shape[1]))[0], limit)
-    for row in (~is_reached & (limit < math.inf)).nonzero()[:, 0].tolist():
-        floor[row] = _wide_floor(probs[row].numpy(), float(limit[row]))
-    return floor.masked_fill_(limit == math.inf, 0.0)
-
-
-def _floor(values: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """The same among `values`, which fall along each row, and whether these reach the limit."""
+    values, _ = largest(probs, min(_NUM_NUCLEUS_CANDIDATES, probs.shape[1]))
     cumulated = values.cumsum(-1, dtype=torch.float64)
     num_kept = (cumulated - values < limit).sum(-1, keepdim=True).clamp_(min=1)
-    return values.gather(1, num_kept - 1), cumulated[:, -1:] >= limit
+    floor = values.gather(1, num_kept - 1)
+    for row in ((cumulated[:, -1:] < limit) & (limit < math.inf)).nonzero()[:, 0].tolist():
+        floor[row] = _wide_floor(probs[row].numpy(), float(limit[row]))
+    return floor.masked_fill_(limit == math.inf, 0.0)
 
 
 def _wide_floor(probs: NDArray[np.float32], limit: float) -> float:
@@ -141,11 +138,6 @@ def _bisect(probs: Tensor, limit: Tensor) -> Tensor:
 def _mass_above(probs: Tensor, floor: Tensor | float) -> Tensor:
     """[rows, 1], float64."""
     return _blocks(probs.clone().gt_(floor).mul_(probs), 0.0).sum(-1, dtype=torch.float64).sum(-1, keepdim=True)
-
-
-def _may_hold(condition: Tensor) -> bool:
-    """Whether a condition holds for any row; on CUDA, where looking would wait for the device, taken as yes."""
-    return condition.is_cuda or bool(condition.any())
 
 
 def _blocks(x: Tensor, padding: float) -> Tensor:
