@@ -206,12 +206,8 @@ class Scheduler:
 
     def _schedule_decodes(self, batch: Batch) -> deque[Sequence]:
         """One token for each sequence that has only that to compute. Returns those that have more."""
-        running = self._running
         prefills: deque[Sequence] = deque()
-        index = 0
-        while index < len(running):
-            sequence = running[index]
-            index += 1
+        for sequence in self._running:  # from which `_make_room` takes the last ones away
             if sequence.num_pending and sequence.grammar is not None:
                 continue  # what may come next is not known before the id that is being sampled
             num_tokens = len(sequence.token_ids) + sequence.num_pending
