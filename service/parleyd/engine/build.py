@@ -163,17 +163,17 @@ def _build_cache(settings: ModelSettings, shape: AttentionShape, compiled: Compi
     if shape.device.type == "cuda":
         torch.cuda.set_device(shape.device)  # where streams, events and kernels belong
     kernels, block_size = choose_kernels(settings.attention, shape, compiled)
-    item_bytes = shape.dtype.itemsize
-    block_bytes = 2 * shape.num_layers * block_size * shape.num_kv_heads * shape.head_dim * item_bytes
+    block_bytes = 2 * shape.num_layers * block_size * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
     blocks_of_context = -(-shape.max_context_tokens // block_size)
-    budget = _budget_bytes(settings, shape.device)
+    free = free_bytes(shape.device)
+    share = _GPU_SHARE if shape.device.type == "cuda" else _CPU_SHARE
+    budget = free * share if settings.kv_cache_memory is None else settings.kv_cache_memory * 2**30
     num_blocks = min(int(budget // block_bytes), blocks_of_context * _max_running(settings))
     if num_blocks < blocks_of_context:
         raise StartupError(
             f"--kv-cache-memory: one full context of {shape.max_context_tokens} tokens takes "
             f"{blocks_of_context * block_bytes / 2**30:.3f} GiB, and the KV cache has {budget / 2**30:.3f} GiB"
         )
-    free = free_bytes(shape.device)
     if num_blocks * block_bytes > free:  # main memory would be promised all the same, and run out as requests fill it
         raise StartupError(
             f"--kv-cache-memory: a KV cache of {num_blocks * block_bytes / 2**30:.3f} GiB, and only "
@@ -181,9 +181,3 @@ def _build_cache(settings: ModelSettings, shape: AttentionShape, compiled: Compi
         )
     sizes = (shape.num_layers, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
     return PagedKVCache(sizes, shape.dtype, shape.device, kernels)
-
-
-def _budget_bytes(settings: ModelSettings, device: torch.device) -> float:
-    if settings.kv_cache_memory is not None:
-        return settings.kv_cache_memory * 2**30
-    return free_bytes(device) * (_GPU_SHARE if device.type == "cuda" else _CPU_SHARE)
