@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.engine.batching import BatchingEngine
-from parleyd.engine.build import build_engine
+from parleyd.engine.build import _graphed, build_engine
 from parleyd.engine.cuda_graphs import CudaCapture
+from parleyd.engine.lean_forward import LeanForward
+from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.paged import NO_KERNELS, Kernels
+from parleyd.model.lean_model import LeanModel
 from tests.support.tiny_models import (
     CONTEXT,
     FAMILIES,
@@ -81,6 +84,25 @@ def test_replayed_graphs_give_the_ids_of_model_generate(family: str, lean: bool)
     assert run(engine, request(0, some[0]))[0] == expected[0]
     together = run(engine, *(request(key, prompt) for key, prompt in enumerate(some)))
     assert [together[key] for key in range(13)] == expected
+
+
+def test_layers_that_wait_for_the_device_are_run_without_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    """As those do that look, on the host, which experts have rows."""
+    model = cuda_model("Llama")
+    cache = PagedKVCache((2, 8, 8, 2, 8), torch.float32, "cuda:0", kernels_of("triton"))
+    forward = LeanForward(LeanModel.of(model), cache)
+
+    class Waiting:
+        progress = 0
+
+        def __call__(self, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+            input_ids.tolist()
+            return forward(input_ids, *rest)
+
+    waiting = Waiting()
+    assert _graphed(waiting, cache, 4, 64) is waiting
+    assert "no CUDA graphs: RuntimeError" in caplog.text
+    assert _graphed(forward, cache, 4, 64) is not forward
 
 
 def test_draws_and_penalties_are_the_same_with_everything_on_and_off() -> None:

@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from parleyd.engine.build import _graphed
-from parleyd.engine.cuda_graphs import Replay, graph_sizes
+from parleyd.engine.cuda_graphs import CudaCapture, Replay, graph_sizes
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Launched, _launched
 from parleyd.generation import Output
@@ -114,6 +115,27 @@ def test_graphs_that_cannot_be_captured_are_done_without_and_the_log_says_why(ca
     forward = LeanForward(LeanModel.of(make_model("Llama")), cache)
     assert _graphed(forward, cache, 4, 64) is forward
     assert "no CUDA graphs: " in caplog.text
+
+
+def test_what_waits_for_the_device_is_found_out_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = ""
+
+    def set_mode(wanted: str) -> None:
+        nonlocal mode
+        mode = wanted
+
+    def run() -> torch.Tensor:
+        if mode == "error":  # as torch does where it would have to wait
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.zeros(1)
+
+    for name in ("Stream", "current_stream", "stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock(side_effect=AssertionError("a capture has begun")))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        CudaCapture()(run)
+    assert mode == "default"
 
 
 def test_the_graphs_leave_few_rows_unused() -> None:
