@@ -34,7 +34,7 @@ class PagedKVCache:
         blocks = (num_layers, self.num_blocks + 1, self.num_kv_heads, self.block_size, self.head_dim)
         self.keys = _zeros(blocks, dtype, self.device)
         self.values = _zeros(blocks, dtype, self.device)
-        self._gathered = [torch.empty(0, dtype=dtype, device=self.device) for _ in range(2)]
+        self._gathered = self.keys.new_empty(2, 0, self.block_size * self.head_dim)
 
     def clear_blocks(self, block_ids: list[int]) -> None:
         """Makes blocks all zeros again, in all layers."""
@@ -50,17 +50,15 @@ class PagedKVCache:
                 blocks[:, target, :, num_tokens:].zero_()
 
     def gather(self, layer: int, head_blocks: Tensor) -> list[Tensor]:
-        """Keys and values of blocks, by `block id * kv_heads + head`: `[head blocks, block_size, head_dim]` each.
+        """Keys and values of blocks, by `block id * kv_heads + head`: `[head blocks, block_size * head_dim]` each.
 
         Good until the next call: new memory at each would take longer than the copying.
         """
-        shape = (len(head_blocks), self.block_size * self.head_dim)
-        if math.prod(shape) > self._gathered[0].numel():
-            self._gathered = [one.new_empty(math.prod(shape) * 5 // 4) for one in self._gathered]
+        num, width = len(head_blocks), self.block_size * self.head_dim
+        if num > self._gathered.shape[1]:
+            self._gathered = self.keys.new_empty(2, num * 5 // 4, width)
         return [
-            torch.index_select(
-                blocks[layer].view(-1, shape[1]), 0, head_blocks, out=into[: math.prod(shape)].view(shape)
-            )
+            torch.index_select(blocks[layer].view(-1, width), 0, head_blocks, out=into[:num])
             for blocks, into in zip((self.keys, self.values), self._gathered, strict=True)
         ]
 
