@@ -64,7 +64,7 @@ def _attend_split(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One split of one row, for all query heads of one KV head."""
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     start = split * SPLIT
     if start >= length:
@@ -103,7 +103,7 @@ def _combine_splits(
     NUM_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The splits of one row and query head, in order."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = row * tl.num_programs(1) + head
     dim = tl.arange(0, PADDED_DIM)
     is_dim = dim < HEAD_DIM
