@@ -73,7 +73,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Raises StartupError where the file cannot be read as a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(value, dict):
         raise StartupError(f"{path} holds no JSON object")
@@ -95,7 +95,8 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     if config.get("is_encoder_decoder"):
         raise StartupError(f"--model {folder}: an encoder-decoder, not a causal language model")
     # transformers would load the body of, say, a classifier and make up the head that is missing.
-    names = [str(name) for name in config.get("architectures") or ()]
+    architectures = config.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if names and all("For" in name and not any(head in name for head in _CAUSAL_HEADS) for name in names):
         raise StartupError(f"--model {folder}: not a causal language model but {', '.join(names)}")
 
@@ -107,8 +108,12 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = read_json_object(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise StartupError(f"{folder / _INDEX} has no weight_map")
-        paths = [folder / str(name) for name in sorted(set(weight_map.values()))]
-        if missing := [path.name for path in paths if not path.is_file()]:
+        paths = [folder / name for name in sorted(set(map(str, weight_map.values())))]
+        try:
+            missing = [path.name for path in paths if not path.is_file()]
+        except OSError as error:
+            raise StartupError(f"{folder / _INDEX} names a file that none can be: {error.strerror}") from error
+        if missing:
             raise StartupError(f"--model {folder}: weight files are missing: {', '.join(missing)}")
         return paths
     raise StartupError(f"--model {folder}: {_why_no_weights(folder)}")
@@ -139,10 +144,10 @@ def _read_header(path: Path) -> Iterator[_Tensor]:
         for entry in header.values():
             start, stop = entry["data_offsets"]
             end = max(end, 8 + header_bytes + stop)
-            yield _Tensor(entry["dtype"], stop - start)
+            yield _Tensor(str(entry["dtype"]), stop - start)
     except OSError as error:
         raise StartupError(f"{path} cannot be read: {error.strerror}") from error
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StartupError(f"{path} is not a safetensors file, or broken: {error}") from error
     if end != size:
         raise StartupError(f"{path} is not whole: it has {size} bytes of {end}; copy or download it again")

@@ -68,7 +68,10 @@ def read_eos_token_ids(folder: Path, tokenizer_dir: Path, config: Any) -> tuple[
         ids = _tokenizer_eos_id(tokenizer_dir)
     if ids is None:
         return ()
-    return tuple(dict.fromkeys(int(token_id) for token_id in (ids if isinstance(ids, list | tuple) else [ids])))
+    try:
+        return tuple(dict.fromkeys(int(token_id) for token_id in (ids if isinstance(ids, list | tuple) else [ids])))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _not_of_its_kind(folder, "eos_token_id", ids) from error
 
 
 def max_context_tokens(config: Any, tokenizer_dir: Path) -> int:

@@ -19,7 +19,10 @@ from transformers import (
 )
 
 from parleyd.model import memory
+from parleyd.model.checkpoint import Checkpoint
 from tests.unit.model.conftest import edit_json, startup_error
+
+NESTED = pytest.param('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", id="nested")  # deeper than Python's stack
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./nothing", "missing.gguf", "one/two/three"])
@@ -42,7 +45,7 @@ def test_a_lora_adapter_is_to_be_merged(tmp_path: Path) -> None:
     assert "an adapter, such as LoRA, not a model; merge it into org/base" in startup_error(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff", NESTED])
 def test_a_broken_config_is_named(llama_folder: Path, text: str) -> None:
     (llama_folder / "config.json").write_text(text, encoding="latin-1")
     assert str(llama_folder / "config.json") in startup_error(llama_folder)
@@ -55,12 +58,24 @@ def test_an_unknown_kind_of_model_is_named(llama_folder: Path) -> None:
     assert "made-up" in message
 
 
-def test_a_broken_generation_config_is_named(llama_folder: Path) -> None:
-    (llama_folder / "generation_config.json").write_text("{")
+def test_architectures_that_are_no_list_name_none(llama_folder: Path) -> None:
+    edit_json(llama_folder / "config.json", architectures=5)
+    assert Checkpoint.open(llama_folder).config["architectures"] == 5
+
+
+@pytest.mark.parametrize("text", ["{", NESTED])
+def test_a_broken_generation_config_is_named(llama_folder: Path, text: str) -> None:
+    (llama_folder / "generation_config.json").write_text(text)
     assert "generation_config.json cannot be read" in startup_error(llama_folder)
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("stop_strings", [1]), ("stop_strings", [""])])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "hot"), ("stop_strings", [1]), ("stop_strings", [""]),
+        ("eos_token_id", "x"), ("eos_token_id", [[1]]), ("eos_token_id", float("inf")),
+    ],
+)  # fmt: skip
 def test_a_generation_config_with_a_value_of_the_wrong_kind_is_named(
     llama_folder: Path, name: str, value: object
 ) -> None:
@@ -106,6 +121,23 @@ def test_a_missing_shard_is_named(llama_folder: Path) -> None:
     (llama_folder / "model.safetensors").unlink()
     edit_json(llama_folder / "model.safetensors.index.json", weight_map={"a": "model-1.safetensors"})
     assert "weight files are missing: model-1.safetensors" in startup_error(llama_folder)
+
+
+@pytest.mark.parametrize("names", [["x"], [1, "x"], [["x"]], ["x" * 5000]])
+def test_an_index_of_names_that_no_file_has_is_refused(llama_folder: Path, names: list[object]) -> None:
+    (llama_folder / "model.safetensors").unlink()
+    edit_json(llama_folder / "model.safetensors.index.json", weight_map=dict(zip("ab", names, strict=False)))
+    assert str(llama_folder) in startup_error(llama_folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [NESTED, '{"a": {"dtype": ["F32"], "shape": [0], "data_offsets": [0, 0]}}', "[1]"],
+)
+def test_weights_whose_header_is_no_header_are_named(llama_folder: Path, header: str) -> None:
+    path = llama_folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    assert str(llama_folder) in startup_error(llama_folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
