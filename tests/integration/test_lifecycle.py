@@ -50,10 +50,17 @@ def test_every_call_answers_not_ready_while_the_model_loads(start_gateway: Start
     assert gateway.stub.Generate(ask("x"), timeout=5).choices
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_service_with_its_reason(start_gateway: StartGateway) -> None:
-    gateway = start_gateway(worker=("--load-error", "no such model"), wait_ready=False)
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [("no such model", "no such model"), ("no file \udcff", "no file ?")],
+    ids=["text", "half a pair"],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_service_with_its_reason(
+    start_gateway: StartGateway, error: str, told: str
+) -> None:
+    gateway = start_gateway(worker=("--load-error", error), wait_ready=False)
     gateway.thread.join(20)
-    assert str(gateway.error) == "no such model"
+    assert str(gateway.error) == told
 
 
 def test_the_health_watch_lasts_and_tells_of_the_drain(start_gateway: StartGateway) -> None:

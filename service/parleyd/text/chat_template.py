@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jinja2
 import jinja2.meta
 
 from parleyd.errors import InvalidRequest, ParleyError, StartupError, Unsupported, Violation
@@ -132,7 +131,7 @@ def _variables(source: str) -> frozenset[str]:
         # transformers' own environment, private as it is: only it parses the tags that it adds to Jinja.
         environment = template_utils()._compile_jinja_template(source).environment
         return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-    except jinja2.TemplateError as error:
+    except Exception as error:  # Jinja's own, and what its parser and Python make of one that is nested too deeply
         raise StartupError(f"the model's chat template is not valid: {_one_line(str(error))}") from error
 
 

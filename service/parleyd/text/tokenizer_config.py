@@ -67,7 +67,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise StartupError(f"{path} holds no JSON object")

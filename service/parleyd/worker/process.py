@@ -40,7 +40,10 @@ def run(fd: int, load: Load) -> int:
     try:
         loaded, info = load(message.settings)
     except StartupError as error:
-        send_frame(sock, messages.encode(messages.LoadFailed(str(error))))
+        text = (
+            str(error).encode(errors="replace").decode()
+        )  # may quote half of a surrogate pair, which no message holds
+        send_frame(sock, messages.encode(messages.LoadFailed(text)))
         return 1
     engine.set_result(loaded)
     sender = _Sender(sock)

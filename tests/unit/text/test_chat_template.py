@@ -135,9 +135,14 @@ def test_who_serves_a_folder_without_a_template_is_told_that_it_may_hold_one(tmp
     assert ChatTemplate.load(write_tiny_tokenizer(tmp_path), is_own_folder=True).obstacle is None
 
 
-def test_an_invalid_template_stops_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ " + "[" * 1000 + "]" * 1000 + " }}", "{% for x in [] %}" * 30 + "{% endfor %}" * 30],
+    ids=["syntax", "brackets", "loops"],
+)
+def test_an_invalid_template_stops_the_start(tmp_path: Path, template: str) -> None:
     with pytest.raises(StartupError, match="not valid"):
-        ChatTemplate.load(write_tiny_tokenizer(tmp_path, chat_template="{% for %}"))
+        ChatTemplate.load(write_tiny_tokenizer(tmp_path, chat_template=template))
 
 
 def test_variables_are_what_clients_may_set() -> None:

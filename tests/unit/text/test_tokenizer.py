@@ -115,6 +115,13 @@ def test_a_broken_file_stops_the_start(tmp_path: Path, name: str) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_a_configuration_nested_too_deep_stops_the_start(tmp_path: Path) -> None:
+    nested = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+    (write_tiny_tokenizer(tmp_path) / "tokenizer_config.json").write_text(nested, encoding="utf-8")
+    with pytest.raises(StartupError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_missing_tokenizer_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
