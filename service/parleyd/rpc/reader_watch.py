@@ -23,8 +23,10 @@ class ReaderWatch:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        """`timeout_s`: how long a write may take, beside what its length takes; up to an eighth longer, as it comes."""
+        """`timeout_s`: how long a write may take, beside what its length takes; up to an eighth longer, as it comes.
+        A time in which this process was stopped does not count."""
         self._timeout_s = timeout_s
+        self._interval_s = timeout_s / _CHECKS_PER_TIMEOUT
         self._deadlines: dict[asyncio.Task[Any], float] = {}  # of writes, by the handlers that wait for them
         self._cut: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -35,7 +37,7 @@ class ReaderWatch:
         assert task is not None
         self._deadlines[task] = loop.time() + self._timeout_s + response.ByteSize() / _MIN_BYTES_PER_S
         if self._timer is None:
-            self._timer = loop.call_later(self._timeout_s / _CHECKS_PER_TIMEOUT, self._check, loop)
+            self._check_later(loop)
         try:
             await context.write(response)
         except asyncio.CancelledError as error:
@@ -47,11 +49,18 @@ class ReaderWatch:
             del self._deadlines[task]
             self._cut.discard(task)
 
-    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _check_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        due = loop.time() + self._interval_s
+        self._timer = loop.call_at(due, self._check, loop, due)
+
+    def _check(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         self._timer = None
+        late_s = loop.time() - due
+        if late_s > self._interval_s:  # we were stopped, and cannot tell who has read meanwhile
+            self._deadlines = {task: deadline + late_s for task, deadline in self._deadlines.items()}
         for task, deadline in self._deadlines.items():
             if loop.time() >= deadline and task not in self._cut:
                 self._cut.add(task)
                 task.cancel()
         if self._deadlines:
-            self._timer = loop.call_later(self._timeout_s / _CHECKS_PER_TIMEOUT, self._check, loop)
+            self._check_later(loop)
