@@ -144,13 +144,15 @@ class Supervisor:
         """Raises what `Worker.load` does, also WorkerLost where it hangs; its process is killed then."""
         started = time.monotonic()
         limit_s = max(self._server.worker_timeout, _LOAD_SHARE * self._slowest_load_s) if self._info else None
-        try:
-            async with asyncio.timeout(limit_s):
-                info = await worker.load()
-        except TimeoutError as error:
+        for _ in range(_NUM_WATCHES):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(limit_s and limit_s / _NUM_WATCHES):
+                    info = await worker.load()
+                    break
+        else:
             if worker.link is not None:
                 worker.link.kill()
-            raise WorkerLost(f"a worker has not loaded the model in {limit_s:g} s") from error
+            raise WorkerLost(f"a worker has not loaded the model in {limit_s:g} s")
         self._slowest_load_s = max(self._slowest_load_s, time.monotonic() - started)
         return info
 

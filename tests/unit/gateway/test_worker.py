@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from parleyd.config import ModelSettings, ServerSettings
-from parleyd.errors import StartupError
+from parleyd.errors import StartupError, WorkerLost
 from parleyd.gateway import worker_link
 from parleyd.gateway.supervisor import Supervisor
 from parleyd.gateway.worker import Worker
@@ -114,3 +115,20 @@ async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turn
     is_cancelled = watching.cancel()  # else it had ended before
     await asyncio.wait([watching])
     assert watching.cancelled() == is_cancelled
+
+
+async def test_a_worker_is_not_to_blame_for_a_time_in_which_we_were_stopped_ourselves_as_it_loaded() -> None:
+    supervisor = Supervisor(
+        ModelSettings(model="x"), ServerSettings(worker_timeout=0.8), cast(Any, None), on_ready=cast(Any, None),
+        on_lost=lambda: None,
+    )  # fmt: skip
+    supervisor._info = cast(Any, object())  # an earlier one has loaded
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    worker: Any = SimpleNamespace(load=lambda: asyncio.shield(ready), link=None)
+    loop.call_later(0.1, time.sleep, 1.0)
+    loop.call_later(0.3, ready.set_result, "info")
+    assert await supervisor._load(worker) == "info"
+    ready = loop.create_future()
+    with pytest.raises(WorkerLost, match=r"not loaded the model in \d"):
+        await supervisor._load(worker)
