@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 
@@ -164,6 +165,15 @@ def test_a_batch_that_is_refused_has_one_span(traced: GatewayThread, spans: Span
         list(traced.stub.GenerateBatch(batch(), timeout=10))
     assert code_of(spans.call("GenerateBatch")) == "INVALID_ARGUMENT"
     assert len(spans.all()) == 1
+
+
+def test_a_collector_that_answers_nothing_holds_up_no_shutdown(start_gateway: StartGateway) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as collector:
+        gateway = start_gateway(otlp_endpoint=f"http://127.0.0.1:{collector.getsockname()[1]}")
+        gateway.stub.Generate(ask("hello"), timeout=10)
+        started = time.monotonic()
+        gateway.stop()
+        assert time.monotonic() - started < 8
 
 
 def eventually(is_so: Callable[[], bool]) -> None:

@@ -5,7 +5,9 @@ Below a batch's, one for each item; below that, the item's queue, prefill and de
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -18,6 +20,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from parleyd.telemetry.call import Call
 
 _propagator = TraceContextTextMapPropagator()
+
+# A collector that is there takes milliseconds; whoever ends us would not wait the half minute that one may take which
+# is not.
+_LAST_EXPORT_S = 2.0
 
 
 class Tracing:
@@ -70,8 +76,11 @@ class Tracing:
         span.end(_wall_ns(call, end_s))
 
     def close(self) -> None:
-        """Exports what is left."""
-        self._provider.shutdown()
+        """Exports what is left, if that can be done soon."""
+        exporting = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        with suppress(RuntimeError):  # no thread can be had
+            exporting.start()
+            exporting.join(_LAST_EXPORT_S)
 
 
 def _stages(call: Call, end_s: float) -> Iterator[tuple[str, float, float]]:
