@@ -10,7 +10,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,8 @@ def remember(place: Path, files: ModelFiles, model: PreTrainedModel, info: Model
         temporary.replace(place)
     except OSError as error:  # it starts all the same
         _logger.debug("the model is not remembered: %s", error)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _are_as_in_files(weights: dict[str, Tensor], files: ModelFiles) -> bool:

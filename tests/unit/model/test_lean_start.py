@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -135,6 +136,18 @@ def test_whatever_changes_is_read_anew(tmp_path: Path, change: str) -> None:
         (folder / change).touch()
     loaded = first_start(settings)
     assert_recalled(settings, loaded)
+
+
+def test_a_full_disk_is_left_as_it_was(tmp_path: Path) -> None:
+    settings = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache")
+    place, files, loaded = place_of(settings), find_files(settings), load_model(settings)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # fails writes as a full disk does
+    try:
+        lean_start.remember(place, files, loaded.model, loaded.info)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folders(tmp_path / "cache") == []
 
 
 def test_a_file_that_leads_nowhere_is_passed_over(tmp_path: Path) -> None:
