@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,8 +27,13 @@ async def interleave(generators: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[
                 pending[asyncio.ensure_future(anext(generator))] = generator
                 yield value
     finally:
-        for item in pending:
-            item.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        for generator in generators:
-            await generator.aclose()
+        # Whoever is cancelled amid this, say after an error, leaves none of them open.
+        await asyncio.shield(_close(generators, pending))
+
+
+async def _close(generators: Sequence[AsyncGenerator[T]], pending: Collection[asyncio.Future[T]]) -> None:
+    for item in pending:
+        item.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for generator in generators:
+        await generator.aclose()

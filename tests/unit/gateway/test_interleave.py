@@ -61,6 +61,25 @@ async def test_closing_early_closes_all() -> None:
     assert all(source.is_closed for source in sources)
 
 
+async def _take_all(sources: list[Source]) -> None:
+    async with aclosing(interleave([source.items for source in sources])) as items:
+        async for _ in items:
+            pass
+
+
+@pytest.mark.parametrize("num_turns", range(5, 25))
+async def test_who_is_cancelled_as_one_fails_closes_all(num_turns: int) -> None:
+    sources = [Source(2, "fail"), Source(0, "wait"), Source(1000)]
+    taking = asyncio.create_task(_take_all(sources))
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    taking.cancel()
+    await asyncio.wait([taking])
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert all(source.is_closed or not source.num_given for source in sources)
+
+
 async def test_who_takes_nothing_stops_the_sources() -> None:
     sources = [Source(1000), Source(1000)]
     async with aclosing(interleave([source.items for source in sources])) as items:
