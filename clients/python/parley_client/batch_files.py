@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -128,7 +129,10 @@ class ResultFile:
         """Appends one line."""
         head = {"line": item.line} if item.id is None else {"line": item.line, "id": item.id}
         line = json.dumps({**head, **result}, ensure_ascii=False).encode() + b"\n"
-        if self._file.write(line) != len(line):
+        num_written = self._file.write(line)
+        if num_written != len(line):
+            with suppress(OSError):  # a pipe keeps what it has
+                self._file.truncate(self._file.tell() - num_written)  # or the next line would stand behind a torn one
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep_answers(self, path: Path, keys: set[Key]) -> None:

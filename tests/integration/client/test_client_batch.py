@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -318,6 +319,22 @@ def test_a_run_that_meets_the_file_just_before_it_is_replaced_is_refused(files, 
     monkeypatch.setattr(batch_files, "_lock", replaced)
     with pytest.raises(batch_files.BadFile, match="another `parley batch` is writing it"):
         batch_files.ResultFile(files[1], set())
+
+
+def test_a_line_that_a_full_disk_cuts_short_tears_no_other(files):
+    items = [batch_files.Item(line, None, chat_pb2.GenerateRequest()) for line in (1, 2)]
+    result = {"response": {"text": "x" * 100}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with batch_files.ResultFile(files[1], {1, 2}) as results:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # fails writes as a full disk does
+        try:
+            with pytest.raises(OSError, match="No space left"):
+                results.write(items[0], result)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        results.write(items[1], result)  # somebody has made room
+    with batch_files.ResultFile(files[1], {1, 2}) as results:
+        assert results.answered == {2}
 
 
 def test_an_output_that_is_a_link_stays_one_and_its_file_keeps_its_mode(echoes, files):
