@@ -41,7 +41,7 @@ class ClientRules:
         """
         try:
             entries = msgspec.toml.decode(read_file(_FLAG, path), type=_File).client
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise StartupError(f"{_FLAG} {path}: {error}") from error
         return cls([_parse(path, entry, rpcs, defaults) for entry in entries], defaults)
 
@@ -54,5 +54,14 @@ def _parse(path: str, entry: _Entry, rpcs: Collection[str], defaults: Rules) -> 
     where = f"{_FLAG} {path}: client {entry.identity!r}"
     if not entry.identity.startswith(_KINDS):  # a key's rules stand beside its hash
         raise StartupError(f"{where}: identity must begin with one of {', '.join(_KINDS)}")
-    pattern = ".*".join(map(re.escape, entry.identity.split("*")))
-    return re.compile(pattern), entry.rules(where, rpcs, defaults)
+    return _compile(entry.identity), entry.rules(where, rpcs, defaults)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A star stands for anything. What is between two is looked for once, where it comes first: identities that are
+    made for it would have others tried without end."""
+    first, *middle = map(re.escape, pattern.split("*"))
+    if not middle:
+        return re.compile(first)
+    *middle, last = middle
+    return re.compile(first + "".join(f"(?>.*?{part})" for part in middle) + ".*" + last)

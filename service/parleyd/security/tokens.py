@@ -39,11 +39,11 @@ class Tokens:
         try:
             entries = json.loads(read_file(_FLAG, path))["keys"]
             usable = [key for entry in entries if (key := _usable(path, entry))]
+            keys: dict[str | None, jwt.PyJWK] = {key.key_id: key for key in usable}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, jwt.PyJWTError) as error:
             raise StartupError(f"{_FLAG} {path} is not a JSON Web Key Set, or broken") from error
         if not usable:
             raise StartupError(f"{_FLAG} {path} holds no public key for {', '.join(_ALGORITHMS)}")
-        keys: dict[str | None, jwt.PyJWK] = {key.key_id: key for key in usable}
         if len(keys) < len(usable):
             raise StartupError(f"{_FLAG} {path}: two keys have the same key id")
         if len(usable) == 1:
@@ -76,7 +76,7 @@ class Tokens:
 def _usable(path: str, entry: dict[str, Any]) -> jwt.PyJWK | None:
     """The key, if it is one to check signatures with, by an algorithm of ours."""
     if entry.get("use", "sig") == "sig":
-        with suppress(jwt.PyJWKError, jwt.InvalidKeyError):
+        with suppress(jwt.PyJWKError, jwt.InvalidKeyError, NotImplementedError):  # the last of the algorithm "none"
             key = jwt.PyJWK(entry)
             weak = isinstance(key.key, rsa.RSAPublicKey) and key.key.key_size < _MIN_RSA_BITS
             if key.algorithm_name in _ALGORITHMS and not weak:

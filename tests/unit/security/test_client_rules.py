@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_an_entry_says_what_its_clients_may_and_the_settings_the_rest(tmp_path: 
         ("cert:spiffe://a/*/sa/b", ["cert:spiffe://a/x/y/sa/b"], ["cert:spiffe://a/sa/b", "cert:spiffe://a/x/sa/bc"]),
         ("cert:*.a.example", ["cert:b.a.example"], ["cert:a.example", "cert:b.aXexample", "cert:b.a.example.evil"]),
         ("jwt:[a-z]?", ["jwt:[a-z]?"], ["jwt:ab", "jwt:a"]),
+        ("jwt:*a*b*a", ["jwt:aba", "jwt:xaxbxa", "jwt:aabbaa"], ["jwt:ab", "jwt:ba", "jwt:aa", "jwt:abab"]),
+        ("jwt:**", ["jwt:", "jwt:a"], ["cert:a"]),
     ],
 )
 def test_a_star_stands_for_anything_and_the_rest_for_itself(
@@ -44,11 +47,19 @@ def test_a_star_stands_for_anything_and_the_rest_for_itself(
     assert all(rules.find(identity) == DEFAULTS for identity in others)
 
 
+def test_an_identity_made_for_a_pattern_of_many_stars_takes_no_time(tmp_path: Path) -> None:
+    rules = read(tmp_path, '[[client]]\nidentity = "jwt:*-*-*-*-*-*-*-*x"\nrpcs = []\n')
+    started = time.perf_counter()
+    assert rules.find("jwt:" + "-" * 252) == DEFAULTS
+    assert time.perf_counter() - started < 0.1
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [
         ("", "missing required field `client`"),
         ("[[client", "array declaration"),
+        ("client = " + "[" * 10_000, "recursion"),
         ("[[client]]\nrpcs = []", "missing required field `identity`"),
         ('[[client]]\nidentity = "jwt:a"\npriority = true', "unknown field `priority`"),
         ('[[client]]\nidentity = "jwt:a"\nrpcs = ["Genrate"]', "Genrate"),

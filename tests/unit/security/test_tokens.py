@@ -110,10 +110,13 @@ def test_tokens_need_not_name_the_only_key(tmp_path: Path) -> None:
 def test_keys_of_other_kinds_are_left_out_and_the_log_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     secret = {"kty": "oct", "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3I", "kid": "secret"}
     weak = jwk(rsa.generate_private_key(65537, 1024), kid="weak")
-    others = (secret, weak, jwk(RSA_KEY, kid="enc", use="enc"), jwk(RSA_KEY, kid="odd", alg="RS512"))
+    others = (
+        secret, weak, jwk(RSA_KEY, kid="enc", use="enc"), jwk(RSA_KEY, kid="odd", alg="RS512"),
+        jwk(RSA_KEY, kid="none", alg="none"),
+    )  # fmt: skip
     verifier = read(tmp_path, key_set(jwk(EC_KEY, kid="ec"), *others))
     verifier.verify(token(EC_KEY, "ES256", "ec"))
-    assert [record.args[2] for record in caplog.records if record.args] == ["secret", "weak", "enc", "odd"]
+    assert [record.args[2] for record in caplog.records if record.args] == ["secret", "weak", "enc", "odd", "none"]
     assert "c2VjcmV0" not in caplog.text
     with pytest.raises(Unauthenticated):
         verifier.verify(forged({"alg": "HS256", "kid": "secret"}, b"secret-secret-secret-secret-secr"))
@@ -133,6 +136,7 @@ def test_keys_of_other_kinds_are_left_out_and_the_log_tells(tmp_path: Path, capl
         "[" * 100_000,
         key_set(jwk(RSA_KEY, kid="a"), jwk(EC_KEY, kid="a")),
         key_set(jwk(RSA_KEY), jwk(EC_KEY, kid="a")),
+        key_set(jwk(RSA_KEY, kid=["a"])),
     ],
 )
 def test_a_broken_key_set_is_named(tmp_path: Path, content: str) -> None:
