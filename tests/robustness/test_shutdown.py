@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import psutil
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
@@ -120,6 +121,18 @@ def test_a_second_sigterm_ends_them_at_once(tokenizer_folder: Path, tmp_path: Pa
         assert replica.process.poll() is None and reader.is_alive()
         replica.terminate()
         _assert_draining(reader)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_that_go_on_to_the_very_end_change_nothing(tokenizer_folder: Path, number: signal.Signals) -> None:
+    replica = Replica(tokenizer_folder, "--drain-delay", "0", "--drain-timeout", "0")
+    try:
+        while replica.process.poll() is None:
+            replica.process.send_signal(number)
+            time.sleep(0.002)
+        assert replica.process.returncode == 0
+    finally:
+        replica.stop()
 
 
 def test_a_worker_killed_while_its_streams_finish_is_replaced_for_them(tokenizer_folder: Path) -> None:

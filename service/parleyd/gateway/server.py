@@ -284,7 +284,12 @@ async def serve(
     announce(f"listening on {address}")
     if admin:
         announce(f"admin on {admin}")
-    await gateway.serve()
+    try:
+        await gateway.serve()
+    finally:
+        for number in _SIGNALS:  # one more, as we leave, must not make a failure of it
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _freeze() -> None:
