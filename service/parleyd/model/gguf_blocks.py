@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from parleyd.errors import StartupError
+from parleyd.model import explain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,9 +82,15 @@ class GgufBlocks:
 
 
 def open_blocks(folder: Path) -> GgufBlocks | None:
-    """The blocks of the model in `folder`; None where it does not come from such a file."""
+    """The blocks of the model in `folder`; None where it does not come from such a file.
+
+    Raises StartupError where they cannot be read.
+    """
     path = folder / FILE_NAME
-    return GgufBlocks(path) if path.is_file() else None
+    try:
+        return GgufBlocks(path) if path.is_file() else None
+    except (OSError, SafetensorError) as error:
+        raise StartupError(f"{path} cannot be read: {explain.one_line(error)}") from error
 
 
 def read_blocks(gguf_file: Path, model: PreTrainedModel) -> dict[str, Tensor]:

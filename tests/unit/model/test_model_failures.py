@@ -147,6 +147,13 @@ def test_weights_cut_short_are_named(llama_folder: Path, keep: int) -> None:
     assert str(path) in startup_error(llama_folder)
 
 
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_blocks_that_are_none_are_named(llama_folder: Path, content: bytes) -> None:
+    path = llama_folder / "gguf_blocks.safetensors"
+    path.write_bytes(content)
+    assert startup_error(llama_folder).startswith(f"{path} cannot be read: ")
+
+
 def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(llama_folder: Path) -> None:
     edit_json(llama_folder / "config.json", num_hidden_layers=3)
     assert "lacks weights that the model needs: model.layers.2" in startup_error(llama_folder)
