@@ -19,6 +19,7 @@ from tests.integration.conftest import FOREVER, StartGateway, assert_answers
 from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
 from tests.support.requests import ask, reason_of, retry_delay_of
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -258,6 +259,21 @@ def test_a_worker_that_hangs_as_it_loads_is_replaced(start_gateway: StartGateway
     assert gateway.stub.Generate(ask("!die-at 3 abcdef"), timeout=60).choices[0].message.content == "abcdef"
     assert not marker.exists()
     assert gateway.gateway.supervisor.num_restarts in (2, 3)  # one that a busy machine starves looks no different
+
+
+def test_a_model_whose_files_are_being_replaced_as_its_worker_dies_is_read_again(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    folder = write_tiny_tokenizer(tmp_path / "model")
+    gateway = start_gateway(folder=folder)
+    supervisor = gateway.gateway.supervisor
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(whole[:100])
+    supervisor._info = None  # as if the next worker told of another model
+    call = gateway.stub.Generate.future(ask("!die-at 3 abcdef"), timeout=60)
+    eventually(lambda: supervisor.num_restarts >= 2 or not gateway.thread.is_alive(), timeout_s=30)
+    (folder / "tokenizer.json").write_bytes(whole)
+    assert call.result().choices[0].message.content == "abcdef"
 
 
 def test_a_worker_that_hung_while_it_was_idle_is_replaced(start_gateway: StartGateway) -> None:

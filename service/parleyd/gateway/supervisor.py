@@ -119,16 +119,20 @@ class Supervisor:
 
     async def _serve(self, worker: Worker) -> None:
         """Lets a worker load, generates with it, and returns when it is gone."""
+        is_loaded = False
         try:
             info = await self._load(worker)
+            is_loaded = True
+            if info != self._info:
+                await self._on_ready(info)
+                self._info = info
         except (StartupError, WorkerLost) as error:
             if self._state is State.LOADING and isinstance(error, StartupError):
                 raise
             _logger.error("%s", error)
+            if is_loaded and worker.link is not None:
+                worker.link.kill()  # it is well, but its model's files are not: the next may find others
             return
-        if info != self._info:
-            await self._on_ready(info)
-            self._info = info
         if worker.gone.is_set() or worker.link is None:
             return
         self._client.attach(worker.link)
