@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
+from typing import Any
 
 import grpc
 import pytest
@@ -24,6 +25,7 @@ from parleyd.config import ServerSettings, Settings
 from parleyd.errors import StartupError
 from parleyd.gateway.server import Gateway
 from parleyd.gateway.supervisor import State
+from parleyd.rpc import status
 from parleyd.telemetry import admin
 from tests.integration.conftest import StartGateway
 from tests.support.eventually import eventually
@@ -83,6 +85,22 @@ def test_metrics_tell_what_was_served_and_refused(observed: GatewayThread) -> No
     assert seen["parley_queue_time_seconds_count", ()] == 5
     assert seen["parley_running_requests", ()] == seen["parley_open_calls", ()] == 0
     assert seen["parley_serving", ()] == 1
+
+
+def test_a_call_that_ends_as_it_is_refused_counts_by_how_it_ended(
+    observed: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_status = status.to_status
+
+    def after_the_deadline(*args: Any) -> Any:
+        time.sleep(0.3)
+        return to_status(*args)
+
+    monkeypatch.setattr(status, "to_status", after_the_deadline)
+    with pytest.raises(grpc.RpcError):
+        observed.stub.Generate(ask("x", temperature=99), timeout=0.15)
+    observed.wait_idle()
+    eventually(lambda: samples(observed).get(("parley_requests_total", ("DEADLINE_EXCEEDED", "Generate"))) == 1)
 
 
 def test_a_request_counts_once_however_many_answers_it_asks_for(observed: GatewayThread) -> None:

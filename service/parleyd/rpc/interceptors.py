@@ -250,7 +250,11 @@ async def _send_headers(context: Context, call: Call) -> None:
 async def _abort(context: Context, error: ParleyError, call: Call, *further_trailers: tuple[str, bytes]) -> NoReturn:
     details = status.to_status(error, call.request_id)
     trailers = (status.DETAILS_KEY, details.SerializeToString()), (REQUEST_ID_KEY, call.request_id)
-    await context.abort(status.code_of(error), details.message, (*trailers, *further_trailers))
+    try:
+        await context.abort(status.code_of(error), details.message, (*trailers, *further_trailers))
+    except grpc.aio.InternalError as gone:
+        # The call ended before gRPC could cancel us: as if it had.
+        raise asyncio.CancelledError from gone
 
 
 def _log_refusal(call: Call, error: ParleyError) -> None:
