@@ -69,6 +69,9 @@ class _Parser(argparse.ArgumentParser):
 
     complaint: str | None = None
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         namespace, unknown = super().parse_known_args(*args, **kwargs)
         if self.complaint:
@@ -194,7 +197,11 @@ def _new_key(name: str) -> int:
     from parleyd.security.new_key import entry_for, new_key
 
     key = new_key()
-    print(entry_for(name, key), flush=True)
+    try:
+        print(entry_for(name, key), flush=True)
+    except OSError as error:
+        _let_output_go_nowhere()
+        raise StartupError(f"the key's entry cannot be written: {error.strerror}") from error
     print(key, file=sys.stderr)
     return 0
 
@@ -239,5 +246,9 @@ def _announce(line: str) -> None:
         print(line, flush=True)
     except OSError as error:  # whoever started us may have read the first line, and gone
         _logger.warning("stdout cannot be written (%s): %s", error.strerror, line)
-        # The interpreter flushes once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_output_go_nowhere()
+
+
+def _let_output_go_nowhere() -> None:
+    # The interpreter flushes once more at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

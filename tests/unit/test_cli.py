@@ -39,6 +39,13 @@ def test_a_flag_wins_over_its_variable() -> None:
     assert arguments.max_queue == 4
 
 
+def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["serve", "--max-queue-token", "7"])
+    assert raised.value.code == 2
+    assert "unrecognized arguments: --max-queue-token 7" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flag", "value"), [("--port", "70000"), ("--port", "x"), ("--drain-delay", "nan"), ("--drain-timeout", "inf")]
 )
@@ -113,6 +120,16 @@ def test_ctrl_c_while_the_arguments_are_read_is_quiet(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cli, "build_parser", interrupted)
     assert main(["serve"]) == 130
+
+
+def test_a_key_that_could_not_be_written_down_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["keys", "new", "--name", "me"]) == 1
+    (error,) = capfd.readouterr().err.splitlines()
+    assert error == "parleyd: error: the key's entry cannot be written: No space left on device"
 
 
 def test_without_a_home_folder_one_line_asks_for_a_cache_folder(

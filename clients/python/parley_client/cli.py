@@ -73,6 +73,9 @@ def _tolerate_odd_characters() -> None:
 class _Parser(argparse.ArgumentParser):
     """Tells wrong usage in one line, and where all the flags are."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         namespace, unknown = super().parse_known_args(*args, **kwargs)
         if unknown:

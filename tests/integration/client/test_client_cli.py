@@ -333,6 +333,7 @@ def test_standard_streams_that_are_closed_are_as_good_as_empty(server, command, 
     ("arguments", "said"),
     [
         (["generate", "Hi", "there"], "parley generate: error: unrecognized arguments: there (see "),
+        (["model", "--api-key", "parley_x"], "parley model: error: unrecognized arguments: --api-key parley_x (see "),
         (["generate", "Hi", "--top-k", "many"], "parley generate: error: argument --top-k: "),
         ([], "parley: error: the following arguments are required: COMMAND (see parley --help)"),
     ],
