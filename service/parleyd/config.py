@@ -153,7 +153,9 @@ class ServerSettings:
         None, "Port for /metrics, /healthz and /readyz over HTTP; 0 takes a free one.", minimum=0, maximum=65535
     )
     admin_host: str = _option(
-        "127.0.0.1", "Address of the admin port, which has neither TLS nor credentials: others need --insecure."
+        "127.0.0.1",
+        "Address of the admin port, which has neither TLS nor credentials: one beyond this machine needs --insecure.",
+        metavar="HOST",
     )
     otlp_endpoint: str | None = _option(
         None,

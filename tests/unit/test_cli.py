@@ -32,6 +32,8 @@ def test_every_setting_is_a_flag_and_a_variable_and_is_explained(option: object)
     assert by_flag == by_variable
     assert str(by_flag[name]).lower().removesuffix(".0") == value
     assert option.metadata["help"].endswith(".")  # type: ignore[attr-defined]
+    if kind == "str":  # the help calls numbers N
+        assert option.metadata["choices"] or option.metadata["metavar"]  # type: ignore[attr-defined]
 
 
 def test_a_flag_wins_over_its_variable() -> None:
