@@ -210,6 +210,7 @@ bench-gpu: $(INSTALLED) ## measure the engine on a GPU against its bandwidth
 
 .PHONY: clean
 clean: ## remove .venv, caches and build results
-	@rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist \
-		clients/node/node_modules clients/node/dist clients/node/src/gen
+	@rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist gen \
+		clients/node/node_modules clients/node/dist clients/node/src/gen \
+		clients/web/node_modules clients/web/dist clients/web/src/gen
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
