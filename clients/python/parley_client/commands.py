@@ -187,7 +187,7 @@ def _hint(error: ParleyError, args: Namespace) -> str:
         case ConnectionFailed():
             return f" ({_connection_hint(error.message, args)})"
         case DeadlineExceeded() if args.timeout:
-            return f" (--timeout is {args.timeout:g} s)"
+            return f" ({'; '.join([f'--timeout is {args.timeout:g} s', *getattr(error, '__notes__', ())])})"
         case Unauthenticated():
             return " (show a key with --api-key-file or $PARLEY_API_KEY)"
     return ""

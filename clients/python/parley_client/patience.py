@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from parley_client.errors import ParleyError, QueueFull, Unavailable
+from parley_client.errors import DeadlineExceeded, ParleyError, QueueFull, Unavailable
 
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 5.0
 _MAX_DOUBLINGS = 10  # more than it takes from one to the other, and no float is 2**1024
@@ -37,19 +37,27 @@ class Patience:
         self._max_failures = max_failures
         self._contact = contact
         self._failures = 0
+        self._last: ParleyError | None = None
         self._deadline = None if timeout is None else time.monotonic() + timeout
 
     def note_progress(self) -> None:
         """To be called with each part of an answer."""
         self._contact.is_made = True
         self._failures = 0
+        self._last = None
 
     def delay_after(self, error: ParleyError) -> float | None:
-        """In how many seconds to call again; None where that would not help."""
+        """In how many seconds to call again; None where that would not help.
+
+        An error that the timeout brings about gets a note of why there had to be another call.
+        """
+        if isinstance(error, DeadlineExceeded) and self._last is not None:
+            error.add_note(f"before that: {self._last.message}")
         is_passing = isinstance(error, Unavailable) or (self._failures > 0 and isinstance(error, QueueFull))
         if not is_passing or self._failures == self._max_failures:
             return None
         self._failures += 1
+        self._last = error
         num_doublings = min(self._failures - 1, _MAX_DOUBLINGS)
         backoff_s: float = min(_FIRST_DELAY_S * 2**num_doublings, _MAX_DELAY_S)
         jitter = random.uniform(0.8, 1.2)  # nosec B311

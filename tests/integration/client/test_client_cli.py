@@ -360,3 +360,16 @@ def test_what_a_flag_can_mend_names_the_flag(server, capsys):
     assert main(["generate", "Hi", "--timeout", "0.5"]) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert error.endswith("(--timeout is 0.5 s)")
+
+
+@pytest.mark.parametrize(("command", "method"), [("generate Hi", "GenerateStream"), ("model", "GetModel")])
+def test_a_timeout_tells_what_was_waited_for(server, capsys, command, method):
+    def load_for_ever(request, context):
+        if len(server.metadata) > 4:  # as often as gRPC tries by itself
+            server.hold(context)
+        server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY", message="the model is still loading")
+
+    server.script[method] = load_for_ever
+    assert main([*command.split(), "--timeout", "3"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith("(--timeout is 3 s; before that: the model is still loading)")
