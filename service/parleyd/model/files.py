@@ -32,8 +32,11 @@ def find_files(settings: ModelSettings) -> ModelFiles:
     """
     check_device_map(settings.device_map)
     _check_attention(settings)
-    folder = find_folder(settings)
-    checkpoint = Checkpoint.open(folder, settings.allow_pickle)
+    try:
+        folder = find_folder(settings)
+        checkpoint = Checkpoint.open(folder, settings.allow_pickle)
+    except PermissionError as error:  # of a folder on the way; a file of ours that cannot be read is told where it is
+        raise StartupError(f"--model {settings.model}: {error.filename}: {error.strerror}") from error
     defaults = generation_config.read_defaults(folder)
     tokenizer_dir = find_tokenizer(folder, settings)
     check_fits(settings.model, checkpoint.num_bytes(settings.dtype), settings.device_map)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -28,6 +29,19 @@ NESTED = pytest.param('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", id="nested"
 @pytest.mark.parametrize("model", ["/no/such/folder", "./nothing", "missing.gguf", "one/two/three"])
 def test_a_path_that_is_not_there_is_named(model: str) -> None:
     assert startup_error(model) == f"--model {model}: no such file or folder"
+
+
+@pytest.mark.parametrize("asked", ["is_dir", "is_file"])
+def test_a_folder_that_may_not_be_entered_is_named(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, asked, refuse)
+    message = startup_error(llama_folder)
+    assert message.startswith(f"--model {llama_folder}: {llama_folder}")
+    assert message.endswith(": Permission denied")
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
