@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -30,6 +32,7 @@ _MAX_ITEM_TRIES = 4  # of an item whose server went away under it
 _MAX_CALL_TRIES = 7  # in a row that break off without any result, over about a minute
 _FIRST_DELAY_S, _MAX_DELAY_S = 1.0, 30.0
 _REPORT_INTERVAL_S = 0.2
+_USUAL_WIDTH = 80  # of terminals that do not know theirs
 
 
 def batch(args: Namespace) -> int:
@@ -176,8 +179,10 @@ class Report:
         self.answered = answered
         self._failed = 0
         self._tokens = 0
-        self._started = self._shown = time.monotonic()
+        self._started = time.monotonic()
+        self._shown = -math.inf
         self._is_terminal = sys.stderr.isatty()
+        self._show()  # the first answer may take long
 
     def add_answer(self, num_tokens: int) -> None:
         self.answered += 1
@@ -199,4 +204,6 @@ class Report:
     def _show(self) -> None:
         if self._is_terminal and time.monotonic() - self._shown > _REPORT_INTERVAL_S:
             self._shown = time.monotonic()
-            print(f"\r{self}\033[K", end="", file=sys.stderr, flush=True)
+            # Only the last row of a line that wraps could be written over.
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL_WIDTH
+            print(f"\r{str(self)[: width - 1]}\033[K", end="", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from contextlib import closing
@@ -397,7 +398,8 @@ def test_a_call_that_takes_too_long_fails_the_items_that_are_left(server, files)
     assert (results[1]["code"], results[2]) == ("DEADLINE_EXCEEDED", "b")
 
 
-def test_a_terminal_shows_how_far_it_is_in_one_line(server, files):
+@pytest.mark.parametrize("num_columns", [0, 20])
+def test_a_terminal_shows_how_far_it_is_in_one_line(server, files, num_columns):
     def answer(request, context):
         for index, item in enumerate(request.requests):
             time.sleep(0.3)
@@ -406,12 +408,16 @@ def test_a_terminal_shows_how_far_it_is_in_one_line(server, files):
     server.script["GenerateBatch"] = answer
     files[0].write_text(line_of("a") + line_of("b"))
     shown, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, num_columns))
     command = [sys.executable, "-m", "parley_client", "batch", *files]
     assert subprocess.run(command, stderr=terminal, timeout=20, check=False).returncode == 0
     os.close(terminal)
     text = os.read(shown, 10_000).decode()
     os.close(shown)
-    assert text.startswith("\r1 of 2 answered, 0 failed, ")
+    begun, going_on, *_ = (line.removesuffix("\x1b[K") for line in text.split("\r")[1:])
+    assert begun == "0 of 2 answered, 0 failed, 0 tokens/s"[: num_columns - 1 if num_columns else None]
+    assert going_on.startswith("1 of 2 answered, 0 ")
+    assert len(going_on) < (num_columns or 80)
     assert text.splitlines()[-1].startswith("2 of 2 answered, 0 failed, ")
     assert text.count("\n") == 1
 
