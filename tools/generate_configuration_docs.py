@@ -21,8 +21,9 @@ HEAD = """\
 
 <!-- Generated from service/parleyd/config.py by `make fix-docs`; edit that file instead. -->
 
-Every setting of `parleyd serve` is a flag and an environment variable; the flag wins. A bad or unknown flag, or a bad
-value of a variable, stops the start with its name and what is allowed.
+Every setting of `parleyd serve` is a flag and an environment variable; the flag wins. A bad value stops the start with
+its name and what is allowed, and so does an unknown flag or variable `PARLEY_…` (but for those of the command `parley`,
+and those in which Kubernetes tells of services of that name).
 """
 SECTIONS = (("Model", ModelSettings), ("Server", ServerSettings), ("Security", SecuritySettings))
 
