@@ -5,9 +5,9 @@ Below a batch's, one for each item; below that, the item's queue, prefill and de
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -20,17 +20,17 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from parleyd.telemetry.call import Call
 
 _propagator = TraceContextTextMapPropagator()
+_logger = logging.getLogger(__name__)
 
-# A collector that is there takes milliseconds; whoever ends us would not wait the half minute that one may take which
-# is not.
-_LAST_EXPORT_S = 2.0
+# The SDK would give a collector that takes nothing half a minute, in which whoever stopped the service may kill it.
+_LAST_EXPORT_S = 5.0
 
 
 class Tracing:
     """Makes spans of what has ended; `processor` exports them."""
 
     def __init__(self, processor: SpanProcessor) -> None:
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "parley"}))
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "parley"}), shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("parleyd")
 
@@ -76,11 +76,16 @@ class Tracing:
         span.end(_wall_ns(call, end_s))
 
     def close(self) -> None:
-        """Exports what is left, if that can be done soon."""
-        exporting = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
-        with suppress(RuntimeError):  # no thread can be had
-            exporting.start()
-            exporting.join(_LAST_EXPORT_S)
+        """Exports what is left, as far as the collector takes it within some seconds."""
+        last_export = threading.Thread(target=self._provider.shutdown, name="last-export", daemon=True)
+        try:
+            last_export.start()
+        except RuntimeError as error:  # no thread can be had
+            _logger.warning("the last spans are lost: %s", error)
+            return
+        last_export.join(_LAST_EXPORT_S)
+        if last_export.is_alive():
+            _logger.warning("the collector did not take the last spans within %g s: they are lost", _LAST_EXPORT_S)
 
 
 def _stages(call: Call, end_s: float) -> Iterator[tuple[str, float, float]]:
