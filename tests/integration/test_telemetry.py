@@ -132,6 +132,16 @@ def test_each_item_of_a_batch_counts(observed: GatewayThread) -> None:
     assert seen["gen_ai_server_time_to_first_token_seconds_count", ()] == 5
 
 
+def test_a_call_that_is_over_before_its_refusal_counts_as_what_its_client_saw(observed: GatewayThread) -> None:
+    observed.stub.Generate(ask("hello"), timeout=10)  # the connection is there
+    for i in range(100):
+        with pytest.raises(grpc.RpcError):
+            observed.stub.Generate(FOREVER, timeout=0.00005 * i)
+    observed.wait_idle()
+    codes = {labels[0] for name, labels in samples(observed) if name == "parley_requests_total"}
+    assert codes == {"OK", "DEADLINE_EXCEEDED"}
+
+
 def test_metrics_tell_of_the_worker(observed: GatewayThread) -> None:
     observed.stub.Generate(ask("!die-at 5 0123456789"), timeout=20)
     seen = samples(observed)
