@@ -61,6 +61,14 @@ def test_a_watch_that_nobody_reads_keeps_no_service_from_ending(start_gateway: S
         gateway.stop()
 
 
+def test_all_services_can_be_listed(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--load-delay", "1"), wait_ready=False)
+    for status in (Response.NOT_SERVING, Response.SERVING):
+        gateway.wait_health(status)
+        listed = gateway.health.List(health_pb2.HealthListRequest(), timeout=5).statuses
+        assert {service: response.status for service, response in listed.items()} == dict.fromkeys(SERVICES, status)
+
+
 def test_an_unknown_service_is_not_found_and_can_be_watched(gateway: GatewayThread) -> None:
     request = health_pb2.HealthCheckRequest(service="parley.v1.Else")
     with pytest.raises(grpc.RpcError) as raised:

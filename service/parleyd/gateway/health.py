@@ -45,6 +45,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
+    async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:
+        """See grpc.health.v1."""
+        statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in SERVICES}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """See grpc.health.v1. Slow readers miss statuses that have changed again, never the last one."""
         if request.ByteSize() > _MAX_REQUEST_OCTETS:
