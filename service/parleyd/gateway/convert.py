@@ -44,11 +44,13 @@ class Timings:
 
 def to_template_messages(messages: Sequence[message_pb2.Message]) -> list[dict[str, Any]]:
     """A conversation as chat templates take it: some look whether a key is there, not whether it holds anything."""
-    names = tools.names_by_call_id(messages)
-    return [
-        {"role": _ROLE_NAMES[message.role], "content": message.content, **_further_fields(message, names)}
-        for message in messages
-    ]
+    names: dict[str, str] = {}  # of the tools that earlier messages call; later ones may use an id again
+    converted = []
+    for message in messages:
+        further = _further_fields(message, names)
+        converted.append({"role": _ROLE_NAMES[message.role], "content": message.content, **further})
+        names.update({call.id: call.name for call in message.tool_calls if call.id})
+    return converted
 
 
 def _further_fields(message: message_pb2.Message, names_by_call_id: Mapping[str, str]) -> dict[str, Any]:

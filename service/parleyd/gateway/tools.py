@@ -102,11 +102,6 @@ def to_template_calls(calls: Sequence[message_pb2.ToolCall]) -> list[dict[str, A
     ]
 
 
-def names_by_call_id(messages: Sequence[message_pb2.Message]) -> dict[str, str]:
-    """The tool that each call in a conversation calls."""
-    return {call.id: call.name for message in messages for call in message.tool_calls}
-
-
 def to_deltas(pieces: Sequence[ToolCallPiece]) -> list[message_pb2.ToolCallDelta]:
     """Pieces as a stream carries them."""
     return [

@@ -1,11 +1,12 @@
-"""Sampling parameters out of a request's configuration and the model's defaults."""
+"""What chat templates and the engine get of a request."""
 
 from __future__ import annotations
 
 import pytest
 
 from parley.v1 import generation_pb2
-from parleyd.gateway.convert import to_sampling_params
+from parley.v1.message_pb2 import ROLE_ASSISTANT, ROLE_TOOL, ROLE_USER, Message, ToolCall
+from parleyd.gateway.convert import to_sampling_params, to_template_messages
 from parleyd.generation import SamplingParams
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -34,3 +35,23 @@ def test_do_sample_false_is_greedy_whatever_else_is_set(by_default: bool) -> Non
 @pytest.mark.parametrize("do_sample", [{}, {"do_sample": True}])
 def test_temperature_0_is_greedy_even_if_do_sample_is_true(do_sample: dict[str, bool]) -> None:
     assert not params(True, temperature=0, **do_sample).do_sample
+
+
+def call(tool: str, call_id: str) -> Message:
+    return Message(role=ROLE_ASSISTANT, tool_calls=[ToolCall(id=call_id, name=tool, arguments="{}")])
+
+
+def names_told(*messages: Message) -> list[str | None]:
+    return [message.get("name") for message in to_template_messages(messages)]
+
+
+def test_a_result_has_the_name_of_the_call_before_it_also_where_ids_are_used_again() -> None:
+    first, second = (Message(role=ROLE_TOOL, tool_call_id="call_0") for _ in range(2))
+    assert names_told(call("get_time", "call_0"), first, call("get_weather", "call_0"), second) == [
+        None, "get_time", None, "get_weather"
+    ]  # fmt: skip
+
+
+def test_a_call_without_an_id_names_nobody() -> None:
+    messages = [Message(role=ROLE_USER), call("get_time", ""), Message(role=ROLE_TOOL), Message(role=ROLE_USER)]
+    assert names_told(*messages) == [None] * 4
