@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from h2.events import Event, TrailersReceived
+from h2.events import DataReceived, Event, TrailersReceived
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from tests.integration.conftest import FOREVER, StartGateway, assert_answers
@@ -90,6 +90,28 @@ def test_a_client_that_grants_no_window_keeps_no_slot(single: GatewayThread) -> 
         for _ in range(3):
             assert_answers(single)
         assert single.gateway.doorkeeper.num_open == 1  # still there, unread
+
+
+def test_timings_tell_when_the_answer_was_made_not_when_it_was_read(gateway: GatewayThread) -> None:
+    with RawConnection(gateway.target, window=0) as connection:
+        stream = connection.call("GenerateStream", ask("hello"))
+        eventually(lambda: gateway.gateway.doorkeeper.num_open == 1)
+        time.sleep(2)
+        connection.http2.increment_flow_control_window(2**20, stream)
+        connection.flush()
+        connection.receive_for(10, lambda: status_in(connection.events) is not None)
+    messages = messages_in(connection.events)
+    assert "".join(message.content for message in messages) == "hello"
+    assert messages[-1].timings.total.ToTimedelta().total_seconds() < 2
+
+
+def messages_in(events: Iterable[Event]) -> list[chat_pb2.GenerateStreamResponse]:
+    data, messages = b"".join(event.data for event in events if isinstance(event, DataReceived)), []
+    while data:
+        end = 5 + int.from_bytes(data[1:5], "big")
+        messages.append(chat_pb2.GenerateStreamResponse.FromString(data[5:end]))
+        data = data[end:]
+    return messages
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])

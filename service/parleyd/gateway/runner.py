@@ -34,6 +34,7 @@ class Generation:
     ending: AnswerDelta | None = None
     queue_s: float = 0.0
     first_token_s: float = 0.0
+    last_token_s: float = 0.0
     cached_prompt_tokens: int = 0
     timings: Timings | None = None  # once all choices have ended
 
@@ -92,7 +93,9 @@ class Runner:
                 async for delta in deltas:
                     num_open -= delta.finish_reason is not None
                     if not num_open:
-                        generation.timings = Timings(generation.queue_s, generation.first_token_s, call.elapsed())
+                        generation.timings = Timings(
+                            generation.queue_s, generation.first_token_s, generation.last_token_s
+                        )
                     yield delta
         finally:
             slots.release()
@@ -118,9 +121,10 @@ class Runner:
         # A slot is free again as soon as the worker is done: a reader that does not read holds up nobody.
         async with aclosing(self._worker.generate(request, slots.leave)) as steps:
             async for step in steps:
+                generation.last_token_s = max(generation.last_token_s, step.made_at - call.arrived)
                 if not has_prompt.is_set():
                     has_prompt.set()
-                    generation.first_token_s = call.elapsed()
+                    generation.first_token_s = generation.last_token_s
                     self._admission.first_token(generation.num_prefilled, generation.first_token_s - generation.queue_s)
                     generation.cached_prompt_tokens = step.cached_prompt_tokens
                 delta = generation.answers[choice].push(step)

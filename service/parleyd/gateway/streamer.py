@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,12 +19,13 @@ _MAX_IDS, _MAX_IDS_WITH_LOGPROBS = 256, 32
 @dataclass(frozen=True)
 class Delta:
     """Token ids made since the last delta, and their log-probabilities where asked for; the last one has a
-    `finish_reason`."""
+    `finish_reason`. `made_at`, on the monotonic clock: when the newest output was here, however late it is taken."""
 
     token_ids: list[int]
     finish_reason: FinishReason | None
     cached_prompt_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    made_at: float = 0.0
 
 
 class Streamer:
@@ -37,6 +39,7 @@ class Streamer:
         self._finish_reason: FinishReason | None = None
         self._error: ParleyError | None = None
         self._cached_prompt_tokens: int | None = None
+        self._made_at = 0.0
         self._news = asyncio.Event()
 
     def put(self, output: Output) -> None:
@@ -44,6 +47,7 @@ class Streamer:
         self._token_ids.extend(output.token_ids)
         self._logprobs.extend(map(encode, output.logprobs))
         self._finish_reason = output.finish_reason
+        self._made_at = time.monotonic()
         if self._cached_prompt_tokens is None:  # what a later worker finds cached saves what was already done
             self._cached_prompt_tokens = output.cached_prompt_tokens
         if output.error is not None:
@@ -75,4 +79,10 @@ class Streamer:
         if not is_all or self._error is not None:
             self._news.set()
         finish_reason = self._finish_reason if is_all else None
-        return Delta(token_ids, finish_reason, self._cached_prompt_tokens or 0, [*map(decode_logprob, logprobs)])
+        return Delta(
+            token_ids,
+            finish_reason,
+            self._cached_prompt_tokens or 0,
+            [*map(decode_logprob, logprobs)],
+            self._made_at,
+        )
