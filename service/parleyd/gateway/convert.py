@@ -82,8 +82,9 @@ def effective_defaults(info: ModelInfo, default_max_new_tokens: int) -> Sampling
     }
     for name in ("stop_strings", "num_return_sequences"):  # the engine knows neither text nor other choices
         given.pop(name, None)
-    wanted = given.pop("max_new_tokens", default_max_new_tokens)
-    return SamplingParams(max_new_tokens=min(wanted, info.max_context_tokens), **given)
+    max_new_tokens = min(given.pop("max_new_tokens", default_max_new_tokens), info.max_context_tokens)
+    min_new_tokens = min(given.pop("min_new_tokens", 0), max_new_tokens)
+    return SamplingParams(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, **given)
 
 
 def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: SamplingParams) -> SamplingParams:
@@ -92,10 +93,12 @@ def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: Sampli
     def value(name: str) -> Any:
         return getattr(config, name) if config.HasField(name) else getattr(defaults, name)
 
-    temperature = value("temperature")
+    temperature, max_new_tokens = value("temperature"), value("max_new_tokens")
+    # A request that wants less than the model's own fewest gets what it wants: it has said nothing wrong.
+    min_by_default = min(defaults.min_new_tokens, max_new_tokens)
     return SamplingParams(
-        max_new_tokens=value("max_new_tokens"),
-        min_new_tokens=value("min_new_tokens"),
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=config.min_new_tokens if config.HasField("min_new_tokens") else min_by_default,
         do_sample=_do_sample(config, defaults) and temperature > 0,
         temperature=temperature,
         top_p=value("top_p"),

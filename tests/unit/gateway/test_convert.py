@@ -6,8 +6,8 @@ import pytest
 
 from parley.v1 import generation_pb2
 from parley.v1.message_pb2 import ROLE_ASSISTANT, ROLE_TOOL, ROLE_USER, Message, ToolCall
-from parleyd.gateway.convert import to_sampling_params, to_template_messages
-from parleyd.generation import SamplingParams
+from parleyd.gateway.convert import effective_defaults, to_sampling_params, to_template_messages
+from parleyd.generation import ModelInfo, SamplingDefaults, SamplingParams
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
@@ -35,6 +35,18 @@ def test_do_sample_false_is_greedy_whatever_else_is_set(by_default: bool) -> Non
 @pytest.mark.parametrize("do_sample", [{}, {"do_sample": True}])
 def test_temperature_0_is_greedy_even_if_do_sample_is_true(do_sample: dict[str, bool]) -> None:
     assert not params(True, temperature=0, **do_sample).do_sample
+
+
+def test_the_models_own_fewest_tokens_are_never_more_than_the_most_that_a_request_may_have() -> None:
+    info = ModelInfo(
+        tokenizer_dir="", max_context_tokens=4096, vocab_size=8, eos_token_ids=(1,), dtype="", device="", engine="",
+        max_running=1, defaults=SamplingDefaults(min_new_tokens=600),
+    )  # fmt: skip
+    defaults = effective_defaults(info, default_max_new_tokens=512)
+    assert defaults.min_new_tokens == 512
+    for config, expected in (({}, 512), ({"max_new_tokens": 5}, 5), ({"max_new_tokens": 5, "min_new_tokens": 9}, 9)):
+        resolved = to_sampling_params(generation_pb2.GenerationConfig(**config), defaults)  # type: ignore[arg-type]
+        assert resolved.min_new_tokens == expected
 
 
 def call(tool: str, call_id: str) -> Message:
