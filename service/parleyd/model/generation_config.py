@@ -55,11 +55,11 @@ def read_defaults(folder: Path) -> SamplingDefaults:
     return SamplingDefaults(**given, stop_strings=_stop_strings(folder, values.get("stop_strings")))
 
 
-def read_eos_token_ids(folder: Path, tokenizer_dir: Path, config: Any) -> tuple[int, ...]:
+def read_eos_token_ids(folder: Path, tokenizer_dir: Path, config: Any, vocab_size: int) -> tuple[int, ...]:
     """The ids that end an answer: generation_config.json's, else the model configuration's, else the tokenizer's.
 
-    Empty where none is named: answers then end by length or by the request's own stop ids. `config` is the loaded
-    model's text configuration.
+    Empty where none is named of which there is a logit: answers then end by length or by the request's own stop ids.
+    `config` is the loaded model's text configuration.
     """
     ids = _read(folder).get("eos_token_id")
     if ids is None:
@@ -69,9 +69,10 @@ def read_eos_token_ids(folder: Path, tokenizer_dir: Path, config: Any) -> tuple[
     if ids is None:
         return ()
     try:
-        return tuple(dict.fromkeys(int(token_id) for token_id in (ids if isinstance(ids, list | tuple) else [ids])))
+        named = dict.fromkeys(int(token_id) for token_id in (ids if isinstance(ids, list | tuple) else [ids]))
     except (TypeError, ValueError, OverflowError) as error:
         raise _not_of_its_kind(folder, "eos_token_id", ids) from error
+    return tuple(token_id for token_id in named if 0 <= token_id < vocab_size)
 
 
 def max_context_tokens(config: Any, tokenizer_dir: Path) -> int:

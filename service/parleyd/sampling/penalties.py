@@ -93,9 +93,7 @@ def penalise(logits: Tensor, batch: Sequence[SamplingRow], last_ids: Tensor, eos
     used, repetition = with_last([row.ids(0) for row in rows], repetitions)
     x = flat[used]
     flat[used] = torch.where(x < 0, x * repetition, x / repetition)
-    # Models name end tokens, too, that they have no logit of.
-    end_ids = [one for one in eos_token_ids if 0 <= one < logits.shape[1]]
-    masked = [[*end_ids, *row.params.stop_token_ids] if row.is_masked else [] for row in rows]
+    masked = [[*eos_token_ids, *row.params.stop_token_ids] if row.is_masked else [] for row in rows]
     flat.index_fill_(0, places([np.array(ids, np.int64) for ids in masked]), -math.inf)
     generated, presence, frequency = with_last(
         [row.ids(row.num_prompt_tokens) for row in rows],

@@ -121,6 +121,11 @@ def test_generation_config_names_the_ids_that_end_an_answer(llama_folder: Path, 
     assert info(llama_folder).eos_token_ids == tuple(dict.fromkeys([ids] if isinstance(ids, int) else ids))
 
 
+def test_an_end_of_which_there_is_no_logit_is_none(llama_folder: Path) -> None:
+    edit_json(llama_folder / "generation_config.json", eos_token_id=[EMBEDDING_ROWS, 5, -1])
+    assert info(llama_folder).eos_token_ids == (5,)
+
+
 def test_the_tokenizer_names_the_end_where_nothing_else_does(llama_folder: Path) -> None:
     edit_json(llama_folder / "generation_config.json", eos_token_id=None)
     config = json.loads((llama_folder / "config.json").read_text())

@@ -285,14 +285,6 @@ def test_eos_and_stop_ids_are_masked_until_min_new_tokens(do_sample: bool, ignor
     assert output[2] == EOS
 
 
-@pytest.mark.parametrize("eos", [102, -92])
-def test_an_end_token_beyond_the_vocabulary_masks_nothing_of_a_neighbour(eos: int) -> None:
-    logits = torch.zeros(3, 97)
-    logits[:, 5] = 9.0
-    rows = [row(Params(), 0), row(Params(min_new_tokens=2), 1), row(Params(), 2)]
-    assert sampler.sample(logits, rows, last_ids(rows), [eos]).token_ids.tolist() == [5, 5, 5]
-
-
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = random_logits(4, 1000, seed=6)
     wanted = Params(do_sample=True, logprobs=True, top_logprobs=5, **EVERYTHING)  # type: ignore[arg-type]
