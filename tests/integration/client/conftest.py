@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from parley.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, message_pb2
 from parley_client import AsyncClient, AsyncStream, Client
+from tests.support.batch_answers import answered, content
 
 PATIENCE_S = 20  # how long a test waits for what must happen
 
@@ -239,3 +240,15 @@ def client(connect: Callable[..., Any], server: ScriptedServer) -> Iterator[Any]
     """A client of the scripted server."""
     with connect(server.target) as connected:
         yield connected
+
+
+@pytest.fixture
+def echoes(server):
+    """Answers each item with its own last message."""
+
+    def answer(request, context):
+        for index, item in enumerate(request.requests):
+            yield answered(index, content(item))
+
+    server.script["GenerateBatch"] = answer
+    return server
