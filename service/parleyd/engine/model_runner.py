@@ -15,8 +15,8 @@ from parleyd.grammar.state import GrammarState
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.layout import StepLayout
 from parleyd.model.upload import upload
-from parleyd.sampling.penalties import SamplingRow
 from parleyd.sampling.sampler import SampledTokens, sample
+from parleyd.sampling.sampling_row import SamplingRow
 from parleyd.scheduling.request import Batch, Scheduled
 
 

@@ -1,5 +1,4 @@
-"""What a row samples by, and its changes to single logits: penalties on ids that have been used, biases, and ids masked
-until enough are generated.
+"""Changes to single logits: penalties on ids that have been used, biases, ids masked until enough are generated.
 
 Called by the sampler. Made anew of a sequence's ids at each step, so nothing is kept.
 """
@@ -8,54 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parleyd.generation import SamplingParams
-from parleyd.grammar.state import GrammarState
 from parleyd.model.upload import upload
+from parleyd.sampling.sampling_row import SamplingRow
 
 # Below this, logits overflow; what it asks for is the greedy choice anyway.
 MIN_REPETITION_PENALTY = 1e-3
-
-
-class SamplingRow(NamedTuple):
-    """One sequence whose next token is sampled.
-
-    `position` counts the tokens generated before this one. `token_ids` (prompt, then output) may lack the latest of
-    them while it is on its way from the device. `grammar` has taken all generated tokens.
-    """
-
-    params: SamplingParams
-    token_ids: Sequence[int]
-    num_prompt_tokens: int
-    position: int
-    grammar: GrammarState | None = None
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether its penalties depend on the ids so far."""
-        params = self.params
-        return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether ids that end an answer must not follow."""
-        return self.position < self.params.min_new_tokens
-
-    @property
-    def is_penalised(self) -> bool:
-        """Whether its logits are changed here at all."""
-        return self.looks_back or self.is_masked or bool(self.params.logit_bias)
-
-    def ids(self, start: int) -> NDArray[np.int64]:
-        """Those from `start` to before the last, where the penalties depend on them."""
-        end = self.num_prompt_tokens + self.position - 1 if self.looks_back else start
-        return np.array(self.token_ids[start:end], np.int64)
 
 
 def penalise(logits: Tensor, batch: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Iterable[int]) -> None:

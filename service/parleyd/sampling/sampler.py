@@ -17,7 +17,8 @@ from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
 from parleyd.model.upload import upload
 from parleyd.sampling import draws
 from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
-from parleyd.sampling.penalties import SamplingRow, penalise
+from parleyd.sampling.penalties import penalise
+from parleyd.sampling.sampling_row import SamplingRow
 
 # Below this, logits overflow; what it asks for is the greedy choice anyway.
 MIN_TEMPERATURE = 1e-5

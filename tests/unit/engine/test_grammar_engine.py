@@ -18,8 +18,8 @@ from parleyd.grammar.formats import to_grammar
 from parleyd.grammar.state import GrammarCompiler
 from parleyd.sampling.draws import first_argmax
 from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
-from parleyd.sampling.penalties import SamplingRow
 from parleyd.sampling.sampler import sample
+from parleyd.sampling.sampling_row import SamplingRow
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
 from tests.support import tiny_tokenizer

@@ -24,8 +24,8 @@ from parleyd.engine.model_runner import Launched, _launched
 from parleyd.generation import Output
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.model.lean_model import LeanModel
-from parleyd.sampling.penalties import SamplingRow
 from parleyd.sampling.sampler import sample
+from parleyd.sampling.sampling_row import SamplingRow
 from tests.support import torch_kernels
 from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
 

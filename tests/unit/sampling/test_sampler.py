@@ -25,8 +25,8 @@ from transformers import (
 
 from parleyd.generation import SamplingParams
 from parleyd.sampling import draws, sampler
-from parleyd.sampling.penalties import SamplingRow
 from parleyd.sampling.sampler import SampledTokens, _changed, _probabilities
+from parleyd.sampling.sampling_row import SamplingRow
 
 EOS = 3
 

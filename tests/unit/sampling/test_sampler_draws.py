@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from parleyd.sampling import draws
-from parleyd.sampling.penalties import SamplingRow
+from parleyd.sampling.sampling_row import SamplingRow
 from tests.unit.sampling.test_sampler import Params, processed, sample_all
 
 NUM_DRAWS = 8_000
