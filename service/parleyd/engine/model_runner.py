@@ -75,8 +75,7 @@ class ModelRunner:
 
         A batch that could not be launched counts as not there: none that awaits its ids may follow.
         """
-        self._cache.copy_blocks(batch.copies)
-        self._cache.clear_blocks(batch.begun_blocks(self._cache.block_size))
+        self._cache.copy_blocks(batch.copies + batch.begun_blocks(self._cache.block_size))
         input_ids = self._input_ids(batch)
         positions = upload(np.frombuffer(batch.positions(), np.int64), self._device)
         layout = StepLayout.of(batch, self._cache)

@@ -36,15 +36,9 @@ class PagedKVCache:
         self.values = _zeros(blocks, dtype, self.device)
         self._gathered = self.keys.new_empty(2, 0, self.block_size * self.head_dim)
 
-    def clear_blocks(self, block_ids: list[int]) -> None:
-        """Makes blocks all zeros again, in all layers."""
-        for block_id in block_ids:  # a few: one by one is faster than by index
-            self.keys[:, block_id].zero_()
-            self.values[:, block_id].zero_()
-
     def copy_blocks(self, copies: list[BlockCopy]) -> None:
         """One after the other, in all layers, with zeros behind: what the source has there may not be finite."""
-        for source, target, num_tokens in copies:
+        for source, target, num_tokens in copies:  # a few: one by one is faster than by index
             for blocks in (self.keys, self.values):
                 blocks[:, target, :, :num_tokens] = blocks[:, source, :, :num_tokens]
                 blocks[:, target, :, num_tokens:].zero_()

@@ -6,7 +6,7 @@ The model runner calls it once a step. Nothing here waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +32,8 @@ class Logprobs(NamedTuple):
     `token_logprobs[i]` is of row `rows[i]`; of its `top_ids[i]`, the likeliest, `num_top[i]` were asked for.
     """
 
-    rows: tuple[int, ...]
-    num_top: tuple[int, ...]
+    rows: list[int]
+    num_top: list[int]
     token_logprobs: Tensor  # [len(rows)], float32
     top_ids: Tensor  # [len(rows), 20 or the vocabulary], int64
     top_logprobs: Tensor  # of the same shape, float32
@@ -53,26 +53,6 @@ class SampledTokens(NamedTuple):
     logprobs: Logprobs | None  # None: nobody asked
 
 
-class _Rows:
-    """Some rows of a tensor, in order. Neighbours cost no copy."""
-
-    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
-        self.rows = tuple(rows)
-        first = rows[0] if rows else 0
-        self._index: slice | Tensor = slice(first, first + len(rows))
-        if self.rows != tuple(range(first, first + len(rows))):
-            self._index = upload(np.array(rows, np.int64), device)
-
-    def __bool__(self) -> bool:
-        return bool(self.rows)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        return tensor[self._index]
-
-    def put(self, tensor: Tensor, values: Tensor) -> None:
-        tensor[self._index] = values
-
-
 @torch.no_grad()
 def sample(
     logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Collection[int]
@@ -86,33 +66,35 @@ def sample(
     logits come from.
     """
     x = _changed(logits, rows, last_ids, eos_token_ids)
-    are_greedy = np.array([not row.params.do_sample or row.params.temperature == 0.0 for row in rows], bool)
     token_ids = torch.empty(len(rows), dtype=torch.int64, device=x.device)
     # Of what was chosen, as NaN is taken for the largest, and infinity is.
     numbers = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-    if greedy := _Rows(are_greedy.nonzero()[0].tolist(), x.device):
-        ids = draws.first_argmax(_as_float(greedy.of(x)))
-        greedy.put(token_ids, ids)
-        greedy.put(numbers, _chosen(greedy.of(logits), ids).float())
-    for drawn in _chunks((~are_greedy).nonzero()[0].tolist(), x):
+    if greedy := [index for index, row in enumerate(rows) if row.is_greedy]:
+        index = _index(greedy, x.device)
+        token_ids[index] = ids = draws.first_argmax(_as_float(x[index]))
+        numbers[index] = _chosen(logits[index], ids).float()
+    drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
+    chunk_size = max(1, len(drawn) if x.is_cuda else _CHUNK_SIZE // x.shape[1])
+    for start in range(0, len(drawn), chunk_size):
+        chunk = drawn[start : start + chunk_size]
+        index, some = _index(chunk, x.device), [rows[row] for row in chunk]
         # Either makes all of a softmax NaN.
-        some = [rows[row] for row in drawn.rows]
-        probs = _probabilities(_as_float(drawn.of(x)), [row.params for row in some])
+        probs = _probabilities(_as_float(x[index]), [row.params for row in some])
         keys = [draws.stream_key(row.params.seed, row.params.choice) for row in some]
         uniforms = [draws.uniform(key, row.position) for key, row in zip(keys, some, strict=True)]
-        ids = draws.draw(probs, upload(np.array(uniforms), x.device))
-        drawn.put(token_ids, ids)
-        drawn.put(numbers, _chosen(probs, ids))
-    asked = _Rows([index for index, row in enumerate(rows) if row.params.logprobs], x.device)
+        token_ids[index] = ids = draws.draw(probs, upload(np.array(uniforms), x.device))
+        numbers[index] = _chosen(probs, ids)
+    asked = [index for index, row in enumerate(rows) if row.params.logprobs]
     logprobs = _logprobs(logits, token_ids, rows, asked) if asked else None
     return SampledTokens(token_ids, numbers.isfinite(), logprobs)
 
 
-def _chunks(rows: list[int], x: Tensor) -> Iterator[_Rows]:
-    """The rows that are drawn together."""
-    size = max(1, len(rows) if x.is_cuda else _CHUNK_SIZE // x.shape[1])
-    for start in range(0, len(rows), size):
-        yield _Rows(rows[start : start + size], x.device)
+def _index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """What a tensor is indexed by for these of its rows, in order. Neighbours cost no copy."""
+    neighbours = range(rows[0], rows[0] + len(rows))
+    if list(rows) == list(neighbours):
+        return slice(neighbours.start, neighbours.stop)
+    return upload(np.array(rows, np.int64), device)
 
 
 def _changed(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Collection[int]) -> Tensor:
@@ -159,10 +141,10 @@ def _probabilities(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     return probs
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow], asked: _Rows) -> Logprobs:
-    logits = _as_float(asked.of(logits))
+def _logprobs(logits: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow], asked: list[int]) -> Logprobs:
+    index = _index(asked, logits.device)
+    logits = _as_float(logits[index])
     logprobs = logits.log_softmax(-1)
-    token_logprobs = _chosen(logprobs, asked.of(token_ids))
     _, top_ids = draws.largest(logits, min(NUM_TOP_LOGPROBS, logits.shape[1]))
-    num_top = tuple(rows[row].params.top_logprobs for row in asked.rows)
-    return Logprobs(asked.rows, num_top, token_logprobs, top_ids, logprobs.gather(1, top_ids))
+    num_top = [rows[row].params.top_logprobs for row in asked]
+    return Logprobs(asked, num_top, _chosen(logprobs, token_ids[index]), top_ids, logprobs.gather(1, top_ids))

@@ -118,7 +118,7 @@ class Scheduled(NamedTuple):
 
 
 class BlockCopy(NamedTuple):
-    """The first `num_tokens` of a block that another is to begin with."""
+    """The first `num_tokens` of a block that another is to begin with, and zeros behind."""
 
     source: int
     target: int
@@ -130,7 +130,7 @@ class Batch:
     """What one step runs: decodes first, then stretches of prompts.
 
     A stretch attends to all before it in its blocks, its own tokens included: in each layer, write first, then attend.
-    Before all that, blocks are copied, in the order of `copies`, and then others cleared: see `begun_blocks`.
+    Before all that, blocks are copied, in order: `copies`, and then `begun_blocks`.
     """
 
     scheduled: list[Scheduled] = field(default_factory=list)
@@ -152,14 +152,14 @@ class Batch:
             self.num_samples += 1
             sequence.num_pending += 1
 
-    def begun_blocks(self, block_size: int) -> list[int]:
-        """Those that a stretch is the first to write to, and does not fill.
+    def begun_blocks(self, block_size: int) -> list[BlockCopy]:
+        """Copies of nothing into those that a stretch is the first to write to, and does not fill.
 
-        They must be cleared: behind its last token a mask hides what is there, which must be finite.
+        So they are cleared: behind its last token a mask hides what is there, which must be finite.
         """
         ends = [item.start + item.num_tokens for item in self.scheduled]
         return [
-            item.block_ids[end // block_size]
+            BlockCopy(0, item.block_ids[end // block_size], 0)
             for item, end in zip(self.scheduled, ends, strict=True)
             if 0 < end % block_size <= item.num_tokens
         ]

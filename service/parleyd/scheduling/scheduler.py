@@ -6,7 +6,7 @@ Called by the batching engine from its one thread; pure policy, no torch.
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 from itertools import chain
@@ -65,10 +65,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._num_arrivals = 0
-        self._num_prompt_tokens = 0
-        self._num_cached_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_preemptions = 0
+        self._counts = Counter[str]()  # those of EngineStats that only rise
 
     @property
     def is_idle(self) -> bool:
@@ -148,7 +145,7 @@ class Scheduler:
                         cached_prompt_tokens=sequence.cached_prompt_tokens or 0,
                     )
                 )
-        self._num_generated_tokens += sum(len(output.token_ids) for output in outputs)
+        self._counts["num_generated_tokens"] += sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def fail(self, batch: Batch, error: str) -> list[Output]:
@@ -168,10 +165,7 @@ class Scheduler:
             num_running=len(self._running),
             num_blocks=self._ledger.num_blocks,
             num_used_blocks=self._ledger.num_used,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_prompt_tokens=self._num_cached_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            num_preemptions=self._num_preemptions,
+            **self._counts,
         )
 
     def check_integrity(self) -> None:
@@ -233,7 +227,7 @@ class Scheduler:
         # Its tokens are kept: computed again as a prompt, they go on where they were, often from the prefix cache.
         self._ledger.free(victim)
         victim.state = SequenceState.WAITING
-        self._num_preemptions += 1
+        self._counts["num_preemptions"] += 1
         _insert(self._waiting, victim)
 
     def _schedule_prefills(self, batch: Batch, prefills: deque[Sequence]) -> None:
@@ -293,8 +287,8 @@ class Scheduler:
         _insert(self._running, head)
         if head.cached_prompt_tokens is None:
             head.cached_prompt_tokens = min(head.num_computed_tokens, head.num_prompt_tokens)
-            self._num_prompt_tokens += head.num_prompt_tokens
-            self._num_cached_prompt_tokens += head.cached_prompt_tokens
+            self._counts["num_prompt_tokens"] += head.num_prompt_tokens
+            self._counts["num_cached_prompt_tokens"] += head.cached_prompt_tokens
         return True
 
     def _end(self, sequence: Sequence) -> None:

@@ -42,9 +42,7 @@ class Device:
         return step
 
     def run(self, step: Step) -> list[int]:
-        self._copy(step.batch.copies)
-        for block_id in step.batch.begun_blocks(self._block_size):
-            self._memory.update((block_id * self._block_size + i, -1) for i in range(self._block_size))
+        self._copy(step.batch.copies + step.batch.begun_blocks(self._block_size))
         sampled = []
         for item, (ids, written, read) in zip(step.batch.scheduled, step.inputs, strict=True):
             sequence = item.sequence
