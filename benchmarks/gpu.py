@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from benchmarks.environment import describe
 from parleyd.config import ModelSettings
 from parleyd.engine.batching import BatchingEngine
-from parleyd.engine.build import build_engine
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
+from parleyd.worker.build import build_engine
 
 _QWEN_7B = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,

@@ -60,6 +60,7 @@ ROOMS = (
     Room(("parleyd.text",), imports=("tokenizers", "jinja2", "regex", "transformers.utils", *SETTINGS)),
     Room(("parleyd.scheduling",), imports=SETTINGS),
     Room(("parleyd.cpu_kernels",), imports=("torch", "numpy", "numba", "llvmlite")),
+    Room(("parleyd.gpu_kernels",), imports=("torch", "triton")),
     Room(
         ("parleyd.model",),
         imports=(*TORCH_SIDE, "msgspec", "parleyd.cpu_kernels", *SETTINGS),
@@ -74,9 +75,9 @@ ROOMS = (
         imports=(
             "torch",
             "numpy",
-            "triton",
             "numba",
             "parleyd.cpu_kernels",
+            "parleyd.gpu_kernels",
             "parleyd.model.cache",
             "parleyd.model.upload",
             "parleyd.scheduling",
@@ -99,7 +100,18 @@ ROOMS = (
     ),
     Room(
         ("parleyd.worker",),
-        imports=("parleyd.engine", "parleyd.ipc", "parleyd.model", "parleyd.telemetry", *SETTINGS),
+        imports=(
+            "torch",
+            "transformers",
+            "parleyd.engine",
+            "parleyd.grammar",
+            "parleyd.ipc",
+            "parleyd.kernels",
+            "parleyd.model",
+            "parleyd.scheduling",
+            "parleyd.telemetry",
+            *SETTINGS,
+        ),
     ),
     Room(
         ("parleyd.gateway", "parleyd.rpc"),

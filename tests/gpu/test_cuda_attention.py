@@ -46,7 +46,7 @@ def paged(heads: tuple[int, int, int], dtype: torch.dtype, lengths: list[int], b
 def test_the_triton_kernel_attends_as_sdpa_does(
     heads: tuple[int, int, int], dtype: torch.dtype, block_size: int
 ) -> None:
-    from parleyd.kernels.triton_decode import triton_decode
+    from parleyd.gpu_kernels.triton_decode import triton_decode
 
     kernel = triton_decode(8192)
     check_kernels(Kernels(decode=kernel), block_size, shape(heads, dtype))
@@ -57,7 +57,7 @@ def test_the_triton_kernel_attends_as_sdpa_does(
 
 
 def test_the_triton_kernel_gives_a_row_the_same_bits_among_any_neighbours() -> None:
-    from parleyd.kernels.triton_decode import triton_decode
+    from parleyd.gpu_kernels.triton_decode import triton_decode
 
     kernel = triton_decode(8192)
     query, keys, values, table, lengths = paged((28, 4, 128), torch.bfloat16, [3000, 4096, 5, 800], 32)

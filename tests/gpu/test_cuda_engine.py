@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.engine.batching import BatchingEngine
-from parleyd.engine.build import _graphed, build_engine
 from parleyd.engine.cuda_graphs import CudaCapture
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.paged import NO_KERNELS, Kernels
 from parleyd.model.lean_model import LeanModel
+from parleyd.worker.build import _graphed, build_engine
 from tests.support.tiny_models import (
     CONTEXT,
     FAMILIES,
@@ -57,7 +57,7 @@ def cuda_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 def kernels_of(kind: str) -> Kernels:
     if kind == "gather":
         return NO_KERNELS
-    from parleyd.kernels.triton_decode import triton_decode
+    from parleyd.gpu_kernels.triton_decode import triton_decode
 
     return Kernels(decode=triton_decode(CONTEXT))
 

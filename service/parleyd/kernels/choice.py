@@ -2,9 +2,9 @@
 
 | | decoding sequences | prompts |
 |---|---|---|
-| CUDA, torch >= 2.12 | triton_decode.py, else varlen.py | varlen.py |
-| CUDA, torch 2.11 | triton_decode.py | gathered.py |
-| CPU, bfloat16 | compiled (cpu_kernels/decode.py) | compiled |
+| CUDA, torch >= 2.12 | gpu_kernels/triton_decode.py, else gpu_kernels/varlen.py | gpu_kernels/varlen.py |
+| CUDA, torch 2.11 | gpu_kernels/triton_decode.py | gathered |
+| CPU, bfloat16 | cpu_kernels/decode.py | the same |
 | any other | gathered | gathered |
 """
 
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parleyd.cpu_kernels.trial import compare
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.gpu_kernels.varlen import varlen_kernels
 from parleyd.kernels.cache import PagedKVCache
-from parleyd.kernels.compiled import CompiledKernels, compare, first_line
+from parleyd.kernels.compiled import CompiledKernels, first_line
 from parleyd.kernels.layout import StepLayout, attend
 from parleyd.kernels.paged import BLOCK_SIZE, NO_KERNELS, Kernels
-from parleyd.kernels.varlen import varlen_kernels
 from parleyd.scheduling.request import Batch, Sequence
 
 _logger = logging.getLogger("parleyd.engine")
@@ -56,7 +57,7 @@ def choose_kernels(wanted: str, shape: AttentionShape, compiled: CompiledKernels
         return made or NO_KERNELS, BLOCK_SIZE
     varlen, block_size = NO_KERNELS, BLOCK_SIZE
     for size in () if wanted == "triton" else _VARLEN_BLOCK_SIZES:
-        if made := _tried("varlen_attn", varlen_kernels, size, shape):
+        if made := _tried("varlen_attn", lambda: Kernels(*varlen_kernels()), size, shape):
             varlen, block_size = made, size
             break
     # Triton's splits keep a GPU busy with few sequences too, which one split of FlashAttention each does not.
@@ -112,7 +113,7 @@ def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: 
 
 
 def _triton(shape: AttentionShape) -> Kernels:
-    from parleyd.kernels.triton_decode import triton_decode
+    from parleyd.gpu_kernels.triton_decode import triton_decode
 
     return Kernels(decode=triton_decode(shape.max_context_tokens))
 

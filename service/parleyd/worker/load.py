@@ -7,14 +7,14 @@ import time
 from dataclasses import replace
 
 from parleyd.config import ModelSettings
-from parleyd.engine.build import build_engine
 from parleyd.engine.engine import Engine
-from parleyd.engine.obstacle import batching_obstacle
 from parleyd.errors import StartupError
 from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
 from parleyd.model import lean_start
 from parleyd.model.files import find_files
 from parleyd.model.gguf_blocks import open_blocks
+from parleyd.worker.build import build_engine
+from parleyd.worker.obstacle import batching_obstacle
 
 _logger = logging.getLogger("parleyd.worker")
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels import layers
 from parleyd.cpu_kernels.decode import paged_decode
-from parleyd.engine.build import build_engine
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.kernels.cache import PagedKVCache
@@ -28,6 +27,7 @@ from parleyd.model.linear.by_rows import ByRows
 from parleyd.model.linear.compiled import CompiledLinear
 from parleyd.model.loader import LoadedModel, load_model
 from parleyd.text.tokenizer import Tokenizer
+from parleyd.worker.build import build_engine
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("two_threads")]
 

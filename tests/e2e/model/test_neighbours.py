@@ -8,10 +8,10 @@ import pytest
 
 from parleyd.config import ModelSettings
 from parleyd.cpu_kernels.instructions import has_matrix_unit, has_vectors
-from parleyd.engine.build import build_engine
 from parleyd.engine.engine import Engine
 from parleyd.generation import EngineRequest, SamplingParams, TokenLogprob
 from parleyd.model.loader import load_model
+from parleyd.worker.build import build_engine
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -16,10 +16,8 @@ import torch
 from parleyd.config import ModelSettings
 from parleyd.engine import build, lean_forward, stock_forward
 from parleyd.engine.batching import BatchingEngine, BrokenStateError
-from parleyd.engine.build import build_engine
 from parleyd.engine.cuda_graphs import Capture
 from parleyd.engine.generate import GenerateEngine
-from parleyd.engine.obstacle import batching_obstacle
 from parleyd.engine.stock_forward import StockForward, checked_stock_forward
 from parleyd.errors import StartupError
 from parleyd.generation import FinishReason
@@ -27,6 +25,8 @@ from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.paged import NO_KERNELS
 from parleyd.model.lean_model import can_be_lean
 from parleyd.scheduling.kv_cache import IntegrityError
+from parleyd.worker.build import build_engine
+from parleyd.worker.obstacle import batching_obstacle
 from tests.support import torch_kernels
 from tests.support.tiny_models import (
     BLOCK_SIZE,

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from parleyd.engine.build import _graphed
 from parleyd.engine.cuda_graphs import CudaCapture, Replay, graph_sizes
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Launched, _launched
@@ -26,6 +25,7 @@ from parleyd.kernels.cache import PagedKVCache
 from parleyd.model.lean_model import LeanModel
 from parleyd.sampling.sampler import sample
 from parleyd.sampling.sampling_row import SamplingRow
+from parleyd.worker.build import _graphed
 from tests.support import torch_kernels
 from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
 

@@ -105,7 +105,7 @@ def triton_decode() -> Any:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("here Triton compiles: see tests/gpu")
     pytest.importorskip("triton", reason="triton is not installed")
-    return importlib.import_module("parleyd.kernels.triton_decode")
+    return importlib.import_module("parleyd.gpu_kernels.triton_decode")
 
 
 def test_the_triton_kernel_attends_as_sdpa_does(triton_decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:

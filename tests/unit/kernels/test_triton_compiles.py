@@ -15,7 +15,7 @@ SCRIPT = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from parleyd.kernels import triton_decode
+from parleyd.gpu_kernels import triton_decode
 
 dtype, (group, dim, capability) = sys.argv[1], map(int, sys.argv[2:])
 pointers = {"lengths": "*i32", "table": "*i32", "partial": "*fp32", "weights": "*fp32"}

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from parleyd.config import ModelSettings
-from parleyd.engine.build import build_engine
 from parleyd.generation import EngineRequest, SamplingParams
 from parleyd.model import quantization
 from parleyd.model.loader import LoadedModel, load_model
+from parleyd.worker.build import build_engine
 from tests.unit.model.conftest import edit_json, startup_error, write_llama
 
 # How AWQ's files have the columns of eight in a row.

@@ -297,8 +297,8 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     sampled = sample_all(logits, rows)
 
     assert sampled.logprobs is not None
-    assert sampled.logprobs.rows == (1, 2, 3)
-    assert sampled.logprobs.num_top == (5, 0, 2)
+    assert sampled.logprobs.rows == [1, 2, 3]
+    assert sampled.logprobs.num_top == [5, 0, 2]
     expected = logits.log_softmax(-1)[1:]
     torch.testing.assert_close(
         sampled.logprobs.token_logprobs, expected.gather(1, sampled.token_ids[1:, None]).squeeze(1), rtol=0, atol=1e-6

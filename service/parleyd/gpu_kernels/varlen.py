@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from parleyd.kernels.paged import Kernels
 
+def varlen_kernels() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """A DecodeKernel and a PrefillKernel.
 
-def varlen_kernels() -> Kernels:
-    """For float16 and bfloat16, in a torch whose varlen_attn knows block tables: another fails when it is tried.
-
-    One split, so that what a sequence is given does not depend on the others' lengths.
+    For float16 and bfloat16, in a torch whose varlen_attn knows block tables: another fails when it is tried. One
+    split, so that what a sequence is given does not depend on the others' lengths.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -47,4 +48,4 @@ def varlen_kernels() -> Kernels:
         starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
         return prefill(query, keys, values, table, lengths, starts, 1, scale)
 
-    return Kernels(decode, prefill)
+    return decode, prefill

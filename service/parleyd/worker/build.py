@@ -12,7 +12,6 @@ from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.cuda_graphs import CudaCapture, GraphedForward
 from parleyd.engine.lean_forward import LeanForward
 from parleyd.engine.model_runner import Forward, ModelRunner
-from parleyd.engine.obstacle import batching_obstacle
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
 from parleyd.grammar.state import GrammarCompiler
@@ -26,6 +25,7 @@ from parleyd.model.memory import free_bytes
 from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.prefill_budget import PrefillBudget
 from parleyd.scheduling.scheduler import Scheduler
+from parleyd.worker.obstacle import batching_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,17 +1,17 @@
 """Paged attention of decoding sequences as a Triton kernel: flash-decoding (Dao et al. 2023) over a block table.
 
 A sequence is cut into splits of a fixed number of tokens, which run side by side and are put together afterwards. Where
-it is cut depends on nothing but its own length, so neither does its result. Imports triton: see choice.py.
+it is cut depends on nothing but its own length, so neither does its result. Imports triton.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from parleyd.kernels.paged import DecodeKernel
 
 _SPLIT_TOKENS = 256
 # A longer context is cut into larger splits, not into more: each costs a program in every step, used or not.
@@ -19,8 +19,8 @@ _MAX_SPLITS = 64
 _TILE_TOKENS = 64
 
 
-def triton_decode(max_context_tokens: int) -> DecodeKernel:
-    """The kernel for sequences of up to so many tokens."""
+def triton_decode(max_context_tokens: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+    """A DecodeKernel for sequences of up to so many tokens."""
     split_tokens = max(_SPLIT_TOKENS, triton.next_power_of_2(-(-max_context_tokens // _MAX_SPLITS)))
     num_splits = -(-max_context_tokens // split_tokens)
 
