@@ -1,0 +1,106 @@
+"""Which engine a model gets, and how much memory for its KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from parleyd.config import ModelSettings
+from parleyd.engine.generate import GenerateEngine
+from parleyd.errors import StartupError
+from parleyd.model.lean_model import can_be_lean
+from parleyd.worker import build
+from parleyd.worker.build import build_engine
+from parleyd.worker.obstacle import batching_obstacle
+from tests.support.tiny_models import (
+    CONTEXT,
+    FAMILIES,
+    LEAN,
+    info_of,
+    make_model,
+    oracle,
+    prompts,
+    request,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tested_families_are_served_by_batching(family: str) -> None:
+    model = make_model(family)
+    assert can_be_lean(model) == (family in LEAN)
+    name, _ = build_engine(ModelSettings(), model, info_of(model))
+    assert name == "batching"
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "why"),
+    [
+        ("Mistral", {"sliding_window": 64}, "sliding"),
+        ("Gemma2", {"head_dim": 16, "sliding_window": 64}, "sliding"),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
+        ("Mamba", {"state_size": 8, "num_key_value_heads": None}, "state"),
+    ],
+)
+def test_what_batching_cannot_drive_is_served_by_generate_with_the_reason_logged(
+    family: str, config: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(family, **config)
+    name, engine = build_engine(ModelSettings(), model, info_of(model))
+    assert name == "generate" and isinstance(engine, GenerateEngine)
+    assert why in (batching_obstacle(model) or "") and why in caplog.text
+
+
+def test_an_attention_implementation_that_has_no_effect_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("Llama")
+    build_engine(ModelSettings(attn_implementation="eager"), model, info_of(model))
+    assert "--attn-implementation" in caplog.text
+
+
+def test_layers_that_never_ask_for_our_attention_are_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Alone and in one step they compute the right thing, by themselves."""
+    model = make_model("DiffLlama", head_dim=8)
+    assert batching_obstacle(model) is None
+    expected = oracle(model, (5, 17, 42))
+    name, engine = build_engine(ModelSettings(), model, info_of(model))
+    assert name == "generate" and "it computes something else" in caplog.text
+    engine.submit(request(1, (5, 17, 42)))
+    outputs = engine.step()
+    while not outputs[-1].is_last:
+        outputs += engine.step()
+    assert [token_id for output in outputs for token_id in output.token_ids] == expected
+
+
+def test_a_kv_cache_that_does_not_hold_one_full_context_is_refused() -> None:
+    model = make_model("Llama")
+    with pytest.raises(StartupError, match="--kv-cache-memory: one full context of 256 tokens"):
+        build_engine(ModelSettings(kv_cache_memory=0.00001), model, info_of(model))
+
+
+def test_a_kv_cache_of_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as all requests that may run can fill, that is: what nobody can use is not taken."""
+    model = make_model("Llama")
+    blocks_of_context, block_bytes = CONTEXT // 32, 2 * 2 * 32 * 2 * 8 * 4
+    wanted = 64 * blocks_of_context * block_bytes
+    monkeypatch.setattr(build, "free_bytes", lambda device: wanted - 1)
+    with pytest.raises(StartupError, match=r"--kv-cache-memory: a KV cache of .* GiB, and only .* GiB are free"):
+        build_engine(ModelSettings(kv_cache_memory=100.0), make_model("Llama"), info_of(model))
+    monkeypatch.setattr(build, "free_bytes", lambda device: wanted)
+    assert build_engine(ModelSettings(kv_cache_memory=100.0), model, info_of(model))[0] == "batching"
+
+
+def test_either_engine_and_layers_can_be_asked_for() -> None:
+    model = make_model("Llama")
+    prompt = prompts(1)[0]
+    expected = oracle(make_model("Llama"), prompt)
+    choices: list[dict[str, Any]] = [{"lean_layers": False}, {"packed_linear": False}, {"engine": "generate"}]
+    for settings in (ModelSettings(**choice) for choice in choices):
+        _, engine = build_engine(settings, make_model("Llama"), info_of(model))
+        engine.submit(request(1, prompt))
+        ids: list[int] = []
+        while True:
+            outputs = engine.step()
+            ids += [token_id for output in outputs for token_id in output.token_ids]
+            if outputs[-1].is_last:
+                break
+        assert ids == expected
