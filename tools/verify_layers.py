@@ -15,7 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHELVES = ("protos/gen/python", "clients/python", "service")
 
-SETTINGS = ("parleyd.config", "parleyd.errors", "parleyd.generation")
+# What the engine's rooms know of; they are given their parts, and read no settings.
+REQUESTS = ("parleyd.errors", "parleyd.generation")
+SETTINGS = ("parleyd.config", *REQUESTS)
 STUBS = ("parley", "grpc", "google")
 TORCH_SIDE = (
     "torch",
@@ -58,7 +60,7 @@ ROOMS = (
     Room(("parleyd.security",), imports=("cryptography", "grpc", "jwt", "msgspec", *SETTINGS)),
     Room(("parleyd.grammar",), imports=("llguidance", "numpy", "parleyd.ipc", *SETTINGS)),
     Room(("parleyd.text",), imports=("tokenizers", "jinja2", "regex", "transformers.utils", *SETTINGS)),
-    Room(("parleyd.scheduling",), imports=SETTINGS),
+    Room(("parleyd.scheduling",), imports=REQUESTS),
     Room(("parleyd.cpu_kernels",), imports=("torch", "numpy", "numba", "llvmlite")),
     Room(("parleyd.gpu_kernels",), imports=("torch", "triton")),
     Room(
@@ -68,7 +70,7 @@ ROOMS = (
     ),
     Room(
         ("parleyd.sampling",),
-        imports=("torch", "numpy", "parleyd.grammar.state", "parleyd.model.upload", *SETTINGS),
+        imports=("torch", "numpy", "parleyd.grammar.state", "parleyd.model.upload", *REQUESTS),
     ),
     Room(
         ("parleyd.kernels",),
@@ -81,7 +83,7 @@ ROOMS = (
             "parleyd.model.cache",
             "parleyd.model.upload",
             "parleyd.scheduling",
-            *SETTINGS,
+            *REQUESTS,
         ),
     ),
     Room(
@@ -94,7 +96,7 @@ ROOMS = (
             "parleyd.model",
             "parleyd.sampling",
             "parleyd.scheduling",
-            *SETTINGS,
+            *REQUESTS,
         ),
         never=("asyncio",),
     ),

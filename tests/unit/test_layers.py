@@ -54,6 +54,8 @@ def test_a_violation_in_the_tree_is_found_with_its_place(tmp_path: Path) -> None
         ("parleyd.model.loader", "from parleyd.kernels import cache"),
         ("parleyd.scheduling.kv_cache", "from parleyd.engine.model_runner import ModelRunner"),
         ("parleyd.scheduling.request", "import numpy"),
+        ("parleyd.gpu_kernels.varlen", "from parleyd.kernels.paged import Kernels"),
+        ("parleyd.engine.model_runner", "from parleyd.config import ModelSettings"),
         ("parleyd.engine.model_runner", "import asyncio"),
         ("parleyd.engine.model_runner", "import grpc"),
         ("parleyd.engine.model_runner", "from parley.v1 import chat_pb2"),
