@@ -75,6 +75,40 @@ def test_a_call_that_is_cut_off_is_no_reason_to_call(families: Families) -> None
     assert (choice.finish_reason, choice.stop_string) == (generation_pb2.FINISH_REASON_STOP, "rn")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "num_taken"),
+    [
+        ('{"a": [1e308, "\\ud83d\\ude00"]}', None),
+        ('{"a": ' + 99 * "[" + 99 * "]" + "}", None),
+        ('{"a": 1e999}', 11),
+        ('{"a": "\\ud800"}', 13),
+        ('{"a": ' + 100 * "[" + 100 * "]" + "}", 105),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen", "mistral11"])
+def test_a_call_is_complete_exactly_where_it_may_be_sent_back(
+    families: Families, family: str, arguments: str, num_taken: int | None
+) -> None:
+    stub = families[family].stub
+    request = ask(saying(family, spell(family, "get_weather", arguments)), tools=TOOLS)
+    choice = stub.Generate(request, timeout=20).choices[0]
+    [call] = choice.message.tool_calls
+    assert call.arguments == arguments[:num_taken]
+    assert choice.message.content.startswith("" if num_taken is None else arguments[num_taken:])
+    is_complete = choice.finish_reason == generation_pb2.FINISH_REASON_TOOL_CALLS
+    assert is_complete == (num_taken is None)
+
+    call.arguments = arguments
+    result = message_pb2.Message(role=message_pb2.ROLE_TOOL, content="sunny", tool_call_id=call.id)
+    count = chat_pb2.CountTokensRequest(messages=[*request.messages, choice.message, result], tools=TOOLS)
+    if is_complete:
+        assert stub.CountTokens(count, timeout=20).prompt_tokens
+    else:
+        with pytest.raises(grpc.RpcError) as raised:
+            stub.CountTokens(count, timeout=20)
+        assert violated_fields(raised.value) == ["messages[1].tool_calls[0].arguments"]
+
+
 def test_a_stop_string_after_a_call_leaves_it_complete(families: Families) -> None:
     text = spell("qwen", "get_time", "{}")
     request = ask(saying("qwen", text), tools=TOOLS, stop_strings=["</tool_call>"])

@@ -9,8 +9,8 @@ from typing import Any
 
 from parley.v1 import chat_pb2, message_pb2
 from parleyd.errors import Unsupported, Violation
-from parleyd.gateway.json_object import load_object
 from parleyd.text.answer_format import AnswerFormat
+from parleyd.text.json_object import load_object
 from parleyd.text.tool_format.tool_format import ToolCallPiece, ToolFormat
 
 _MAX_TOOLS = 128

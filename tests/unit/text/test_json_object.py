@@ -1,10 +1,10 @@
-"""JSON objects as requests may hold them."""
+"""JSON objects as conversations may hold them: those that are loaded, and those that are scanned."""
 
 from __future__ import annotations
 
 import pytest
 
-from parleyd.gateway.json_object import load_object
+from parleyd.text.json_object import load_object
 
 
 def nested(num_levels: int) -> str:
@@ -28,6 +28,7 @@ def test_what_a_prompt_can_hold_is_taken(text: str) -> None:
         ('{"a": -Infinity}', "-Infinity is no JSON"),
         ('{"a": [1e999]}', "1e999 is too large"),
         ('{"a": ' + 5000 * "7" + "}", "a number of 5000 digits is too long"),
+        ('{"a": 0.' + 999 * "7" + "}", "a number of 1001 digits is too long"),
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
         ('{"\\udc00": 1}', "half of a surrogate pair"),
         (nested(101), "more than 100 levels"),
