@@ -58,7 +58,7 @@ ROOMS = (
         imports=("prometheus_client", "opentelemetry", "pythonjsonlogger", *SETTINGS),
     ),
     Room(("parleyd.security",), imports=("cryptography", "grpc", "jwt", "msgspec", *SETTINGS)),
-    Room(("parleyd.grammar",), imports=("llguidance", "numpy", "parleyd.ipc", *SETTINGS)),
+    Room(("parleyd.grammar",), imports=("llguidance", "numpy", "parleyd.ipc", "parleyd.text.tokenizer", *SETTINGS)),
     Room(("parleyd.text",), imports=("tokenizers", "jinja2", "regex", "transformers.utils", *SETTINGS)),
     Room(("parleyd.scheduling",), imports=REQUESTS),
     Room(("parleyd.cpu_kernels",), imports=("torch", "numpy", "numba", "llvmlite")),

@@ -17,7 +17,7 @@ import grpc
 import psutil
 import pytest
 
-from parley.v1 import chat_pb2, message_pb2
+from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parleyd.config import SecuritySettings
 from parleyd.errors import EngineFault, InvalidRequest, Unsupported
 from parleyd.gateway import checker_process, grammar_checker
@@ -104,6 +104,24 @@ def test_ids_to_resume_from_must_be_what_the_format_allows(gateway: GatewayThrea
     assert violated_fields(error) == ["resume.token_ids"]
     for ids in ([*b"ye"], [*b"yes", tiny_tokenizer.IM_END_ID]):
         gateway.stub.Generate(ask("!ids 115", response_format=form, resume={"token_ids": ids}), timeout=60)
+
+
+def test_formats_know_the_tokens_that_only_the_configuration_names(start_gateway: StartGateway, tmp_path: Path) -> None:
+    config_path = tiny_tokenizer.write_tiny_tokenizer(tmp_path) / "tokenizer_config.json"
+    config = json.loads(config_path.read_text())
+    plain, special = tiny_tokenizer.VOCAB_SIZE, tiny_tokenizer.VOCAB_SIZE + 1
+    config["added_tokens_decoder"] = {
+        plain: {"content": "yes!", "special": False},
+        special: {"content": "no!", "special": True},
+    }
+    config_path.write_text(json.dumps(config))
+    own = start_gateway(folder=tmp_path, worker=("--vocab-size", str(special + 1)))
+    form = {"choice": {"choices": ["yes!", "no!"]}}
+    response = own.stub.Generate(ask("!ids", response_format=form, resume={"token_ids": [plain]}), timeout=60)
+    assert response.choices[0].finish_reason == generation_pb2.FINISH_REASON_STOP
+    # A special token is no text.
+    error = refusal(own, ask("!ids", response_format=form, resume={"token_ids": [special]}))
+    assert violated_fields(error) == ["resume.token_ids"]
 
 
 def test_a_format_is_checked_before_the_model(gateway: GatewayThread) -> None:

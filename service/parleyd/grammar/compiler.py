@@ -12,6 +12,8 @@ from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from parleyd.text.tokenizer import Tokenizer
+
 # What one grammar may take to compile, and a token of it. Typical ones need a thousandth of it.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
@@ -38,12 +40,12 @@ class UnknownTokenizer(Exception):
 
 
 def load_tokenizer(folder: str, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
-    """The tokenizer.json of `folder`, padded to `vocab_size`. Takes the better part of a second and some 60 MB.
+    """The tokenizer in `folder`, padded to `vocab_size`. Takes about a second and some 80 MB.
 
     Raises UnknownTokenizer.
     """
     try:
-        source = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+        source = Tokenizer.load(Path(folder)).to_json()
         return LLTokenizer(source, n_vocab=vocab_size, eos_token=list(eos_token_ids))
     except Exception as error:  # the library raises whatever it has
         raise UnknownTokenizer(_one_line(str(error))) from error

@@ -1,4 +1,5 @@
-"""Text to token ids and back, from a local tokenizer.json. The gateway calls `encode` in its thread pool."""
+"""Text to token ids and back, from a local tokenizer.json. The gateway calls `encode` in its thread pool; grammars are
+followed with the same tokens."""
 
 from __future__ import annotations
 
@@ -51,6 +52,10 @@ class Tokenizer:
             raise StartupError(f"{path} cannot be read: {error}") from error
         _add_configured_tokens(backend, TokenizerConfig.load(folder))
         return cls(backend)
+
+    def to_json(self) -> str:
+        """As a tokenizer.json holds it, with the tokens that the configuration adds."""
+        return self._backend.to_str()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens only where the text spells them: chat templates write those themselves."""
