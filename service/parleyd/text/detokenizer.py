@@ -33,7 +33,7 @@ class Detokenizer:
         this one, whose text is not told; else it begins a text, of which some vocabularies drop the first space."""
         self._skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         by_bytes = tokenizer.byte_coding is ByteCoding.BYTE_LEVEL
-        self._decoder: _Decoder = _ByteDecoder(tokenizer) if by_bytes else _PieceDecoder(tokenizer, id_before)
+        self._decoder: _Decoder = (_ByteDecoder if by_bytes else _PieceDecoder)(tokenizer, id_before)
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, often empty."""
@@ -49,12 +49,14 @@ class _Decoder(Protocol):
 class _ByteDecoder:
     """Byte-level vocabularies: text is the UTF-8 reading of all ids' bytes, whichever ids they come from."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(self, tokenizer: Tokenizer, id_before: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._is_first = id_before is None
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        data = self._token_bytes(token_id)
+        data = self._tokenizer.first_bytes(token_id) if self._is_first else self._tokenizer.token_bytes(token_id)
+        self._is_first = False
         text = self._utf8.decode(data)
         if data[-1:] >= b"\xa0" and _holds_surrogate(self._utf8):
             text += self._utf8.decode(b"", final=True)

@@ -117,6 +117,11 @@ class Tokenizer:
             value = self._bytes[token_id] = self._find_bytes(token_id)
         return value
 
+    def first_bytes(self, token_id: int) -> bytes:
+        """The bytes of an id at the start of a text, of which some vocabularies drop the first space."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        return self.token_bytes(token_id) if "\ufffd" in text else text.encode()
+
     def fallback_byte(self, token_id: int) -> bytes | None:
         """The byte of a byte fallback piece such as `<0xE2>`; None for every other id."""
         if self.byte_coding is not ByteCoding.BYTE_FALLBACK:
@@ -129,7 +134,10 @@ class Tokenizer:
             return b""
         if (byte := self.fallback_byte(token_id)) is not None:
             return byte
-        text = self._backend.decode([token_id], skip_special_tokens=False)
+        before: list[int] = []
+        if self.byte_coding is ByteCoding.BYTE_LEVEL and (letter := self._backend.token_to_id("a")) is not None:
+            before = [letter]  # some decoders strip the first space of a text
+        text = self._backend.decode([*before, token_id], skip_special_tokens=False)[len(before) :]
         if self.byte_coding is ByteCoding.BYTE_LEVEL and "\ufffd" in text and all(char in _BYTE_OF for char in token):
             return bytes(_BYTE_OF[char] for char in token)
         return text.encode()

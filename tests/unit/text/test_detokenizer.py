@@ -49,6 +49,17 @@ def test_byte_level_deltas_are_decode_without_a_half_character_at_the_end(ids: l
         )
 
 
+@given(st.lists(st.sampled_from([*" é", "the", "a"]), max_size=6))
+def test_of_byte_level_texts_the_first_space_alone_goes_where_the_vocabulary_says_so(parts: list[str]) -> None:
+    tokenizer = vocabularies.byte_level_without_first_space()
+    the = tokenizer.token_id("Ġthe")
+    ids = list(chain(*([the] if part == "the" else part.encode() for part in parts)))
+    assert "".join(deltas(tokenizer, ids)) == tokenizer.decode(ids)
+    [*before, last] = [ord("a"), *ids]  # in mid-text none does
+    detokenizer = Detokenizer(tokenizer, id_before=ord("a"))
+    assert "a" + "".join(map(detokenizer.push, ids)) == tokenizer.decode([*before, last])
+
+
 # Segments between which no byte run goes on: pieces, special ids, whole characters in bytes, runs that start broken.
 piece_id = st.integers(FIRST_PIECE_ID, FIRST_PIECE_ID + len(vocabularies.PIECES) - 1)
 outside_id = st.integers(FIRST_PIECE_ID + len(vocabularies.PIECES), 1000)

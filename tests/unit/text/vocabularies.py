@@ -20,6 +20,14 @@ def byte_level() -> Tokenizer:
     return Tokenizer(backend)
 
 
+def byte_level_without_first_space() -> Tokenizer:
+    """Bytes and a word, in texts whose first space goes."""
+    backend = byte_level_tokenizer()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    backend.add_tokens([AddedToken("Ġthe", normalized=False)])
+    return Tokenizer(backend)
+
+
 def byte_fallback(*, strips_first_space: bool = True) -> Tokenizer:
     """As Llama 2 (strips) and Gemma (does not): special tokens, byte pieces, PIECES."""
     texts = (*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES)
