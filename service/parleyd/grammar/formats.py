@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import gbnf_to_lark
+from llguidance.gbnf_to_lark import GrammarParser, resolve
 
 from parleyd.grammar.compiler import GrammarError
 from parleyd.grammar.tool_calls import to_lark
@@ -85,11 +85,25 @@ def _refuse_inexact(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _from_gbnf(source: str) -> str:
     try:
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(_ESCAPE.sub(_rewrite_escape, source)))
+        return LLMatcher.grammar_from_lark(_gbnf_to_lark(_ESCAPE.sub(_rewrite_escape, source)))
     except (GrammarError, MemoryError):  # the one is told; the other ends the process, whose memory it was
         raise
     except Exception as error:  # the library raises bare Exception, and RecursionError where it is nested too deeply
         raise GrammarError(str(error)) from error
+
+
+def _gbnf_to_lark(source: str) -> str:
+    """As llguidance's own conversion, but that a grammar without recursion becomes one token of Lark, which is matched
+    as a whole. Each token goes as far as it can: of two, the first would take what the second begins with."""
+    rules = GrammarParser().parse(source)
+    resolve(rules)
+    lines, whole = [], "WHOLE"
+    if rules["start"].alternatives.is_terminal():
+        while whole in rules:
+            whole += "_"
+        rules["start"].name = whole
+        lines.append(f"start: {whole}")
+    return "\n".join([*lines, *map(str, rules.values())])
 
 
 def _rewrite_escape(escape: re.Match[str]) -> str:

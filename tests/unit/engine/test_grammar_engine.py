@@ -51,6 +51,7 @@ def text_of(answer: Answer) -> str:
         ("regex", "é+|日本", "é+|日本"),
         ("choice", json.dumps(["yes", "no", 'a "quoted"\n| word', "\0"]), 'yes|no|a "quoted"\n\\| word|\0'),
         ("grammar", 'root ::= item+\nitem ::= "- " [^\\n]{1,4} "\\n"', "(- [^\n]{1,4}\n)+"),
+        ("grammar", 'root ::= whole "c"\nwhole ::= [a-c]+', "[a-c]+c"),
         ("grammar", 'root ::= "\\u00e9" [\\u4e00-\\u4e10] [a\\-]', "é[一-丐][a-]"),
     ],
 )

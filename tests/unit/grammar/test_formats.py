@@ -12,7 +12,7 @@ def test_memory_that_is_used_up_is_no_verdict_on_a_grammar(monkeypatch: pytest.M
     def use_up(_: str) -> str:
         raise MemoryError
 
-    monkeypatch.setattr(formats, "gbnf_to_lark", use_up)
+    monkeypatch.setattr(formats, "resolve", use_up)
     with pytest.raises(MemoryError):  # it ends the checker process, and another is asked
         formats.to_grammar("grammar", 'root ::= "a"')
 
