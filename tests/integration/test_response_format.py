@@ -75,6 +75,7 @@ def test_every_format_is_taken(gateway: GatewayThread, form: dict[str, Any]) -> 
         ({"regex": ""}, "response_format.regex"),
         ({"regex": "(a"}, "response_format.regex"),
         ({"regex": r"(a)\1"}, "response_format.regex"),
+        ({"regex": "a\\"}, "response_format.regex"),
         ({"regex": "a" * 8_193}, "response_format.regex"),
         ({"regex": r"[^\s\S]"}, "response_format.regex"),
         ({"grammar": ""}, "response_format.grammar"),

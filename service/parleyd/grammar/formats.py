@@ -40,6 +40,8 @@ def to_grammar(kind: str, source: str) -> str:
         case "json_schema":
             return _from_json_schema(source)
         case "regex":
+            if (len(source) - len(source.rstrip("\\"))) % 2:  # the library would leave it out
+                raise GrammarError("ends amid an escape")
             return LLMatcher.grammar_from_regex(source)
         case "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(source)))
