@@ -236,6 +236,22 @@ def test_a_model_may_reason_before_the_call_that_it_must_make(families: Families
     assert resumed.finish_reason == generation_pb2.FINISH_REASON_TOOL_CALLS
 
 
+def test_whether_reasoning_is_open_before_the_call_that_must_be_made_is_the_conversations_to_tell(
+    families: Families,
+) -> None:
+    stub = families["opened but after results"].stub
+    messages = conversation("abcdefghi")
+    for answered, is_allowed in ((messages[:1], True), (messages, False)):
+        request = chat_pb2.GenerateRequest(messages=answered, tools=TOOLS, tool_choice=REQUIRED)
+        request.resume.token_ids.extend(b"Hm.\n</think>\n\n<tool_call>")
+        if is_allowed:
+            stub.Generate(request, timeout=60)
+            continue
+        with pytest.raises(grpc.RpcError) as raised:
+            stub.Generate(request, timeout=60)
+        assert violated_fields(raised.value) == ["resume.token_ids"]
+
+
 @pytest.mark.parametrize(
     ("family", "expected"), [("qwen", {"tools"}), ("thinking", {"reasoning"}), ("chatml", {"tools"})]
 )

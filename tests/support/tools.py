@@ -32,6 +32,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opened with tools": {
         "template": tool_templates.QWEN.removesuffix("{%- endif %}\n") + "{{- '<think>\n' }}{%- endif %}"
     },
+    "opened but after results": {
+        "template": tool_templates.QWEN.removesuffix("{%- endif %}\n")
+        + "{{- '<think>\n' if messages[-1].role != 'tool' }}{%- endif %}"
+    },
 }
 # Mistral's markers are tokens of their own, and special.
 SPECIAL_IDS = {b"[TOOL_CALLS]": tiny_tokenizer.VOCAB_SIZE, b"[ARGS]": tiny_tokenizer.VOCAB_SIZE + 1}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, PromptTooLong, Violation
-from parleyd.gateway import convert, tools
 from parleyd.gateway.served_model import ServedModel
 from parleyd.gateway.shared_threads import SharedThreads
 from parleyd.telemetry.call import current_call
@@ -74,22 +73,8 @@ def _is_small(request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest, n
 
 
 def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.CountTokensRequest) -> Prompt:
-    mark = _as_it_is if served.spellings is None else served.spellings.mark
-    messages, described = served.answer_format.for_template(
-        mark(convert.to_template_messages(request.messages)), mark(tools.to_template_tools(tools.offered(request)))
-    )
-    text = served.template.render(
-        messages,
-        tools=described,
-        continue_final_message=request.continue_final_message,
-        kwargs=mark(convert.to_template_kwargs(request)),
-    )
-    opens_reasoning = served.answer_format.opens_reasoning(text, convert.continued(request))
+    text, opens_reasoning = served.render(request)
     return Prompt(_tokenize(served, text), opens_reasoning)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def _tokenize(served: ServedModel, text: str) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, islice, takewhile
 from pathlib import Path
+from typing import Any
 
 from parley.v1 import chat_pb2
 from parleyd.config import Settings
@@ -97,6 +98,23 @@ class ServedModel:
         _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
         self._refuse_unsupported(request)
 
+    def render(self, request: tools.AnyRequest) -> tuple[str, bool]:
+        """A valid conversation after the chat template, and whether the answer to it begins amid reasoning.
+
+        Raises InvalidRequest if the template refuses it.
+        """
+        mark = _as_it_is if self.spellings is None else self.spellings.mark
+        messages, described = self.answer_format.for_template(
+            mark(convert.to_template_messages(request.messages)), mark(tools.to_template_tools(tools.offered(request)))
+        )
+        text = self.template.render(
+            messages,
+            tools=described,
+            continue_final_message=request.continue_final_message,
+            kwargs=mark(convert.to_template_kwargs(request)),
+        )
+        return text, self.answer_format.opens_reasoning(text, convert.continued(request))
+
     def _grammar_question(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> CheckGrammar | None:
         form = convert.to_format(request.response_format)
         paths = {}
@@ -117,9 +135,9 @@ class ServedModel:
             for marker in self.answer_format.markers(with_tools=True)
             for token_id in self.tokenizer.special_ids_of([marker])
         }
-        reasoning = self.answer_format.reasoning_before(
-            self.template, convert.to_template_kwargs(request), convert.continued(request)
-        )
+        reasoning = None
+        if self.answer_format.has_reasoning:
+            reasoning = "open" if self.render(request)[1] else "may"
         return tools.required_calls(request, tool_format, special_ids, reasoning)
 
     def _refuse_unsupported(self, request: tools.AnyRequest, further: Iterable[Unsupported] = ()) -> None:
@@ -131,6 +149,10 @@ class ServedModel:
 
     def _kwarg_violations(self, request: tools.AnyRequest) -> list[Violation]:
         return self.template.kwarg_violations(request.chat_template_kwargs.fields.keys())
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _format_capabilities(answer_format: AnswerFormat) -> Iterator[str]:

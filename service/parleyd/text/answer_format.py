@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parleyd.errors import ParleyError
 from parleyd.text import reasoning
 from parleyd.text.answer_parser import AnswerParser
 from parleyd.text.chat_template import ChatTemplate
@@ -56,16 +55,6 @@ class AnswerFormat:
             return False
         begun = continued.lstrip().startswith(reasoning.OPENING) and reasoning.CLOSING not in continued
         return begun or prompt.rstrip().endswith(reasoning.OPENING)
-
-    def reasoning_before(self, template: ChatTemplate, kwargs: Mapping[str, Any], continued: str) -> str | None:
-        """Whether an answer begins amid reasoning ("open"), may begin with it ("may") or has none (None)."""
-        if not self.has_reasoning:
-            return None
-        try:
-            prompt = template.render([{"role": "user", "content": "?"}], kwargs=kwargs)
-        except ParleyError:  # it wants more than a question; the conversation itself may do
-            prompt = ""
-        return "open" if self.opens_reasoning("" if continued else prompt, continued) else "may"
 
     def parser(
         self, tool_names: Collection[str], call_id: Callable[[int], str], *, opens_reasoning: bool
