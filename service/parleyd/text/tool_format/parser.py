@@ -41,7 +41,8 @@ class ToolCallParser:
         self.num_complete = 0
         self._format = tool_format
         self._call_id = call_id
-        head = tool_format.head(names)
+        self._names = frozenset(names)
+        head = tool_format.head
         self._first = regex.compile(tool_format.first + head)
         self._bare = regex.compile(head) if tool_format.is_bare else None
         self._next = None if tool_format.next is None else regex.compile(tool_format.next + head)
@@ -106,13 +107,18 @@ class ToolCallParser:
         return True
 
     def _read_head(self, parsed: ParsedText) -> bool:
-        match = self._head.match(self._held, self._head_start, partial=True)
+        match = self._match_head(self._head, self._head_start)
         if match is None:
             self._at = _At.TEXT
             self._release(parsed, self._num_refused)
             self._is_start = False
             return True
         return not match.partial and self._begin_call(match, parsed)
+
+    def _match_head(self, head: Any, start: int = 0) -> Any:
+        """The match of a head or, `partial`, of what may become one; None: there is none of a tool that is known."""
+        match = head.match(self._held, start, partial=True)
+        return match if match and (match.partial or match["name"] in self._names) else None
 
     def _begin_call(self, match: Any, parsed: ParsedText) -> bool:
         index = self._num_calls
@@ -146,7 +152,7 @@ class ToolCallParser:
         return True
 
     def _read_between(self, parsed: ParsedText) -> bool:
-        following = self._next and self._next.match(self._held, partial=True)
+        following = self._next and self._match_head(self._next)
         if following and not following.partial:
             return self._begin_call(following, parsed)
         closing = self._closing and self._closing.match(self._held, partial=True)

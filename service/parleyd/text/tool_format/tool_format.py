@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,9 +50,10 @@ class ToolFormat:
         markers = (self.opening, self.closing, self.arguments_marker, self.call_id_marker)
         return tuple(filter(None, markers))
 
-    def head(self, names: Collection[str]) -> str:
-        """A regular expression for a call up to its arguments' brace; the group `name` is one of `names`."""
-        name = "|".join(regex.escape(name) for name in names)
+    @property
+    def head(self) -> str:
+        """A regular expression for a call of any tool, whose name is the group `name`, up to its arguments' brace."""
+        name = r"[A-Za-z0-9_-]{1,64}"
         if self.arguments_marker is not None:
             call_id = rf"(?:{regex.escape(self.call_id_marker)}[^\s\[]{{1,64}})?" if self.call_id_marker else ""
             return rf"(?P<name>{name}){call_id}{regex.escape(self.arguments_marker)}{SPACE}(?=\{{)"
