@@ -125,6 +125,14 @@ def test_formats_know_the_tokens_that_only_the_configuration_names(start_gateway
     assert violated_fields(error) == ["resume.token_ids"]
 
 
+def test_tokens_that_the_model_has_no_logit_for_are_in_no_formats_way(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    own = start_gateway(folder=tiny_tokenizer.write_tiny_tokenizer(tmp_path, further_specials=["<|image|>"]))
+    response = own.stub.Generate(ask("yes", response_format={"regex": "[a-z]+"}), timeout=60)
+    assert response.choices[0].message.content == "yes"
+
+
 def test_a_format_is_checked_before_the_model(gateway: GatewayThread) -> None:
     assert violated_fields(refusal(gateway, ask("x", model="other", response_format={"regex": "["}))) == [
         "response_format.regex"

@@ -45,7 +45,7 @@ def load_tokenizer(folder: str, vocab_size: int, eos_token_ids: Sequence[int]) -
     Raises UnknownTokenizer.
     """
     try:
-        source = Tokenizer.load(Path(folder)).to_json()
+        source = Tokenizer.load(Path(folder)).to_json(vocab_size)
         return LLTokenizer(source, n_vocab=vocab_size, eos_token=list(eos_token_ids))
     except Exception as error:  # the library raises whatever it has
         raise UnknownTokenizer(_one_line(str(error))) from error

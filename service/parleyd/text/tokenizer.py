@@ -53,9 +53,15 @@ class Tokenizer:
         _add_configured_tokens(backend, TokenizerConfig.load(folder))
         return cls(backend)
 
-    def to_json(self) -> str:
-        """As a tokenizer.json holds it, with the tokens that the configuration adds."""
-        return self._backend.to_str()
+    def to_json(self, vocab_size: int) -> str:
+        """As a tokenizer.json holds it: with the tokens that the configuration adds, without added ones from
+        `vocab_size` on, which a model may have no logits for."""
+        content: str = self._backend.to_str()
+        if all(token_id < vocab_size for token_id in self._backend.get_added_tokens_decoder()):
+            return content
+        fields = json.loads(content)
+        fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < vocab_size]
+        return json.dumps(fields)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens only where the text spells them: chat templates write those themselves."""
