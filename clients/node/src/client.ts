@@ -91,7 +91,7 @@ export class Client {
   readonly #timeoutMs: number | undefined;
   readonly #maxResumes: number;
   readonly #contact: Contact = { isMade: false };
-  #isClosed = false;
+  readonly #closing = new AbortController();
 
   /** `target`: where the server listens, "HOST:PORT" or any other gRPC target. */
   constructor(target = "localhost:50051", options: ClientOptions = {}) {
@@ -111,7 +111,7 @@ export class Client {
 
   /** Lets the calls in progress end, and then the connection; no other call can begin, nor one go on elsewhere. */
   close(): void {
-    this.#isClosed = true;
+    this.#closing.abort();
     this.#stub.close();
   }
 
@@ -126,7 +126,7 @@ export class Client {
     return new Stream(
       GenerateRequest.fromPartial(request),
       (part) => this.#streaming(this.#stub.generateStream, part, deadline, options.signal),
-      (ms) => pause(ms, deadline, options.signal),
+      (ms) => this.#pause(ms, deadline, options.signal),
       new Patience(this.#maxResumes, this.#contact),
     );
   }
@@ -162,11 +162,18 @@ export class Client {
 
   #checkOpen(signal: AbortSignal | undefined): void {
     signal?.throwIfAborted();
-    if (this.#isClosed) throw new ParleyError("the client was closed", status.CANCELLED);
+    if (this.#closing.signal.aborted) throw new ParleyError("the client was closed", status.CANCELLED);
   }
 
   #deadline({ timeoutMs = this.#timeoutMs }: CallOptions): number | undefined {
     return timeoutMs === undefined ? undefined : Date.now() + timeoutMs;
+  }
+
+  /** The time before a call is made again, which finds out why the pause was cut short. */
+  async #pause(ms: number, deadline: number | undefined, signal: AbortSignal | undefined): Promise<void> {
+    const remainingMs = deadline === undefined ? ms : Math.max(deadline - Date.now(), 0);
+    const wake = AbortSignal.any([this.#closing.signal, ...(signal ? [signal] : [])]);
+    await sleep(Math.min(ms, remainingMs), undefined, { signal: wake }).catch(() => {});
   }
 
   /** Made again where that may help: nothing of its answer has been seen yet. */
@@ -185,7 +192,7 @@ export class Client {
       } catch (error) {
         const delayMs = patience.delayBeforeAgain(error);
         if (delayMs === undefined) throw error;
-        await pause(delayMs, deadline, options.signal);
+        await this.#pause(delayMs, deadline, options.signal);
       }
     }
   }
@@ -232,15 +239,6 @@ export class Client {
       signal?.removeEventListener("abort", cancel);
       call.cancel();
     }
-  }
-}
-
-async function pause(ms: number, deadline: number | undefined, signal: AbortSignal | undefined): Promise<void> {
-  const remainingMs = deadline === undefined ? ms : Math.max(deadline - Date.now(), 0);
-  try {
-    await sleep(Math.min(ms, remainingMs), undefined, { signal });
-  } catch {
-    signal?.throwIfAborted();
   }
 }
 

@@ -342,6 +342,25 @@ test("a closed client makes no call, nor one again, and says why", async () => {
   await assert.rejects(Array.fromAsync(client.batch([QUESTION])), closed);
 });
 
+test("closing a client wakes the calls that wait to be made again", { timeout: 60_000 }, async () => {
+  const hour = 3_600_000;
+  const target = await serve({
+    getModel: (_, callback) => callback(null, GetModelResponse.fromPartial({ model: "scripted" })),
+    generate: (_, callback) => callback(failure(status.UNAVAILABLE, "NOT_READY", hour)),
+    generateStream: (call) => {
+      call.write(delta({ requestId: "r", seed: 1n, content: "a", tokenIds: [1] }));
+      call.emit("error", failure(status.UNAVAILABLE, "WORKER_LOST", hour));
+    },
+  });
+  const client = connect(target, { timeoutMs: undefined });
+  await client.model();
+  const { signal } = new AbortController();
+  const calls = [client.generate(QUESTION), client.generate(QUESTION, { signal }), Array.fromAsync(client.stream(QUESTION))];
+  const closed = calls.map((call) => assert.rejects(call, { code: status.CANCELLED, message: "the client was closed" }));
+  setTimeout(() => client.close(), 50);
+  await Promise.all(closed);
+});
+
 test("it is the server that refuses a number of answers", async () => {
   const target = await serve({
     generateStream: (call) => void call.emit("error", failure(status.INVALID_ARGUMENT, "INVALID_REQUEST")),

@@ -42,7 +42,7 @@ export function refusal(code: status, reason: string, retryMs?: number): Status 
   const info = ErrorInfo.fromPartial({ domain: "parley.v1", reason, metadata: { served: "scripted" } });
   const details = [pack("ErrorInfo", ErrorInfo.encode(info).finish())];
   if (retryMs !== undefined) {
-    const retry = RetryInfo.fromPartial({ retryDelay: { seconds: BigInt(0), nanos: retryMs * 1e6 } });
+    const retry = RetryInfo.fromPartial({ retryDelay: { seconds: Math.trunc(retryMs / 1e3), nanos: (retryMs % 1e3) * 1e6 } });
     details.push(pack("RetryInfo", RetryInfo.encode(retry).finish()));
   }
   return Status.fromPartial({ code, message: "as scripted", details });
