@@ -24,6 +24,7 @@ import {
 } from "./gen/parley/v1/chat.js";
 import type { CountTokensInput, GenerateInput } from "./messages.js";
 import { type Contact, Patience } from "./patience.js";
+import { build } from "./request.js";
 import { Stream } from "./stream.js";
 
 /** Certificates and keys, in PEM. */
@@ -116,15 +117,15 @@ export class Client {
   }
 
   /** Answers a conversation and waits for the whole answer. */
-  generate(request: GenerateInput, options: CallOptions = {}): Promise<GenerateResponse> {
-    return this.#unary(this.#stub.generate, GenerateRequest.fromPartial(request), options);
+  async generate(request: GenerateInput, options: CallOptions = {}): Promise<GenerateResponse> {
+    return this.#unary(this.#stub.generate, build(GenerateRequest, request), options);
   }
 
   /** The same answer as it is made; resumed by itself where its connection breaks. See `Stream`. */
   stream(request: GenerateInput, options: CallOptions = {}): Stream {
     const deadline = this.#deadline(options);
     return new Stream(
-      GenerateRequest.fromPartial(request),
+      build(GenerateRequest, request),
       (part) => this.#streaming(this.#stub.generateStream, part, deadline, options.signal),
       (ms) => this.#pause(ms, deadline, options.signal),
       new Patience(this.#maxResumes, this.#contact),
@@ -133,7 +134,7 @@ export class Client {
 
   /** Answers up to 1,024 conversations, each as it finishes. An item that fails does so alone. */
   async *batch(requests: GenerateInput[], options: CallOptions = {}): AsyncGenerator<BatchResult, void> {
-    const batch = GenerateBatchRequest.fromPartial({ requests });
+    const batch = build(GenerateBatchRequest, { requests });
     const open = new Set(batch.requests.keys());
     const deadline = this.#deadline(options);
     for await (const { index, response, error } of this.#streaming(
@@ -151,13 +152,13 @@ export class Client {
 
   /** Tokens of the conversation as the model would read it, after the chat template. Counts over-long ones too. */
   async countTokens(request: CountTokensInput, options: CallOptions = {}): Promise<number> {
-    const counted = CountTokensRequest.fromPartial(request);
+    const counted = build(CountTokensRequest, request);
     return (await this.#unary(this.#stub.countTokens, counted, options)).promptTokens;
   }
 
   /** What is served, its limits and its defaults. */
   model(name = "", options: CallOptions = {}): Promise<GetModelResponse> {
-    return this.#unary(this.#stub.getModel, GetModelRequest.fromPartial({ model: name }), options);
+    return this.#unary(this.#stub.getModel, build(GetModelRequest, { model: name }), options);
   }
 
   #checkOpen(signal: AbortSignal | undefined): void {

@@ -13,10 +13,14 @@ import {
   type ClientOptions,
   FinishReason,
   GenerateBatchResponse,
+  type GenerateInput,
+  type GenerateRequest,
   GenerateResponse,
   GetModelResponse,
   ParleyError,
+  Role,
   status,
+  ToolChoice_Mode,
   user,
 } from "../dist/index.js";
 import { delta, failure, refusal, serve, type StreamCall } from "./scripted.ts";
@@ -359,6 +363,47 @@ test("closing a client wakes the calls that wait to be made again", { timeout: 6
   const closed = calls.map((call) => assert.rejects(call, { code: status.CANCELLED, message: "the client was closed" }));
   setTimeout(() => client.close(), 50);
   await Promise.all(closed);
+});
+
+test("what no request has is refused at the call, by its path", async () => {
+  const client = connect("localhost:1");
+  const refused: [unknown, RegExp][] = [
+    [{ messages: [user("Hi"), { role: "user", content: "Hi" }] }, /^messages\[1\]\.role: "user" is none of "ROLE_SYSTEM", /],
+    [{ messages: [{ role: 2, content: "Hi" }] }, /^messages\[0\]\.role: 2 is none of /],
+    [{ ...QUESTION, toolChoice: { mode: "required" } }, /^toolChoice\.mode: "required" is none of "MODE_AUTO", /],
+    [{ ...QUESTION, generationConfig: { max_new_tokens: 5 } }, /^generationConfig\.max_new_tokens: no such field$/],
+    [{ ...QUESTION, temperature: 1 }, /^temperature: no such field$/],
+  ];
+  for (const [request, message] of refused) {
+    const error = { name: "TypeError", message };
+    await assert.rejects(client.generate(request as GenerateInput), error);
+    assert.throws(() => client.stream(request as GenerateInput), error);
+  }
+  const [[second, message]] = [refused[0]!];
+  const inBatch = { name: "TypeError", message: new RegExp(message.source.replace("^", "^requests\\[1\\]\\.")) };
+  await assert.rejects(Array.fromAsync(client.batch([QUESTION, second as GenerateInput])), inBatch);
+  await assert.rejects(client.countTokens(second as GenerateInput), { name: "TypeError", message });
+});
+
+test("names of enum values may be spelled out, and left out fields undefined", async () => {
+  const seen: GenerateRequest[] = [];
+  const target = await serve({
+    generate: ({ request }, callback) => {
+      seen.push(request);
+      callback(null, GenerateResponse.fromPartial({}));
+    },
+  });
+  const request = {
+    messages: [{ role: "ROLE_USER", content: "Hi", name: undefined }],
+    toolChoice: { mode: "MODE_NONE" },
+    generationConfig: { logitBias: { 7: 1 } },
+    chatTemplateKwargs: { role: "user", deep: { mode: [1] } },
+    unknown: undefined,
+  };
+  await connect(target).generate(request as unknown as GenerateInput);
+  assert.equal(seen[0]?.messages[0]?.role, Role.USER);
+  assert.equal(seen[0].toolChoice?.mode, ToolChoice_Mode.NONE);
+  assert.deepEqual(seen[0].chatTemplateKwargs, request.chatTemplateKwargs);
 });
 
 test("it is the server that refuses a number of answers", async () => {

@@ -1,0 +1,42 @@
+// Makes the requests of what callers pass in. The client does it for each call.
+import { Role, ToolChoice_Mode } from "./gen/parley/v1/message.js";
+
+interface Type<Input, Request> {
+  fromPartial(input: Input): Request;
+}
+
+const ENUMS: Readonly<Record<string, object>> = { role: Role, mode: ToolChoice_Mode };
+
+/**
+ * The request with the fields of `input`. The stubs would leave out a field that they do not know, and send -1 for an
+ * enum's value; TypeScript refuses most of that, JavaScript nothing.
+ *
+ * @throws TypeError: it names the field, by its path.
+ */
+export function build<Input, Request>(type: Type<Input, Request>, input: Input): Request {
+  const request = type.fromPartial(input);
+  check(input, request, "");
+  return request;
+}
+
+function check(given: unknown, made: unknown, path: string): void {
+  if (given === made || !isObject(given) || !isObject(made)) return;
+  for (const [key, value] of Object.entries(given)) {
+    if (value === undefined || value === null) continue;
+    const at = Array.isArray(given) ? `${path}[${key}]` : path === "" ? key : `${path}.${key}`;
+    if (!(key in made)) throw new TypeError(`${at}: no such field`);
+    if (key in ENUMS) checkName(value, ENUMS[key]!, at);
+    check(value, made[key], at);
+  }
+}
+
+function checkName(value: unknown, names: object, path: string): void {
+  const known = Object.values(names).filter((name) => name !== Role.UNRECOGNIZED);
+  if (known.includes(value)) return;
+  const choices = known.filter((name) => !name.endsWith("_UNSPECIFIED")).map((name) => JSON.stringify(name));
+  throw new TypeError(`${path}: ${JSON.stringify(value)} is none of ${choices.join(", ")}`);
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null;
+}
