@@ -82,6 +82,8 @@ type Streaming<Request, Response> = (
   options: Partial<GrpcCallOptions>,
 ) => ClientReadableStream<Response>;
 
+// Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
+const TARGET = /^(([^\s:/,[\]]+|\[[^\s/,[\]]+\]):\d+|(dns|unix|ipv4|ipv6|xds):\S+)$/;
 const LOCAL_TARGET = /^(dns:\/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
 const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back
 
@@ -96,6 +98,10 @@ export class Client {
 
   /** `target`: where the server listens, "HOST:PORT" or any other gRPC target. */
   constructor(target = "localhost:50051", options: ClientOptions = {}) {
+    if (!TARGET.test(target)) {
+      const examples = "such as localhost:50051 or [::1]:50051";
+      throw new TypeError(`${JSON.stringify(target)} is no HOST:PORT, ${examples}, nor another target of gRPC's`);
+    }
     const tls = options.tls === true ? {} : options.tls || undefined;
     if (options.apiKey !== undefined && !tls && !options.insecure && !LOCAL_TARGET.test(target)) {
       throw new TypeError(`an API key must not cross the network to ${target} in plain text: give tls, or insecure`);

@@ -431,6 +431,15 @@ test("an API key and metadata go with each call", async () => {
   assert.deepEqual(seen, ["Bearer secret", "blue"]);
 });
 
+test("what gRPC would take for something else is no target", () => {
+  for (const target of ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/"]) {
+    const message = `${JSON.stringify(target)} is no HOST:PORT, such as localhost:50051 or [::1]:50051, nor another target of gRPC's`;
+    assert.throws(() => new Client(target), { name: "TypeError", message });
+  }
+  for (const target of ["localhost:1", "[::1]:1", "dns:///parley.example:1", "dns:parley.example", "unix:/tmp/x", "ipv4:10.0.0.1:1,10.0.0.2:1"])
+    new Client(target).close();
+});
+
 test("a key does not cross a network in plain text", () => {
   for (const remote of ["parley.example:50051", "10.0.0.1:50051", "localhost.example:1", "dns:///parley:1"]) {
     assert.throws(() => new Client(remote, { apiKey: "secret" }), /must not cross the network/);

@@ -17,7 +17,7 @@ from parley.v1 import chat_pb2, chat_pb2_grpc
 from parley_client import request, status
 from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
-from parley_client.channel import DEFAULT_MAX_RESUMES, CallDefaults, channel_options
+from parley_client.channel import DEFAULT_MAX_RESUMES, DEFAULT_TARGET, CallDefaults, channel_options, check_target
 from parley_client.credentials import ApiKey, channel_credentials
 from parley_client.errors import Cancelled, ParleyError
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
@@ -39,7 +39,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        target: str = "localhost:50051",
+        target: str = DEFAULT_TARGET,
         *,
         timeout: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
@@ -49,6 +49,7 @@ class AsyncClient:
         max_attempts: int = 4,
         max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
+        check_target(target)
         options = channel_options(max_attempts)
         credentials = channel_credentials(target, credentials, api_key, insecure)
         self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)

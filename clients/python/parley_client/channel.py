@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,20 @@ from parley_client.patience import Contact, Patience
 
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
 DEFAULT_MAX_RESUMES = 8  # over some 16 s: longer than a server takes to come back
+DEFAULT_TARGET = "localhost:50051"
+# Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
+_TARGET = re.compile(
+    r"([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):\w+|(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds|google-c2p):\S+"
+)
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError for a target that gRPC would take for something else than what was meant."""
+    if not _TARGET.fullmatch(target):
+        raise ValueError(
+            f"{target!r} is no HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor another target of gRPC's, such "
+            "as dns:///HOST:PORT or unix:/PATH"
+        )
 
 
 def channel_options(max_attempts: int) -> list[tuple[str, str | int]]:

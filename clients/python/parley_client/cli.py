@@ -6,7 +6,6 @@ import argparse
 import io
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -15,17 +14,12 @@ from typing import Any, NoReturn
 
 from parley_client import batch_job, commands, conversation
 from parley_client.batch import MAX_REQUESTS
+from parley_client.channel import DEFAULT_TARGET, check_target
 from parley_client.errors import ParleyError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2  # as argparse itself
 EXIT_INTERRUPTED = 130  # what shells give for a program that Ctrl-C ended
-
-DEFAULT_TARGET = "localhost:50051"
-# Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
-_TARGET = re.compile(
-    r"([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):\w+|(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds|google-c2p):\S+"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,11 +217,10 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _target(text: str) -> str:
-    if not _TARGET.fullmatch(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor another target of gRPC's, such as "
-            "dns:///HOST:PORT or unix:/PATH"
-        )
+    try:
+        check_target(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from parley_client import cli
+from parley_client import AsyncClient, Client, cli
 from parley_client.cli import build_parser, main
 
 COMMANDS = [["chat"], ["generate", "Hi"], ["batch", "in.jsonl", "out.jsonl"], ["model"], ["health"]]
@@ -75,12 +77,16 @@ def test_a_value_that_does_not_fit_is_one_line_and_exit_code_1(capsys):
 )
 def test_every_kind_of_target_that_grpc_knows_is_taken(target):
     assert build_parser().parse_args(["model", "--target", target]).target == target
+    Client(target).close()
 
 
 @pytest.mark.parametrize(
     "target", ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/"]
 )
 def test_what_grpc_would_take_for_something_else_is_no_target(target, monkeypatch, capsys):
+    for client in Client, AsyncClient:
+        with pytest.raises(ValueError, match=re.escape(f"{target!r} is no HOST:PORT, such as localhost:50051")):
+            client(target)
     monkeypatch.setenv("PARLEY_API_KEY", "k")
     with pytest.raises(SystemExit) as caught:
         main(["model", "--target", target])
