@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -48,6 +49,16 @@ def connection(args: Namespace) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def connected(args: Namespace) -> Iterator[Client]:
+    """A client for the connection flags, closed in the end."""
+    client = Client(**connection(args))
+    try:
+        yield client
+    finally:
+        aside(client.close)
+
+
 def _has_tls(args: Namespace) -> bool:
     return bool(args.tls or args.tls_ca or args.client_cert or args.client_key)
 
@@ -61,18 +72,18 @@ def generate(args: Namespace) -> int:
         args.usage_error("--num-return-sequences and --top-logprobs need --json")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     messages = [*opening(args), user(prompt)]
-    with Client(**connection(args)) as client:
+    with connected(args) as client:
         if args.json:
-            print_json(to_json(_aside(lambda: client.chat(messages, **options)).proto))
+            print_json(to_json(aside(lambda: client.chat(messages, **options)).proto))
             return 0
-        print_pieces(client.stream(messages, **options))
+        print_pieces(aside(lambda: client.stream(messages, **options)))
     return 0
 
 
 def model(args: Namespace) -> int:
     """`parley model`: what is served."""
-    with Client(**connection(args)) as client:
-        info = _aside(client.model_info)
+    with connected(args) as client:
+        info = aside(client.model_info)
     if args.json:
         print_json(to_json(info.proto))
         return 0
@@ -93,8 +104,8 @@ def model(args: Namespace) -> int:
 
 def health(args: Namespace) -> int:
     """`parley health`: whether the server takes calls; the exit code is 0 only then."""
-    with Client(**connection(args)) as client:
-        status = _aside(client.health)
+    with connected(args) as client:
+        status = aside(client.health)
     if args.json:
         print_json({"status": status.value})
     else:
@@ -131,23 +142,24 @@ def print_pieces(stream: Stream) -> None:
     """
     shows_reasoning, was_reasoning = sys.stdout.isatty(), False
     try:
-        with stream:
-            while (piece := _aside(lambda: next(stream, None))) is not None:
-                if shows_reasoning and piece.reasoning_content:
-                    print(_DIM + piece.reasoning_content, end=_NOT_DIM, flush=True)
-                    was_reasoning = True
-                if was_reasoning and piece.content:
-                    print(end="\n\n")
-                    was_reasoning = False
-                print(piece, end="", flush=True)
+        while (piece := aside(lambda: next(stream, None))) is not None:
+            if shows_reasoning and piece.reasoning_content:
+                print(_DIM + piece.reasoning_content, end=_NOT_DIM, flush=True)
+                was_reasoning = True
+            if was_reasoning and piece.content:
+                print(end="\n\n")
+                was_reasoning = False
+            print(piece, end="", flush=True)
     except BaseException:
         if stream.reply.content or was_reasoning:
             print(flush=True)
         raise
+    finally:
+        aside(stream.cancel)
     print(flush=True)
 
 
-def _aside(call: Callable[[], T]) -> T:
+def aside(call: Callable[[], T]) -> T:
     """What a call returns or raises, made in another thread.
 
     Ctrl-C strikes the main thread wherever it is: within gRPC it can leave a lock held that every later call of the

@@ -23,7 +23,7 @@ def chat(args: Namespace) -> int:
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and history)
-    with Client(**commands.connection(args)) as client:
+    with commands.connected(args) as client:
         conversation = Conversation(client, args)
         while True:
             try:
@@ -74,7 +74,7 @@ class Conversation:
             ParleyError: there is no answer; the conversation is as before.
         """
         question = user(text)
-        stream = self._client.stream([*self.messages, question], **self._options)
+        stream = commands.aside(lambda: self._client.stream([*self.messages, question], **self._options))
         with contextlib.suppress(KeyboardInterrupt):
             commands.print_pieces(stream)
         if (reply := stream.reply).content:

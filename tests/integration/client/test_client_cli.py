@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -227,13 +228,20 @@ def test_ctrl_c_ends_generate_quietly(server, parley):
 @pytest.mark.parametrize(
     ("arguments", "kind", "method"),
     [
+        (["generate", "Hi"], Client, "stream"),
         (["generate", "Hi"], Stream, "__next__"),
+        (["generate", "Hi"], Stream, "cancel"),
+        (["generate", "Hi"], Client, "close"),
         (["generate", "Hi", "--json"], Client, "chat"),
+        (["chat"], Client, "stream"),
+        (["chat"], Client, "close"),
         (["model"], Client, "model_info"),
+        (["model"], Client, "close"),
         (["health"], Client, "health"),
+        (["health"], Client, "close"),
     ],
 )
-def test_where_ctrl_c_strikes_nobody_waits_for_the_server(server, monkeypatch, capsys, arguments, kind, method):
+def test_where_ctrl_c_strikes_nobody_is_within_grpc(server, monkeypatch, capsys, arguments, kind, method):
     # gRPC's locks do not survive a KeyboardInterrupt in their midst, and that is raised in the main thread.
     callers = set()
     call = getattr(kind, method)
@@ -243,6 +251,7 @@ def test_where_ctrl_c_strikes_nobody_waits_for_the_server(server, monkeypatch, c
         return call(*args, **kwargs)
 
     monkeypatch.setattr(kind, method, note_caller)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
     server.says("Hello", " there")
     server.script["GetModel"] = lambda request, context: chat_pb2.GetModelResponse(model="scripted")
     server.is_serving(health_pb2.HealthCheckResponse.SERVING)
