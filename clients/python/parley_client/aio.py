@@ -140,7 +140,11 @@ class AsyncClient:
     async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """Whether the server takes calls, now. As `Client.health`."""
         check = health_pb2.HealthCheckRequest(service=service)
-        return HealthStatus.from_proto(await self._call_once(self._health.Check, check, self._defaults.args(timeout)))
+        try:
+            response = await self._call_once(self._health.Check, check, self._defaults.args(timeout))
+        except ParleyError as error:
+            return HealthStatus.from_error(error)
+        return HealthStatus.from_proto(response)
 
     async def wait_until_ready(self, timeout: float | None = None) -> None:
         """Waits until the server is there and its model is loaded. As `Client.wait_until_ready`."""

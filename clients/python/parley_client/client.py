@@ -183,7 +183,11 @@ class Client:
     def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """Whether the server takes calls, now. `service`: "" is the server as a whole."""
         check = health_pb2.HealthCheckRequest(service=service)
-        return HealthStatus.from_proto(self._call_once(self._health.Check, check, self._defaults.args(timeout)))
+        try:
+            response = self._call_once(self._health.Check, check, self._defaults.args(timeout))
+        except ParleyError as error:
+            return HealthStatus.from_error(error)
+        return HealthStatus.from_proto(response)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Waits until the server is there and its model is loaded, at most `timeout` seconds (None: for ever).

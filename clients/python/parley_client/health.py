@@ -27,6 +27,13 @@ class HealthStatus(StrEnum):
         names = health_pb2.HealthCheckResponse.ServingStatus.DESCRIPTOR.values_by_number
         return cls(names[response.status].name) if response.status in names else cls.UNKNOWN
 
+    @classmethod
+    def from_error(cls, error: ParleyError) -> HealthStatus:
+        """The state that a failed check tells. Raises the error where it tells none."""
+        if error.code is grpc.StatusCode.NOT_FOUND:
+            return cls.SERVICE_UNKNOWN
+        raise error
+
 
 class ReadinessWait:
     """The patience of one `wait_until_ready`: what is left of it, and what to tell when it is used up."""

@@ -59,6 +59,7 @@ def test_the_gateways_errors_are_typed(chatting, gateway):
 def test_the_gateway_is_healthy_and_tells_what_it_serves(chatting):
     chatting.wait_until_ready(timeout=20)
     assert chatting.health() is chatting.health("parley.v1.ChatService") is HealthStatus.SERVING
+    assert chatting.health("parley.v1.OtherService") is HealthStatus.SERVICE_UNKNOWN
     assert chatting.model_info().model == "scripted"
 
 
