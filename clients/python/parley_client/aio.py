@@ -34,7 +34,8 @@ from parley_client.resumption import Resumption
 class AsyncClient:
     """As `Client`, for asyncio: the same arguments, methods, answers and errors.
 
-    Make it and use it inside one running event loop. Cancelling a task cancels the call it waits for.
+    Make it and use it inside one running event loop (RuntimeError without one). Cancelling a task cancels the call it
+    waits for.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class AsyncClient:
         max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
         check_target(target)
+        asyncio.get_running_loop()  # or RuntimeError: gRPC would take some loop, and the first call fail in another
         options = channel_options(max_attempts)
         credentials = channel_credentials(target, credentials, api_key, insecure)
         self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)

@@ -10,7 +10,17 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from parley_client import DeadlineExceeded, FinishReason, HealthStatus, InvalidRequest, Timings, ToolCall, Usage, user
+from parley_client import (
+    AsyncClient,
+    DeadlineExceeded,
+    FinishReason,
+    HealthStatus,
+    InvalidRequest,
+    Timings,
+    ToolCall,
+    Usage,
+    user,
+)
 
 QUESTION = [user("Give me a short introduction to large language models.")]
 
@@ -270,6 +280,11 @@ def test_credentials_secure_the_channel(connect):
         with connect(f"127.0.0.1:{port}", credentials=grpc.local_channel_credentials()) as client:
             assert client.count_tokens(QUESTION) == 1
         grpc_server.stop(None).wait()
+
+
+def test_an_asyncio_client_that_would_belong_to_no_running_loop_is_not_made(server):
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        AsyncClient(server.target)
 
 
 def test_threads_may_share_a_client(connect, server):
