@@ -30,6 +30,7 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
   readonly #numChoices: number;
   readonly #seen = new Set<number>();
   readonly #finished = new Set<number>();
+  #isBegun = false;
   #isWhole = false; // the stream's very last message is here
   #head: { requestId?: string; model?: string } = {};
 
@@ -56,6 +57,8 @@ export class Stream implements AsyncIterable<GenerateStreamResponse> {
   }
 
   async *[Symbol.asyncIterator](): AsyncGenerator<GenerateStreamResponse, void, undefined> {
+    if (this.#isBegun) throw new TypeError("a stream is read only once: `resumeRequest` goes on where it was left");
+    this.#isBegun = true;
     let request = this.#request;
     let firstBreak: unknown;
     for (;;) {

@@ -287,6 +287,15 @@ test("a stream can be resumed by hand", async () => {
   assert.equal(rest.map(({ content }) => content).join(""), "6789");
 });
 
+test("a stream that has been read, or left, is not asked for again", async () => {
+  const { calls, target } = await breaking(10);
+  const stream = connect(target).stream(QUESTION);
+  for await (const _ of stream) break;
+  await assert.rejects(Array.fromAsync(stream), { name: "TypeError", message: /only once: `resumeRequest` goes on/ });
+  assert.equal(calls.length, 1);
+  assert.deepEqual(stream.tokenIds, [0]);
+});
+
 test("a stream that ends without a finish reason is an error", async () => {
   const target = await serve({
     generateStream: (call) => {
