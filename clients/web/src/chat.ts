@@ -16,17 +16,21 @@ export class Chat {
     this.#service = createClient(ChatService, createGrpcWebTransport({ baseUrl }));
   }
 
-  /** Asks, and yields the answer's text as it is made. What an aborted or failed call has said stays in the history. */
-  async *ask(question: string, signal: AbortSignal): AsyncGenerator<string> {
-    this.#messages.push(create(MessageSchema, { role: Role.USER, content: question }));
+  /**
+   * Asks, and yields the answer's text as it is made. What an aborted or failed call has said stays in the history. Where
+   * it has said nothing, the question goes too: what was refused would be refused again with the next one.
+   */
+  async *ask(text: string, signal: AbortSignal): AsyncGenerator<string> {
+    const question = create(MessageSchema, { role: Role.USER, content: text });
     const answer = create(MessageSchema, { role: Role.ASSISTANT });
+    const messages = [...this.#messages, question];
     try {
-      for await (const delta of this.#service.generateStream({ messages: this.#messages }, { signal })) {
+      for await (const delta of this.#service.generateStream({ messages }, { signal })) {
         answer.content += delta.content;
         yield delta.content;
       }
     } finally {
-      this.#messages.push(answer);
+      if (answer.content !== "") this.#messages.push(question, answer);
     }
   }
 }
