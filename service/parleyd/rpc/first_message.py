@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -60,8 +61,9 @@ def _with_messages(behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> C
             yield request
 
     async def handle(requests: Any, context: Context) -> AsyncIterator[Any]:
-        async for response in behaviour(decodable(requests, context), context):
-            yield response
+        with _aborts_forgotten():
+            async for response in behaviour(decodable(requests, context), context):
+                yield response
 
     return handle
 
@@ -72,6 +74,17 @@ def _with_message(behaviour: Behaviour) -> Behaviour:
         if request is grpc.aio.EOF:
             await asyncio.sleep(_UNTIL_CANCELLED_S)
             request = Undecodable()
-        return await behaviour(request, context)
+        with _aborts_forgotten():
+            return await behaviour(request, context)
 
     return handle
+
+
+@contextmanager
+def _aborts_forgotten() -> Iterator[None]:
+    """Ends what was aborted as gRPC allows, by a return. It keeps the exception with the call, whose request would then
+    hang on the traceback, in a circle: there until garbage is collected, however large."""
+    try:
+        yield
+    except grpc.aio.AbortError as aborted:
+        aborted.__traceback__ = aborted.__context__ = None

@@ -236,10 +236,14 @@ def named_error(call: Call, error: Exception) -> ParleyError:
     """What a failed call's client is told, after it was logged: an error without a name is a fault of ours."""
     if isinstance(error, ParleyError):
         _log_refusal(call, error)
-        return error
-    _logger.error("%s failed", call.method, exc_info=error)
-    call.refusal = Reason.INTERNAL.value
-    return EngineFault("unexpected exception")
+        named = error
+    else:
+        _logger.error("%s failed", call.method, exc_info=error)
+        call.refusal = Reason.INTERNAL.value
+        named = EngineFault("unexpected exception")
+    # It leads to what raised the error, and keeps it: the call would be there until garbage is collected.
+    error.__traceback__ = None
+    return named
 
 
 async def _send_headers(context: Context, call: Call) -> None:
