@@ -59,6 +59,18 @@ def batch(gateway: GatewayThread) -> None:
     list(gateway.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=requests), timeout=10))
 
 
+def cancelled_batch(gateway: GatewayThread) -> None:
+    call = gateway.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=[FOREVER, ask("good")]))
+    next(call)
+    call.cancel()
+
+
+def cancelled_in_the_queue(gateway: GatewayThread) -> None:
+    running = gateway.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=[FOREVER] * 40))
+    eventually(lambda: gateway.gateway.admission.num_waiting >= 8)
+    running.cancel()
+
+
 def unknown_to_health(gateway: GatewayThread) -> None:
     gateway.health.Check(health_pb2.HealthCheckRequest(service="unknown"), timeout=10)
 
@@ -74,6 +86,8 @@ def unknown_to_health(gateway: GatewayThread) -> None:
         late,
         cancelled,
         batch,
+        cancelled_batch,
+        cancelled_in_the_queue,
         unknown_to_health,
     ],
 )

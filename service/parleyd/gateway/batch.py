@@ -65,13 +65,18 @@ async def answer_batch(
         outcomes.put_nowait(outcome)
 
     async def serve_all() -> None:
+        # No TaskGroup: that of a cancelled batch keeps the requests until garbage is collected.
+        items: list[asyncio.Task[None]] = []
         try:
-            async with asyncio.TaskGroup() as items:
-                for index in sorted(range(len(requests)), key=lambda index: -requests[index].priority):
-                    await room.acquire()
-                    await preparing.acquire()
-                    items.create_task(serve(index))
+            for index in sorted(range(len(requests)), key=lambda index: -requests[index].priority):
+                await room.acquire()
+                await preparing.acquire()
+                items.append(asyncio.create_task(serve(index)))
+            await asyncio.gather(*items)
         finally:
+            for item in items:
+                item.cancel()
+            await asyncio.gather(*items, return_exceptions=True)
             outcomes.put_nowait(None)
 
     service = asyncio.create_task(serve_all())
