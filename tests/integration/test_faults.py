@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2
 from parleyd.gateway import spare_worker, worker_client
+from parleyd.gateway.supervisor import State
 from tests.integration.conftest import FOREVER, StartGateway, assert_answers
 from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
@@ -300,15 +301,32 @@ def test_a_worker_that_hangs_is_replaced_though_clients_have_little_patience(sta
 def test_a_worker_is_not_replaced_for_requests_that_were_given_up_at_once(start_gateway: StartGateway) -> None:
     # The engine sleeps as the second comes and goes; it has told of the first by then.
     gateway = start_gateway(worker=("--step-delay", "0.6"), worker_timeout=2.0)
-    client = gateway.gateway.worker
+    worker = gateway.gateway.supervisor._worker
     for num_submitted in (1, 2):
         call = gateway.stub.Generate.future(ask("!wait"), timeout=60)
-        eventually(lambda expected=num_submitted: client.num_submitted == expected)
+        eventually(lambda expected=num_submitted: worker.num_submitted == expected)
         call.cancel()
-        eventually(lambda: client.num_open == 0)
+        eventually(lambda: gateway.gateway.worker.num_open == 0)
         time.sleep(0.2)
     time.sleep(3.0)
     assert gateway.gateway.supervisor.num_restarts == 0
+
+
+def test_requests_that_are_given_up_do_not_pile_up_before_a_worker_that_stands_still(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = start_gateway()
+    choices = [f"{i}{'y' * 1000}" for i in range(1000)]
+    large = chat_pb2.GenerateRequest(messages=ask("!wait").messages, response_format={"choice": {"choices": choices}})
+    os.kill(worker_pid(gateway), signal.SIGSTOP)
+    for _ in range(10):
+        call = gateway.stub.GenerateStream(large)
+        eventually(lambda: gateway.gateway.worker.num_open == 1)
+        call.cancel()
+        gateway.wait_idle()
+    assert gateway.gateway.supervisor._worker.link._writer.transport.get_write_buffer_size() < 3 * large.ByteSize()
+    os.kill(worker_pid(gateway), signal.SIGCONT)
+    assert_answers(gateway)
 
 
 def test_one_that_makes_no_token_does_not_keep_others_waiting_after_a_death(
@@ -317,9 +335,10 @@ def test_one_that_makes_no_token_does_not_keep_others_waiting_after_a_death(
     monkeypatch.setattr(worker_client, "_TRIAL_S", 0.5)
     gateway = start_gateway(max_running=4)
     silent = gateway.stub.GenerateStream(ask("!wait"))
-    eventually(lambda: gateway.gateway.worker.num_submitted == 1)
+    supervisor = gateway.gateway.supervisor
+    eventually(lambda: gateway.gateway.worker.num_open == 1)
     os.kill(worker_pid(gateway), signal.SIGKILL)
-    eventually(lambda: gateway.gateway.worker.num_submitted == 2)
+    eventually(lambda: supervisor.num_restarts == 1 and supervisor.state is State.READY)
     for _ in range(2):
         assert_answers(gateway)
     silent.cancel()

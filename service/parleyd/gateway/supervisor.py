@@ -174,8 +174,8 @@ class Supervisor:
                 async with asyncio.timeout(self._server.worker_timeout / _NUM_WATCHES):
                     await worker.gone.wait()
             if worker.num_signs != num_signs:
-                num_quiet, num_signs, num_submitted = 0, worker.num_signs, self._client.num_submitted
-            elif self._client.num_open or self._client.num_submitted != num_submitted:
+                num_quiet, num_signs, num_submitted = 0, worker.num_signs, worker.num_submitted
+            elif self._client.num_open or worker.num_submitted != num_submitted:
                 num_quiet += 1
             else:
                 num_quiet = 0

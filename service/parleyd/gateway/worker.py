@@ -36,6 +36,11 @@ class Worker:
         self._on_outputs = on_outputs
         self._life = asyncio.create_task(self._live())
 
+    @property
+    def num_submitted(self) -> int:
+        """Requests that it has been sent."""
+        return self.link.num_submitted if self.link else 0
+
     async def load(self) -> ModelInfo:
         """Waits until it is ready. Raises StartupError if it cannot load, WorkerLost if it dies before."""
         return await asyncio.shield(self.ready)

@@ -63,7 +63,6 @@ class WorkerClient:
 
     def __init__(self, metrics: Metrics) -> None:
         self.num_handed_over = 0
-        self.num_submitted = 0  # to any worker
         self._metrics = metrics
         self._keys = itertools.count()
         self._link: WorkerLink | None = None
@@ -235,7 +234,6 @@ class WorkerClient:
 
     def _submit(self, link: WorkerLink, entry: _OpenRequest) -> None:
         entry.is_submitted = True
-        self.num_submitted += 1
         self._unsettled[entry.request.key] = entry
         link.submit(entry.remainder)
 

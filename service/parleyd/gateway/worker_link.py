@@ -28,8 +28,10 @@ class WorkerLink:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._submitted: list[EngineRequest] = []
+        self._submitted: dict[int, EngineRequest] = {}
         self._aborted: list[int] = []
+        self._sending: asyncio.Task[None] | None = None
+        self.num_submitted = 0  # requests that it has been sent
 
     @classmethod
     async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> WorkerLink:
@@ -61,14 +63,16 @@ class WorkerLink:
             self._writer.write(frame(messages.encode(message)))
 
     def submit(self, request: EngineRequest) -> None:
-        """Has a request generated: told in one message with all that changes before the loop's next turn."""
+        """Has a request generated: told in one message with all that changes before the loop's next turn, or for as
+        long as the worker takes nothing."""
         self._send_changes_soon()
-        self._submitted.append(request)
+        self._submitted[request.key] = request
 
     def abort(self, key: int) -> None:
-        """Has nothing more generated for a request; told as in `submit`."""
-        self._send_changes_soon()
-        self._aborted.append(key)
+        """Has nothing more generated for a request; told as in `submit`, unless the worker never hears of it."""
+        if self._submitted.pop(key, None) is None:
+            self._send_changes_soon()
+            self._aborted.append(key)
 
     async def receive(self) -> messages.ToGateway | None:
         """The worker's next message, or None when it is gone."""
@@ -76,13 +80,18 @@ class WorkerLink:
         return None if payload is None else messages.decode_to_gateway(payload)
 
     def _send_changes_soon(self) -> None:
-        if not self._submitted and not self._aborted:
-            asyncio.get_running_loop().call_soon(self._send_changes)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_changes())
 
-    def _send_changes(self) -> None:
-        changes = messages.Changes(self._submitted, self._aborted)
-        self._submitted, self._aborted = [], []
-        self.send(changes)
+    async def _send_changes(self) -> None:
+        with suppress(OSError):  # it is gone
+            # What clients submit and give up would pile up before a worker that stands still.
+            await self._writer.drain()
+        self._sending = None
+        if self._submitted or self._aborted:
+            self.send(messages.Changes([*self._submitted.values()], self._aborted))
+        self.num_submitted += len(self._submitted)
+        self._submitted, self._aborted = {}, []
 
     def kill(self) -> None:
         """Ends the process without a word, also one that is stopped, and the connection, whoever else holds it."""

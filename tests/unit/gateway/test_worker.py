@@ -103,10 +103,10 @@ async def test_a_worker_that_cannot_be_started_tells_why_and_is_gone(monkeypatch
 
 @pytest.mark.parametrize("num_turns", range(4))
 async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turns: int) -> None:
-    client: Any = SimpleNamespace(num_open=0, num_submitted=0)
+    client: Any = SimpleNamespace(num_open=0)
     settings, server = ModelSettings(model="x"), ServerSettings()
     supervisor = Supervisor(settings, server, client, on_ready=cast(Any, None), on_lost=lambda: None)
-    worker: Any = SimpleNamespace(gone=asyncio.Event(), num_signs=0, link=None)
+    worker: Any = SimpleNamespace(gone=asyncio.Event(), num_signs=0, num_submitted=0, link=None)
     watching = asyncio.create_task(supervisor._watch(worker))
     await asyncio.sleep(0.01)
     worker.gone.set()
