@@ -225,6 +225,18 @@ def test_an_admin_connection_that_breaks_leaves_no_trace(
     assert "Error" not in capfd.readouterr().err
 
 
+def test_a_header_that_cannot_be_understood_is_told_in_one_line(
+    observed: GatewayThread, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    request = urllib.request.Request(
+        f"http://{observed.admin}/metrics", headers={"Accept": "application/openmetrics-text; version=new"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        urllib.request.urlopen(request, timeout=10)
+    assert "Traceback" not in capfd.readouterr().err
+    assert "/metrics failed: TypeError" in caplog.text
+
+
 def test_an_admin_port_beyond_this_machine_must_be_asked_for() -> None:
     async def build() -> None:
         Gateway(Settings(server=ServerSettings(port=0, admin_port=0, admin_host="0.0.0.0")))

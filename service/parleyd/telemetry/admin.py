@@ -45,7 +45,11 @@ class AdminServer:
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         match environ["PATH_INFO"]:
             case "/metrics":
-                return self._metrics(environ, start_response)
+                try:
+                    return self._metrics(environ, start_response)
+                except Exception as error:  # some headers are too much for the library
+                    _logger.warning("/metrics failed: %r", error)
+                    status = "500 Internal Server Error"
             case "/healthz":
                 status = "200 OK"
             case "/readyz":
