@@ -288,3 +288,21 @@ print(httpx2.get(url, trust_env=False).headers["location"])
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "secret" in result.stdout
     assert "secret" not in result.stderr
+
+
+def test_logs_tell_nothing_of_what_clients_send_as_the_state_of_their_traces() -> None:
+    script = """
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from parleyd.telemetry import logging as telemetry_logging
+from parleyd.telemetry.call import Call
+from parleyd.telemetry.tracing import Tracing
+telemetry_logging.configure("info")
+exporter = InMemorySpanExporter()
+trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a secret"}
+Tracing(SimpleSpanProcessor(exporter)).call_ended(Call("Generate", "abc", trace_context=trace), "OK")
+print(f"{exporter.get_finished_spans()[0].context.trace_id:x}")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "af7651916cd43dd8448eb211c80319c\n"
+    assert "secret" not in result.stderr

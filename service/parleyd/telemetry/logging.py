@@ -39,3 +39,5 @@ def configure(level: str, log_format: str = "text") -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     # gRPC writes metadata that is no UTF-8 to the log, a traceback with each: a stranger's flood, or a client's secret.
     logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "Invalid encoding" not in record.msg)
+    # OpenTelemetry writes the state of a trace that it cannot read: a stranger's words.
+    logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
