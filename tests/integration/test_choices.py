@@ -114,15 +114,19 @@ def test_choices_survive_the_worker(start_gateway: StartGateway) -> None:
 
 
 def test_a_model_may_say_how_many_unless_the_request_does(start_gateway: StartGateway) -> None:
-    stub = start_gateway(max_running=2, worker=("--num-return-sequences", "2")).stub
+    stub = start_gateway(max_running=2, worker=("--num-return-sequences", "2", "--do-sample")).stub
     defaults = stub.GetModel(chat_pb2.GetModelRequest(), timeout=20).default_generation_config
     assert defaults.num_return_sequences == 2
-    assert len(stub.Generate(ask("!choice", do_sample=True), timeout=20).choices) == 2
+    assert len(stub.Generate(ask("!choice"), timeout=20).choices) == 2
     assert len(stub.Generate(several("!choice", 1), timeout=20).choices) == 1
-    for request, field in (
-        (ask("hello"), "generation_config.num_return_sequences"),  # greedy
-        (ask("hello", do_sample=True, resume=chat_pb2.Resume(token_ids=b"he")), "resume"),
-    ):
-        with pytest.raises(grpc.RpcError) as raised:
-            stub.Generate(request, timeout=20)
-        assert violated_fields(raised.value) == [field]
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Generate(ask("hello", resume=chat_pb2.Resume(token_ids=b"he")), timeout=20)
+    assert violated_fields(raised.value) == ["resume"]
+
+
+def test_a_greedy_request_has_one_answer_however_many_the_model_says(start_gateway: StartGateway) -> None:
+    stub = start_gateway(max_running=2, worker=("--num-return-sequences", "2")).stub
+    defaults = stub.GetModel(chat_pb2.GetModelRequest(), timeout=20).default_generation_config
+    assert defaults.num_return_sequences == 1
+    assert len(stub.Generate(ask("!choice"), timeout=20).choices) == 1
+    assert len(stub.Generate(ask("!choice", do_sample=True), timeout=20).choices) == 2

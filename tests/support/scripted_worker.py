@@ -187,6 +187,7 @@ def main() -> int:
     parser.add_argument("--hold-if", type=Path, help="loads nothing for as long as this file is there")
     parser.add_argument("--stop-string", action="append", default=[])
     parser.add_argument("--num-return-sequences", type=int)
+    parser.add_argument("--do-sample", action="store_true", default=None)
     parser.add_argument("--max-running", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=tiny_tokenizer.VOCAB_SIZE)
     parser.add_argument("fd", type=int)
@@ -213,6 +214,7 @@ def main() -> int:
             engine="scripted",
             max_running=arguments.max_running,
             defaults=SamplingDefaults(
+                do_sample=arguments.do_sample,
                 temperature=0.5,
                 stop_strings=tuple(arguments.stop_string),
                 num_return_sequences=arguments.num_return_sequences,

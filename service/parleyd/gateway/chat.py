@@ -127,10 +127,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         deadline = current_call.get().deadline
         if deadline is not None and deadline <= time.monotonic():
             raise DeadlineExceeded
+        num_choices = served.num_choices(request, params)
         generation = Generation(
             prompt_ids=tuple(prompt.token_ids),
             params=params,
-            answers=[self._answer(request, params, prompt, index) for index in range(served.num_choices(request))],
+            answers=[self._answer(request, params, prompt, index) for index in range(num_choices)],
             priority=request.priority,
             deadline=deadline,
         )

@@ -116,9 +116,11 @@ def to_sampling_params(config: generation_pb2.GenerationConfig, defaults: Sampli
     )
 
 
-def num_choices(config: generation_pb2.GenerationConfig, defaults: SamplingDefaults) -> int:
-    """How many answers a valid configuration asks for."""
-    return config.num_return_sequences or defaults.num_return_sequences or 1
+def num_choices(config: generation_pb2.GenerationConfig, params: SamplingParams, defaults: SamplingDefaults) -> int:
+    """How many answers a valid configuration asks for. `params`: its own, resolved; `defaults`: the model's."""
+    # The model's own number gives way to 1 where answers would be alike: the request has said nothing wrong.
+    by_default = defaults.num_return_sequences if params.do_sample else None
+    return config.num_return_sequences or by_default or 1
 
 
 def has_format(form: generation_pb2.ResponseFormat) -> bool:
@@ -163,7 +165,7 @@ def resolved_violations(
 def to_generation_config(params: SamplingParams, defaults: SamplingDefaults) -> generation_pb2.GenerationConfig:
     """Defaults, as GetModel tells them: `params` those that the engine knows, `defaults` the model's."""
     config = generation_pb2.GenerationConfig(
-        num_return_sequences=num_choices(generation_pb2.GenerationConfig(), defaults),
+        num_return_sequences=num_choices(generation_pb2.GenerationConfig(), params, defaults),
         skip_special_tokens=True,
         include_stop_string=False,
         stop_strings=defaults.stop_strings,

@@ -75,9 +75,9 @@ class ServedModel:
         ignores_eos = params.ignore_eos and not params.grammar  # nothing can follow the end of a grammar
         return frozenset(params.stop_token_ids) | frozenset(() if ignores_eos else self.info.eos_token_ids)
 
-    def num_choices(self, request: chat_pb2.GenerateRequest) -> int:
-        """How many answers a valid request asks for."""
-        return convert.num_choices(request.generation_config, self.info.defaults)
+    def num_choices(self, request: chat_pb2.GenerateRequest, params: SamplingParams) -> int:
+        """How many answers a valid request asks for. `params`: its own, as `check_request` returns them."""
+        return convert.num_choices(request.generation_config, params, self.info.defaults)
 
     def check_request(self, request: chat_pb2.GenerateRequest) -> tuple[SamplingParams, CheckGrammar | None]:
         """The request's sampling parameters, and what is left to ask the checker: None where any text will do.
@@ -87,7 +87,7 @@ class ServedModel:
         params = convert.to_sampling_params(request.generation_config, self.defaults)
         _refuse(
             validation.request_violations(request, self.info),
-            convert.resolved_violations(request, params, self.num_choices(request)),
+            convert.resolved_violations(request, params, self.num_choices(request, params)),
             self._kwarg_violations(request),
         )
         self._refuse_unsupported(request, validation.unsupported_in_request(request, self.grammar_obstacle))
