@@ -19,6 +19,8 @@ from grpc_health.v1 import health_pb2
 from parleyd.worker.openmp import openmp_variables
 from tests.support.requests import ask, reason_of
 from tests.support.served import ServedProcess, serve_until_exit
+from tests.support.tiny_models import make_model
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 CPUS = sorted(os.sched_getaffinity(0))
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -176,6 +178,19 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, argumen
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("parleyd: error: ")]
     assert len(errors) == 1 and text.format(empty=tmp_path) in errors[0]
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": -1}, {"sliding_window": "x"}])
+def test_a_configuration_that_no_model_can_have_is_one_clear_line(tmp_path: Path, values: dict[str, object]) -> None:
+    make_model("Llama").save_pretrained(write_tiny_tokenizer(tmp_path / "model"))
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    arguments = ["--port", "0", "--model", str(config.parent), "--cache", str(tmp_path / "cache")]
+    result = serve_until_exit(["serve", *arguments])
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (error,) = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert error.startswith(f"parleyd: error: --model {config.parent}: it cannot be served: ")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def max_context_tokens(config: Any, tokenizer_dir: Path) -> int:
     for name in _CONTEXT_NAMES:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return min(value, _NO_LIMIT)
     value = _read(tokenizer_dir, "tokenizer_config.json").get("model_max_length")
     if isinstance(value, int | float) and 0 < value < _TOKENIZER_UNLIMITED:
         return int(value)

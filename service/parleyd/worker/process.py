@@ -17,6 +17,7 @@ from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
 from parleyd.ipc import messages
 from parleyd.ipc.framing import read_frame, send_frame
+from parleyd.model.explain import one_line
 from parleyd.telemetry import logging as telemetry_logging
 from parleyd.worker.loop import run_loop
 
@@ -39,10 +40,8 @@ def run(fd: int, load: Load) -> int:
     telemetry_logging.configure(message.log_level, message.log_format)
     try:
         loaded, info = load(message.settings)
-    except StartupError as error:
-        text = (
-            str(error).encode(errors="replace").decode()
-        )  # may quote half of a surrogate pair, which no message holds
+    except Exception as error:
+        text = _why_not_loaded(error, message.settings)
         send_frame(sock, messages.encode(messages.LoadFailed(text)))
         return 1
     engine.set_result(loaded)
@@ -54,6 +53,15 @@ def run(fd: int, load: Load) -> int:
     except Exception:
         _logger.exception("the generate thread failed")
     return 1
+
+
+def _why_not_loaded(error: Exception, settings: ModelSettings) -> str:
+    text = str(error)
+    if not isinstance(error, StartupError):
+        # Such as numbers that no model can have, which fail anywhere; the next worker would not fare better.
+        _logger.debug("loading %s failed", settings.model, exc_info=True)
+        text = f"--model {settings.model}: it cannot be served: {one_line(error)} (--log-level debug tells where)"
+    return text.encode(errors="replace").decode()  # may quote half of a surrogate pair, which no message holds
 
 
 class _Sender:

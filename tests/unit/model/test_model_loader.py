@@ -133,6 +133,11 @@ def test_the_tokenizer_names_the_end_where_nothing_else_does(llama_folder: Path)
     assert info(llama_folder).eos_token_ids == (IM_END_ID,)
 
 
+def test_a_context_without_end_is_one_that_requests_can_name(llama_folder: Path) -> None:
+    edit_json(llama_folder / "config.json", max_position_embeddings=2**40)
+    assert info(llama_folder).max_context_tokens == 2**32 - 1
+
+
 def test_a_local_folder_is_loaded_without_network(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError(f"connects to {args}")
