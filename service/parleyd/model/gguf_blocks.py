@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parleyd.errors import StartupError
 from parleyd.model import explain
+from parleyd.model.cache import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,14 +82,15 @@ class GgufBlocks:
         return _decode(self._file.get_tensor(name), width) if name in self._names else None
 
 
-def open_blocks(folder: Path) -> GgufBlocks | None:
-    """The blocks of the model in `folder`; None where it does not come from such a file.
+def open_blocks(folder: Path, cache: str | None) -> GgufBlocks | None:
+    """The blocks of the model in `folder`; None where that is no conversion of such a file.
 
     Raises StartupError where they cannot be read.
     """
     path = folder / FILE_NAME
+    is_ours = folder.resolve().parent == cache_root(cache).resolve()  # elsewhere, a file of that name may be anyone's
     try:
-        return GgufBlocks(path) if path.is_file() else None
+        return GgufBlocks(path) if is_ours and path.is_file() else None
     except (OSError, SafetensorError) as error:
         raise StartupError(f"{path} cannot be read: {explain.one_line(error)}") from error
 

@@ -61,7 +61,7 @@ def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> Load
         max_running=1,  # the engine that is built on it knows better
         defaults=files.defaults,
     )
-    return LoadedModel(model, info, open_blocks(folder))
+    return LoadedModel(model, info, open_blocks(folder, settings.cache))
 
 
 def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:

@@ -36,7 +36,7 @@ def _build(settings: ModelSettings) -> tuple[str, Engine, ModelInfo]:
     place = lean_start.place_of(settings, files)
     if place is not None and (recalled := lean_start.recall(place, files)) is not None:
         model, info = recalled
-        return *build_engine(settings, model, info, open_blocks(files.folder)), info
+        return *build_engine(settings, model, info, open_blocks(files.folder, settings.cache)), info
     from parleyd.model.loader import load_model  # imports transformers' model code
 
     loaded = load_model(settings, files)

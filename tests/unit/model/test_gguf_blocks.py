@@ -104,6 +104,16 @@ def test_a_file_without_such_blocks_keeps_none(gguf_file: Path, tmp_path: Path) 
     assert not (Path(loaded.info.tokenizer_dir) / FILE_NAME).exists()
 
 
+def test_a_models_own_file_of_that_name_is_not_ours(llama_folder: Path, tmp_path: Path) -> None:
+    (llama_folder / FILE_NAME).write_bytes(b"x")
+    assert load_model(ModelSettings(model=str(llama_folder), cache=str(tmp_path / "cache"))).blocks is None
+
+
+def test_a_conversion_served_by_its_folder_has_its_blocks(tmp_path: Path) -> None:
+    folder = load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_0).info.tokenizer_dir
+    assert load_model(ModelSettings(model=folder, cache=str(tmp_path / "cache"))).blocks is not None
+
+
 def test_the_narrow_kind_is_chosen_up_to_where_it_stops_being_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(by_rows, "time", SimpleNamespace(perf_counter=lambda: now))
