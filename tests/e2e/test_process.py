@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from parleyd.worker.openmp import openmp_variables
+from tests.support.eventually import eventually
 from tests.support.requests import ask, reason_of
 from tests.support.served import ServedProcess, serve_until_exit
 from tests.support.tiny_models import make_model
@@ -102,6 +103,21 @@ def _affinities(served: ServedProcess) -> list[list[int]]:
 def test_sigterm_right_after_the_port_is_bound_exits_0() -> None:
     with ServedProcess("--drain-delay", "0") as served:
         assert served.terminate() == 0
+
+
+def test_a_ctrl_c_while_the_worker_starts_is_the_gateways_alone() -> None:
+    command = [sys.executable, "-m", "parleyd", "serve", "--port", "0", "--drain-delay", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        eventually(lambda: bool(children.read_text()))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in log and "ERROR" not in log
 
 
 def test_nothing_is_imported_from_the_folder_that_the_service_is_started_in(tmp_path: Path) -> None:

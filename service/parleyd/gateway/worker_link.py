@@ -47,6 +47,8 @@ class WorkerLink:
                     stdin=asyncio.subprocess.DEVNULL,
                     # Stdout belongs to the gateway's one line; whatever a library prints in the worker goes to stderr.
                     stdout=_STDERR_FD,
+                    # A terminal's Ctrl-C is the gateway's: it reaches who shares its session, also amid its imports.
+                    start_new_session=True,
                 )
             except BaseException:
                 writer.close()

@@ -88,8 +88,8 @@ def _tell_progress(engine: Engine, sender: _Sender) -> None:
 
 
 def _ignore_signals() -> None:
-    # Ctrl-C and a service manager's SIGTERM reach the whole process group; streams are to finish first, so the gateway
-    # alone decides when the worker goes, by closing the socket.
+    # A service manager's SIGTERM reaches every process; streams are to finish first, so the gateway alone decides when
+    # the worker goes, by closing the socket.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
