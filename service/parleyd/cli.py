@@ -48,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartupError as error:
         print(f"parleyd: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the gateway could take it as a wish to shut down
-        return 130
     return 0
 
 

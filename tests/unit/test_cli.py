@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from parleyd import cli
 from parleyd.cli import build_parser, flag_of, main, variable_of
 from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.errors import StartupError
@@ -114,14 +113,6 @@ def test_a_variable_that_makes_no_sense_stops_serve_and_nothing_else(
 def test_only_the_address_of_a_port_is_taken_for_one_of_a_service() -> None:
     endpoint = "tcp://collector:4317"
     assert build_parser({"PARLEY_OTLP_ENDPOINT": endpoint}).parse_args(["serve"]).otlp_endpoint == endpoint
-
-
-def test_ctrl_c_while_the_arguments_are_read_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(environ: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "build_parser", interrupted)
-    assert main(["serve"]) == 130
 
 
 def test_a_key_that_could_not_be_written_down_is_not_shown(
