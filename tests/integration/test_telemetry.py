@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -101,6 +103,20 @@ def test_a_call_that_ends_as_it_is_refused_counts_by_how_it_ended(
         observed.stub.Generate(ask("x", temperature=99), timeout=0.15)
     observed.wait_idle()
     eventually(lambda: samples(observed).get(("parley_requests_total", ("DEADLINE_EXCEEDED", "Generate"))) == 1)
+
+
+def test_what_a_dead_worker_told_of_its_engine_is_forgotten(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.001"), admin_port=0, max_worker_restarts=0)
+    stream = gateway.stub.GenerateStream(FOREVER, timeout=60)
+    next(stream)
+    usage = "parley_kv_cache_usage_ratio", ()
+    eventually(lambda: samples(gateway)[usage] > 0)
+    pid = gateway.gateway.supervisor.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(grpc.RpcError):
+        list(stream)
+    assert samples(gateway)[usage] == 0
 
 
 def test_a_request_counts_once_however_many_answers_it_asks_for(observed: GatewayThread) -> None:

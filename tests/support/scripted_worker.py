@@ -68,7 +68,13 @@ class ScriptedEngine:
             self._running.pop(key, None)
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self._running), num_generated_tokens=self._num_generated)
+        num_running = len(self._running)
+        return EngineStats(
+            num_running=num_running,
+            num_blocks=MAX_CONTEXT_TOKENS,
+            num_used_blocks=num_running,
+            num_generated_tokens=self._num_generated,
+        )
 
     def step(self) -> list[Output]:
         outputs: list[Output] = []

@@ -77,8 +77,8 @@ class Supervisor:
 
     @property
     def engine_stats(self) -> EngineStats:
-        """What the worker last told of its engine."""
-        return self._worker.stats if self._worker else EngineStats()
+        """What the live worker last told of its engine."""
+        return self._worker.stats if self._worker and not self._worker.gone.is_set() else EngineStats()
 
     @property
     def spare_pid(self) -> int | None:
