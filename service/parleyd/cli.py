@@ -28,6 +28,7 @@ _SERVICE_VARIABLE = re.compile(
     r"PARLEY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_LINK = re.compile("(tcp|udp|sctp)://")  # the value of the one variable that may have a setting's name
+_MAX_NUMBER = 2**31 - 1  # of settings without a limit of their own: what they go to can count no further, or less
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -168,13 +169,13 @@ def _parse_bool(text: str) -> bool:
 
 def _parse_number(text: str, kind: type, minimum: float | None, maximum: float | None) -> float:
     low = -math.inf if minimum is None else minimum
-    high = math.inf if maximum is None else maximum
-    allowed = f"{kind.__name__} of {low} to {high}" if high < math.inf else f"{kind.__name__} of at least {low}"
+    high = _MAX_NUMBER if maximum is None else maximum
+    allowed = f"{kind.__name__} of {low} to {high}"
     try:
         value: float = kind(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no {allowed}") from error
-    if not (low <= value <= high) or math.isinf(value):
+    if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text} is no {allowed}")
     return value
 

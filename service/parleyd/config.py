@@ -11,6 +11,8 @@ from typing import Any
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
+_MAX_KEEPALIVE_S = 1_000_000  # gRPC counts them in milliseconds, up to 2**31
+
 
 def _option(
     default: Any,
@@ -136,8 +138,12 @@ class ServerSettings:
     )
     drain_timeout: float = _option(30.0, "After that, seconds for open streams to finish.", minimum=0)
     max_message_bytes: int = _option(4 * 1024 * 1024, "Largest request message.", minimum=1024, maximum=2**31 - 1)
-    keepalive_time: float = _option(30.0, "Seconds without traffic until the server pings a connection.", minimum=1)
-    keepalive_timeout: float = _option(10.0, "Seconds until an unanswered ping closes the connection.", minimum=1)
+    keepalive_time: float = _option(
+        30.0, "Seconds without traffic until the server pings a connection.", minimum=1, maximum=_MAX_KEEPALIVE_S
+    )
+    keepalive_timeout: float = _option(
+        10.0, "Seconds until an unanswered ping closes the connection.", minimum=1, maximum=_MAX_KEEPALIVE_S
+    )
     max_worker_restarts: int = _option(
         5, "Workers lost one after the other, without a token in between, until the service gives up.", minimum=0
     )

@@ -12,8 +12,10 @@ from parleyd.cli import build_parser, flag_of, main, variable_of
 from parleyd.config import ModelSettings, ServerSettings, Settings
 from parleyd.errors import StartupError
 from parleyd.gateway.observer import Observer
+from parleyd.gateway.options import server_options
 
 OPTIONS = [*fields(ServerSettings), *fields(ModelSettings)]
+NUMBERS = [str(option.name) for option in OPTIONS if str(option.type).startswith(("int", "float"))]
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -58,6 +60,22 @@ def test_a_bad_value_is_refused_with_the_allowed_range(
     assert raised.value.code == 2
     error = capsys.readouterr().err
     assert flag in error and "of" in error
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_nothing_can_count_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        build_parser({}).parse_args(["serve", flag_of(name), str(10**30)])
+    assert raised.value.code == 2
+    assert f"{flag_of(name)}: {10**30} is no " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["keepalive_time", "keepalive_timeout", "max_message_bytes"])
+def test_the_largest_number_that_is_allowed_is_one_that_grpc_takes(name: str) -> None:
+    (largest,) = (option.metadata["maximum"] for option in fields(ServerSettings) if option.name == name)
+    arguments = build_parser({}).parse_args(["serve", flag_of(name), str(largest)])
+    options = server_options(ServerSettings(**{name: getattr(arguments, name)}))
+    assert all(value < 2**31 for _, value in options)
 
 
 def test_the_served_name_is_the_one_given_else_the_hub_id_else_the_base_name(tmp_path: Path) -> None:
