@@ -16,6 +16,8 @@ def find_folder(settings: ModelSettings) -> Path:
     Raises StartupError where there is no such model or it cannot be fetched.
     """
     name = settings.model
+    if not name:  # as where a variable is set to nothing; it would be the folder that the service is started in
+        raise StartupError("--model is empty: name a local folder, a .gguf file or a Hub id")
     path = Path(name)
     if path.is_dir():
         return path

@@ -31,6 +31,13 @@ def test_a_path_that_is_not_there_is_named(model: str) -> None:
     assert startup_error(model) == f"--model {model}: no such file or folder"
 
 
+def test_an_empty_name_is_not_the_folder_that_the_service_is_started_in(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(llama_folder)
+    assert startup_error("") == "--model is empty: name a local folder, a .gguf file or a Hub id"
+
+
 @pytest.mark.parametrize("asked", ["is_dir", "is_file"])
 def test_a_folder_that_may_not_be_entered_is_named(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str
