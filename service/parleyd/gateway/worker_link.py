@@ -47,8 +47,9 @@ class WorkerLink:
                     stdin=asyncio.subprocess.DEVNULL,
                     # Stdout belongs to the gateway's one line; whatever a library prints in the worker goes to stderr.
                     stdout=_STDERR_FD,
-                    # A terminal's Ctrl-C is the gateway's: it reaches who shares its session, also amid its imports.
-                    start_new_session=True,
+                    # A terminal's Ctrl-C is the gateway's: it reaches who shares its group, also amid its imports. No
+                    # session of its own: where Linux shares out processors by session, each would get half of them.
+                    process_group=0,
                 )
             except BaseException:
                 writer.close()
