@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from numba import types
@@ -54,29 +55,30 @@ def score_tokens(context, head_dim, query, keys, scale, scores):
 
 
 @intrinsic(prefer_literal=True)
-def add_values(context, group, weights, weights_stride, values, row_bytes, num_tokens, sums, sums_stride):
-    """To LANES numbers of the sums of `group` heads (a constant), those of the values of some tokens, all in float32.
+def add_values(context, group, num_parts, weights, weights_stride, values, row_bytes, num_tokens, sums, sums_stride):
+    """To `num_parts` times LANES numbers of the sums of `group` heads (constants), those of the values of some tokens,
+    all in float32.
 
     Addresses: `weights`: of the first head; `values`: of the first token; `sums`: of the first head; with the bytes to
     the next head's, token's, head's.
     """
-    num_heads = group.literal_value
+    heads, parts = range(group.literal_value), range(num_parts.literal_value)
 
     def generate(context, builder, signature, args):
-        _, weights, weights_stride, values, row_bytes, num_tokens, sums, sums_stride = args
+        _, _, weights, weights_stride, values, row_bytes, num_tokens, sums, sums_stride = args
         emit = Emitter(builder)
 
         def add(token: Any, totals: list[Any]) -> list[Any]:
-            vector = emit.load_floats(emit.at(values, token, row_bytes))
-            heads = [emit.at(emit.at(weights, head, weights_stride), token, 4) for head in range(num_heads)]
-            return [
-                emit.add_product(total, vector, emit.repeat_float(weight))
-                for total, weight in zip(totals, heads, strict=True)
-            ]
+            row = emit.at(values, token, row_bytes)
+            vectors = [emit.load_floats(emit.at(row, part, VECTOR_BYTES)) for part in parts]
+            repeated = [emit.repeat_float(emit.at(emit.at(weights, head, weights_stride), token, 4)) for head in heads]
+            pairs = product(repeated, vectors)
+            return [emit.add_product(total, *pair) for total, pair in zip(totals, pairs, strict=True)]
 
-        for head, total in enumerate(emit.sums(num_heads, num_tokens, add)):
-            address = emit.at(sums, head, sums_stride)
+        totals = emit.sums(len(heads) * len(parts), num_tokens, add)
+        for (head, part), total in zip(product(heads, parts), totals, strict=True):
+            address = emit.at(emit.at(sums, head, sums_stride), part, VECTOR_BYTES)
             emit.store(address, emit.add(emit.load_floats(address), total))
         return context.get_dummy_value()
 
-    return types.void(group, *[types.int64] * 7), generate
+    return types.void(group, num_parts, *[types.int64] * 7), generate

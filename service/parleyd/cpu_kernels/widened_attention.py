@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from parleyd.cpu_kernels.attention_tiles import add_values, score_tokens, widen
-from parleyd.cpu_kernels.instructions import LANES
+from parleyd.cpu_kernels.instructions import LANES, has_many_registers
 from parleyd.cpu_kernels.numbers import (
     address_of,
     bfloat16_array,
@@ -23,12 +23,23 @@ from parleyd.cpu_kernels.numbers import (
 from parleyd.cpu_kernels.rows import MAX_QUERIES, follows, softmax
 from parleyd.cpu_kernels.threads import Function
 
+# Of 32 registers, those that hold sums.
+_MAX_SUMS = 18
+
+
+def _num_parts(group: int, head_dim: int) -> int:
+    """Vectors of a head whose sums are held in registers, for all heads of a group: as many as find room, since each
+    sum waits for its last product."""
+    most = max(1, (_MAX_SUMS if has_many_registers() else _MAX_SUMS // 3) // group)
+    return max(num for num in range(1, most + 1) if head_dim // LANES % num == 0)
+
 
 @cache
 def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
     """See `decode.attend_head`."""
     max_rows, block_bytes = max(1, MAX_QUERIES // group), 2 * block_size * head_dim
     num_numbers, num_wide = max_rows * group * head_dim, block_size * head_dim
+    num_parts = _num_parts(group, head_dim)
 
     def apply(
         item, num_together, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at,
@@ -76,10 +87,10 @@ def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
                 widen(values, num_here * head_dim // LANES, address_of(wide), ahead)
                 for index in range(row - first):
                     num_seen = min(num_here, lengths[first + index] - block * block_size)
-                    for part in range(head_dim // LANES):
+                    for part in range(0, head_dim // LANES, num_parts):
                         add_values(
-                            group, weights_at + 4 * (index * group * num_tokens + block * block_size), 4 * num_tokens,
-                            address_of(wide) + 4 * LANES * part, 4 * head_dim, num_seen,
+                            group, num_parts, weights_at + 4 * (index * group * num_tokens + block * block_size),
+                            4 * num_tokens, address_of(wide) + 4 * LANES * part, 4 * head_dim, num_seen,
                             address_of(sums) + 4 * (index * group * head_dim + LANES * part), 4 * head_dim,
                         )  # fmt: skip
             for query in range(num_queries):
