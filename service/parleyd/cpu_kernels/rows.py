@@ -127,8 +127,9 @@ def softmax(scores):
     for i in range(len(scores)):
         scores[i] = power_of_two(scores[i] - highest)
         total += scores[i]
+    inverse = np.float32(1) / total
     for i in range(len(scores)):
-        scores[i] /= total
+        scores[i] *= inverse
 
 
 @njit

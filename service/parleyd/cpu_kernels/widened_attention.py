@@ -28,9 +28,9 @@ _MAX_SUMS = 18
 
 
 def _num_parts(group: int, head_dim: int) -> int:
-    """Vectors of a head whose sums are held in registers, for all heads of a group: as many as find room, since each
-    sum waits for its last product."""
-    most = max(1, (_MAX_SUMS if has_many_registers() else _MAX_SUMS // 3) // group)
+    """Vectors of a head whose sums are held in registers, for all heads of a group: as many as find room in 32, since
+    each sum waits for its last product. Half as many hold no more than one, with what it is made of."""
+    most = max(1, _MAX_SUMS // group) if has_many_registers() else 1
     return max(num for num in range(1, most + 1) if head_dim // LANES % num == 0)
 
 
