@@ -23,6 +23,11 @@ from tests.support.requests import ask, reason_of, retry_delay_of
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+# To the worker a megabyte, which no socket holds.
+LARGE = chat_pb2.GenerateRequest(
+    messages=ask("!wait").messages,
+    response_format={"choice": {"choices": [f"{i}{'y' * 1000}" for i in range(1000)]}},
+)
 
 
 def worker_pid(gateway: GatewayThread) -> int:
@@ -298,6 +303,27 @@ def test_a_worker_that_hangs_is_replaced_though_clients_have_little_patience(sta
     assert_answers(gateway)
 
 
+def test_a_worker_that_hangs_before_it_has_taken_all_is_replaced_though_clients_have_little_patience(
+    start_gateway: StartGateway,
+) -> None:
+    gateway = start_gateway(worker_timeout=1.0)
+    supervisor = gateway.gateway.supervisor
+    worker = supervisor._worker
+    assert worker is not None
+    os.kill(worker_pid(gateway), signal.SIGSTOP)
+    call = gateway.stub.GenerateStream(LARGE)
+    eventually(lambda: worker.is_behind)
+    call.cancel()
+    worker.num_signs += 1  # as if it had stopped just now
+    deadline = time.monotonic() + 10
+    while not supervisor.num_restarts:
+        assert time.monotonic() < deadline, "nobody noticed"
+        with suppress(grpc.RpcError):
+            gateway.stub.Generate(ask("ok"), timeout=0.1)
+        time.sleep(0.3)  # longer than the watchdog takes from one look to the next
+    assert_answers(gateway)
+
+
 def test_a_worker_is_not_replaced_for_requests_that_were_given_up_at_once(start_gateway: StartGateway) -> None:
     # The engine sleeps as the second comes and goes; it has told of the first by then.
     gateway = start_gateway(worker=("--step-delay", "0.6"), worker_timeout=2.0)
@@ -316,15 +342,13 @@ def test_requests_that_are_given_up_do_not_pile_up_before_a_worker_that_stands_s
     start_gateway: StartGateway,
 ) -> None:
     gateway = start_gateway()
-    choices = [f"{i}{'y' * 1000}" for i in range(1000)]
-    large = chat_pb2.GenerateRequest(messages=ask("!wait").messages, response_format={"choice": {"choices": choices}})
     os.kill(worker_pid(gateway), signal.SIGSTOP)
     for _ in range(10):
-        call = gateway.stub.GenerateStream(large)
+        call = gateway.stub.GenerateStream(LARGE)
         eventually(lambda: gateway.gateway.worker.num_open == 1)
         call.cancel()
         gateway.wait_idle()
-    assert gateway.gateway.supervisor._worker.link._writer.transport.get_write_buffer_size() < 3 * large.ByteSize()
+    assert gateway.gateway.supervisor._worker.link._writer.transport.get_write_buffer_size() < 3 * LARGE.ByteSize()
     os.kill(worker_pid(gateway), signal.SIGCONT)
     assert_answers(gateway)
 

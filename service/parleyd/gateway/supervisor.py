@@ -166,6 +166,7 @@ class Supervisor:
         There is work while a request is open, and also when one has been submitted since the last sign of life, though
         its client gave it up: a worker that gets on gives one for each. So clients of little patience, between whose
         attempts nothing is open, do not keep it from being found out; an idle one, which gives none, is left alone.
+        Nor is more submitted to one that does not take what it was sent: that is work too.
         """
         num_quiet, num_signs, num_submitted = 0, -1, 0
         while not worker.gone.is_set():
@@ -175,7 +176,7 @@ class Supervisor:
                     await worker.gone.wait()
             if worker.num_signs != num_signs:
                 num_quiet, num_signs, num_submitted = 0, worker.num_signs, worker.num_submitted
-            elif self._client.num_open or worker.num_submitted != num_submitted:
+            elif self._client.num_open or worker.is_behind or worker.num_submitted != num_submitted:
                 num_quiet += 1
             else:
                 num_quiet = 0

@@ -41,6 +41,11 @@ class Worker:
         """Requests that it has been sent."""
         return self.link.num_submitted if self.link else 0
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has yet to take what it was sent."""
+        return self.link is not None and self.link.is_behind
+
     async def load(self) -> ModelInfo:
         """Waits until it is ready. Raises StartupError if it cannot load, WorkerLost if it dies before."""
         return await asyncio.shield(self.ready)

@@ -60,6 +60,11 @@ class WorkerLink:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has yet to take what it was sent, beyond what the socket holds."""
+        return self._writer.transport.get_write_buffer_size() > 0
+
     def send(self, message: messages.ToWorker | messages.CheckGrammar) -> None:
         """Queues a message. A worker that is gone takes it silently: `receive` tells."""
         if not self._writer.is_closing():

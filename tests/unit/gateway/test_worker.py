@@ -106,7 +106,7 @@ async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turn
     client: Any = SimpleNamespace(num_open=0)
     settings, server = ModelSettings(model="x"), ServerSettings()
     supervisor = Supervisor(settings, server, client, on_ready=cast(Any, None), on_lost=lambda: None)
-    worker: Any = SimpleNamespace(gone=asyncio.Event(), num_signs=0, num_submitted=0, link=None)
+    worker: Any = SimpleNamespace(gone=asyncio.Event(), num_signs=0, num_submitted=0, is_behind=False, link=None)
     watching = asyncio.create_task(supervisor._watch(worker))
     await asyncio.sleep(0.01)
     worker.gone.set()
