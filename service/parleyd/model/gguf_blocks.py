@@ -88,7 +88,8 @@ def open_blocks(folder: Path, cache: str | None) -> GgufBlocks | None:
     Raises StartupError where they cannot be read.
     """
     path = folder / FILE_NAME
-    is_ours = folder.resolve().parent == cache_root(cache).resolve()  # elsewhere, a file of that name may be anyone's
+    # Elsewhere, a file of that name may be anyone's. A folder in the cache may be a link, and one may lead there.
+    is_ours = cache_root(cache).resolve() in (folder.parent.resolve(), folder.resolve().parent)
     try:
         return GgufBlocks(path) if is_ours and path.is_file() else None
     except (OSError, SafetensorError) as error:

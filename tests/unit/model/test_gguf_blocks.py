@@ -114,6 +114,14 @@ def test_a_conversion_served_by_its_folder_has_its_blocks(tmp_path: Path) -> Non
     assert load_model(ModelSettings(model=folder, cache=str(tmp_path / "cache"))).blocks is not None
 
 
+def test_a_conversion_that_was_moved_and_linked_has_its_blocks(tmp_path: Path) -> None:
+    folder = Path(load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_0).info.tokenizer_dir)
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    settings = ModelSettings(model=str(tmp_path / "tiny.gguf"), cache=str(tmp_path / "cache"))
+    assert load_model(settings).blocks is not None
+
+
 def test_the_narrow_kind_is_chosen_up_to_where_it_stops_being_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(by_rows, "time", SimpleNamespace(perf_counter=lambda: now))
