@@ -95,11 +95,11 @@ class WorkerLink:
         with suppress(OSError):  # it is gone
             # What clients submit and give up would pile up before a worker that stands still.
             await self._writer.drain()
-        self._sending = None
-        if self._submitted or self._aborted:
-            self.send(messages.Changes([*self._submitted.values()], self._aborted))
-        self.num_submitted += len(self._submitted)
-        self._submitted, self._aborted = {}, []
+        changes = messages.Changes([*self._submitted.values()], self._aborted)
+        self._submitted, self._aborted, self._sending = {}, [], None
+        self.num_submitted += len(changes.submitted)
+        if changes.submitted or changes.aborted:
+            self.send(changes)
 
     def kill(self) -> None:
         """Ends the process without a word, also one that is stopped, and the connection, whoever else holds it."""

@@ -37,6 +37,24 @@ async def test_what_changes_in_a_turn_of_the_loop_goes_in_one_message() -> None:
     await writer.wait_closed()
 
 
+async def test_a_request_that_no_message_can_hold_keeps_no_other_from_the_worker() -> None:
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    link = WorkerLink(cast(asyncio.subprocess.Process, None), reader, writer)
+    params = SamplingParams(max_new_tokens=1)
+    good = EngineRequest(key=1, prompt_ids=(1,), params=params)
+    with theirs, theirs.makefile("rb") as stream:
+        link.submit(EngineRequest(key=0, prompt_ids=(1,), params=params, cache_salt="\ud800"))
+        await asyncio.sleep(0.01)
+        link.submit(good)
+        theirs.settimeout(5)
+        payload = await asyncio.to_thread(read_frame, stream)
+        assert payload is not None
+        assert messages.decode_to_worker(payload) == messages.Changes([good], [])
+    writer.close()
+    await writer.wait_closed()
+
+
 @pytest.mark.parametrize("num_turns", range(4))
 async def test_who_is_cancelled_as_the_process_ends_is_cancelled(num_turns: int) -> None:
     ended = asyncio.Event()
