@@ -16,7 +16,8 @@ Observe = Callable[[str, str], None]
 
 
 class TelemetryInterceptor(grpc.aio.ServerInterceptor):
-    """Goes around all others. `observe` gets each call's method and status code, in the task that served it."""
+    """Goes around all others but FirstMessageInterceptor. `observe` gets each call's method and status code, in the
+    task that served it."""
 
     def __init__(self, service: str, observe: Observe) -> None:
         self._prefix = f"/{service}/"

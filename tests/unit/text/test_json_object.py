@@ -1,4 +1,4 @@
-"""JSON objects as conversations may hold them: those that are loaded, and those that are scanned."""
+"""JSON objects as requests may hold them; what is scanned as it arrives: test_json_scanner.py."""
 
 from __future__ import annotations
 
