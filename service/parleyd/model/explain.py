@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 _MAX_CHARS = 300
 _NAMED_KEYS = 3
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # torch, of a GPU and of main memory
 
 
 def one_line(error: BaseException) -> str:
@@ -14,6 +15,11 @@ def one_line(error: BaseException) -> str:
     if len(text) > _MAX_CHARS:
         text = text[:_MAX_CHARS] + "…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory for something, on whichever device."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def missing_weights(names: Collection[str]) -> str:

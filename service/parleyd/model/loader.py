@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -92,7 +91,7 @@ def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization:
 
 def _reason(error: Exception, settings: ModelSettings) -> str:
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if explain.is_out_of_memory(error):
         return "too little memory to load it; choose a smaller model, or a smaller type with --dtype"
     if "trust_remote_code" in text:
         return "it comes with Python code of its own; if you trust its authors, run that with --trust-remote-code"

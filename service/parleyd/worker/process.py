@@ -17,7 +17,7 @@ from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
 from parleyd.ipc import messages
 from parleyd.ipc.framing import read_frame, send_frame
-from parleyd.model.explain import one_line
+from parleyd.model.explain import is_out_of_memory, one_line
 from parleyd.telemetry import logging as telemetry_logging
 from parleyd.worker.loop import run_loop
 
@@ -56,11 +56,18 @@ def run(fd: int, load: Load) -> int:
 
 
 def _why_not_loaded(error: Exception, settings: ModelSettings) -> str:
-    text = str(error)
-    if not isinstance(error, StartupError):
+    if isinstance(error, StartupError):
+        text = str(error)
+    else:
         # Such as numbers that no model can have, which fail anywhere; the next worker would not fare better.
         _logger.debug("loading %s failed", settings.model, exc_info=True)
-        text = f"--model {settings.model}: it cannot be served: {one_line(error)} (--log-level debug tells where)"
+        reason = f"it cannot be served: {one_line(error)} (--log-level debug tells where)"
+        if is_out_of_memory(error):
+            reason = (
+                "too little memory to serve it; choose a smaller model, a smaller type with --dtype, "
+                "or a smaller KV cache with --kv-cache-memory"
+            )
+        text = f"--model {settings.model}: {reason}"
     return text.encode(errors="replace").decode()  # may quote half of a surrogate pair, which no message holds
 
 

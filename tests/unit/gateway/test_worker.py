@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
@@ -31,6 +32,15 @@ for num_waiting, progress in ((0, 0), (0, 1), (1, 1), (2, 1), (1, 2)):
     send_frame(ours, encode(Progress(EngineStats(num_waiting=num_waiting), progress)))
 """
 
+# Fails to load.
+_FAILING = """
+import os, sys
+from parleyd.worker.process import run
+def load(settings):
+    raise {error}
+os._exit(run(int(sys.argv[1]), load))
+"""
+
 # Two processes that hold the socket.
 _PAIR = "import os, time; os.fork(); time.sleep(60)"
 # Closes its socket, and lives on.
@@ -50,6 +60,22 @@ async def test_a_queue_that_grows_behind_a_hang_is_no_sign_of_life() -> None:
     await worker.ended()
     assert worker.num_signs == 3
     assert worker.stats == EngineStats(num_waiting=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("MemoryError", "too little memory"),
+        ("RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB.')", "too little memory"),
+        ("ValueError('a number')", "it cannot be served: ValueError: a number (--log-level debug tells where)"),
+    ],
+)
+async def test_a_model_that_cannot_be_served_is_told_with_the_reason(error: str, reason: str) -> None:
+    worker = start(_FAILING.format(error=error))
+    async with asyncio.timeout(_TIMEOUT_S):
+        with pytest.raises(StartupError, match=re.escape(f"--model x: {reason}")):
+            await worker.load()
+        await worker.ended()
 
 
 async def test_a_worker_that_has_ended_can_be_killed_though_another_process_holds_its_socket() -> None:
