@@ -7,6 +7,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -82,6 +83,17 @@ def test_chunks_and_preemption_change_no_id(family: str, lean: bool, limits: dic
     assert [ids[key] for key in range(12)] == expected
     if "num_blocks" in limits:
         assert engine.stats().num_preemptions > 0
+
+
+def test_a_block_that_is_copied_may_be_begun_anew_in_the_same_step() -> None:
+    """The one in which a prompt ends, where nothing else is left for what follows that prompt."""
+    prompt = tuple(range(10, 10 + BLOCK_SIZE + 4))
+    expected = oracle(make_model("Llama"), prompt, 11)
+    engine = make_engine(make_model("Llama"), lean=True, context=3 * BLOCK_SIZE, num_blocks=3)
+    run(engine, request(1, prompt, max_new_tokens=1))
+    resumed = replace(request(2, prompt, max_new_tokens=11), output_ids=tuple(expected[:7]))
+    assert run(engine, resumed)[2] == expected[7:]
+    assert engine.stats().num_cached_prompt_tokens == len(prompt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
