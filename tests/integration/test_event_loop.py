@@ -14,6 +14,7 @@ from google.protobuf import struct_pb2
 
 from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 from tests.support.requests import ask
+from tests.support.tools import REQUIRED
 from tests.support.watched_gateway import watched_gateway
 
 _LIMIT_MS = 10.0
@@ -67,13 +68,19 @@ async def load(target: str) -> None:
 
 
 async def many_small_things(target: str) -> None:
-    """Messages and tool calls in requests of a few KB, and log-probabilities in a whole answer."""
+    """Messages, tools and tool calls in requests of a few KB, and log-probabilities in a whole answer."""
     async with grpc.aio.insecure_channel(target) as channel:
         stub = chat_pb2_grpc.ChatServiceStub(channel)
         calls = message_pb2.Message(tool_calls=[message_pb2.ToolCall(id="x")] * 2500)
         for messages in ([message_pb2.Message()] * 4096, [calls]):
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await stub.Generate(chat_pb2.GenerateRequest(messages=messages))
+            assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        deep = '{"not": ' + "[" * 90 + "]" * 90 + "}"
+        tools = [message_pb2.Tool(name=f"f{i}", parameters=deep) for i in range(128)]
+        for i in range(5):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.Generate(ask(f"{i}", tools=tools, tool_choice=REQUIRED))
             assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         request = ask("!forever", max_new_tokens=400, num_return_sequences=2, do_sample=True, top_logprobs=20)
         answer = await stub.Generate(request)
@@ -97,7 +104,7 @@ def large_requests() -> list[chat_pb2.GenerateRequest]:
             tools=[
                 message_pb2.Tool(name=f"f{i}", parameters=parameters) for i in range(_LARGE_BYTES // len(parameters))
             ],
-            tool_choice=message_pb2.ToolChoice(mode=message_pb2.ToolChoice.MODE_REQUIRED),
+            tool_choice=REQUIRED,
         ),
     ]
 

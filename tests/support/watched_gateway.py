@@ -106,6 +106,7 @@ def main() -> int:
         max_running=arguments.max_running,
         max_queue=arguments.max_queue,
         tool_format="hermes",
+        reasoning_format="think",
         log_level="warning",
         drain_timeout=0.0,
     )

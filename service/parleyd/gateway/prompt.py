@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, PromptTooLong, Violation
+from parleyd.gateway import tools
 from parleyd.gateway.served_model import ServedModel
 from parleyd.gateway.shared_threads import SharedThreads
 from parleyd.telemetry.call import current_call
@@ -41,7 +42,9 @@ class PromptBuilder:
 
     async def check(self, check: Callable[[_Request], _Result], request: _Request) -> _Result:
         """Runs a check of a request's fields: at once, unless the request is so large that it would take long."""
-        if _is_small(request, _LARGE_BYTES):
+        must_call = isinstance(request, chat_pb2.GenerateRequest) and tools.is_required(request.tool_choice)
+        # Of calls that must be made the check writes a grammar, for which it may render the conversation.
+        if _is_small(request, _SMALL_BYTES if must_call else _LARGE_BYTES):
             return check(request)
         return await self.run(lambda: check(request))
 
