@@ -8,8 +8,8 @@ interface Type<Input, Request> {
 const ENUMS: Readonly<Record<string, object>> = { role: Role, mode: ToolChoice_Mode };
 
 /**
- * The request with the fields of `input`. The stubs would leave out a field that they do not know, and send -1 for an
- * enum's value; TypeScript refuses most of that, JavaScript nothing.
+ * The request with the fields of `input`. The stubs would leave out a field that they do not know, take what is no
+ * object for an empty one, and send -1 for an enum's value; TypeScript refuses most of that, JavaScript nothing.
  *
  * @throws TypeError: it names the field, by its path.
  */
@@ -20,13 +20,15 @@ export function build<Input, Request>(type: Type<Input, Request>, input: Input):
 }
 
 function check(given: unknown, made: unknown, path: string): void {
-  if (given === made || !isObject(given) || !isObject(made)) return;
+  if (given === made || !isObject(made)) return;
+  if (!isObject(given)) throw new TypeError(`${path || "the request"}: ${JSON.stringify(given)} is no object`);
   for (const [key, value] of Object.entries(given)) {
     if (value === undefined || value === null) continue;
     const at = Array.isArray(given) ? `${path}[${key}]` : path === "" ? key : `${path}.${key}`;
-    if (!(key in made)) throw new TypeError(`${at}: no such field`);
-    if (key in ENUMS) checkName(value, ENUMS[key]!, at);
+    if (!Object.hasOwn(made, key)) throw new TypeError(`${at}: no such field`);
+    if (Object.hasOwn(ENUMS, key)) checkName(value, ENUMS[key]!, at);
     check(value, made[key], at);
+    if (key === "responseFormat") checkForm(made[key] as object, at);
   }
 }
 
@@ -35,6 +37,12 @@ function checkName(value: unknown, names: object, path: string): void {
   if (known.includes(value)) return;
   const choices = known.filter((name) => !name.endsWith("_UNSPECIFIED")).map((name) => JSON.stringify(name));
   throw new TypeError(`${path}: ${JSON.stringify(value)} is none of ${choices.join(", ")}`);
+}
+
+// Of several members of a oneof the last one sent would count.
+function checkForm(made: object, path: string): void {
+  const numForms = Object.values(made).filter((form) => form !== undefined).length;
+  if (numForms > 1) throw new TypeError(`${path}: takes exactly one form, not ${numForms}`);
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {

@@ -382,6 +382,11 @@ test("what no request has is refused at the call, by its path", async () => {
     [{ ...QUESTION, toolChoice: { mode: "required" } }, /^toolChoice\.mode: "required" is none of "MODE_AUTO", /],
     [{ ...QUESTION, generationConfig: { max_new_tokens: 5 } }, /^generationConfig\.max_new_tokens: no such field$/],
     [{ ...QUESTION, temperature: 1 }, /^temperature: no such field$/],
+    [{ ...QUESTION, constructor: 1 }, /^constructor: no such field$/],
+    [{ ...QUESTION, toolChoice: "required" }, /^toolChoice: "required" is no object$/],
+    [{ ...QUESTION, responseFormat: "json_object" }, /^responseFormat: "json_object" is no object$/],
+    [{ ...QUESTION, responseFormat: { regex: "a", grammar: "b" } }, /^responseFormat: takes exactly one form, not 2$/],
+    [{ messages: ["Hi"] }, /^messages\[0\]: "Hi" is no object$/],
   ];
   for (const [request, message] of refused) {
     const error = { name: "TypeError", message };
