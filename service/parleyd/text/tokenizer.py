@@ -125,8 +125,9 @@ class Tokenizer:
 
     def first_bytes(self, token_id: int) -> bytes:
         """The bytes of an id at the start of a text, of which some vocabularies drop the first space."""
-        text = self.decode([token_id], skip_special_tokens=False)
-        return self.token_bytes(token_id) if "\ufffd" in text else text.encode()
+        data = self.token_bytes(token_id)  # not those of its text, which may end amid a character
+        num_dropped = len(data.decode(errors="replace")) - len(self.decode([token_id], skip_special_tokens=False))
+        return data[num_dropped:]
 
     def fallback_byte(self, token_id: int) -> bytes | None:
         """The byte of a byte fallback piece such as `<0xE2>`; None for every other id."""

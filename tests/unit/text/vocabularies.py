@@ -21,10 +21,10 @@ def byte_level() -> Tokenizer:
 
 
 def byte_level_without_first_space() -> Tokenizer:
-    """Bytes and a word, in texts whose first space goes."""
+    """Bytes, a word and the first byte of "é" after a space, in texts whose first space goes."""
     backend = byte_level_tokenizer()
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    backend.add_tokens([AddedToken("Ġthe", normalized=False)])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in ("Ġthe", "ĠÃ")])
     return Tokenizer(backend)
 
 
