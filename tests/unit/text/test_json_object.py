@@ -1,4 +1,4 @@
-"""JSON objects as requests may hold them; what is scanned as it arrives: test_json_scanner.py."""
+"""JSON objects as conversations may hold them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parleyd.text.json_object import JsonObjectScanner, load_object
+from parleyd.text.json_object import load_object
+from parleyd.text.json_scanner import JsonObjectScanner
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),

@@ -8,7 +8,7 @@ from typing import Any
 
 import regex
 
-from parleyd.text.json_object import JsonObjectScanner
+from parleyd.text.json_scanner import JsonObjectScanner
 from parleyd.text.markers import MAX_SPACE, end_before_space, num_matched
 from parleyd.text.parsed_text import ParsedText
 from parleyd.text.tool_format.tool_format import SPACE, ToolCallPiece, ToolFormat
