@@ -23,7 +23,7 @@ HEAD = """\
 
 Every setting of `parleyd serve` is a flag and an environment variable; the flag wins. A bad value stops the start with
 its name and what is allowed, and so does an unknown flag or variable `PARLEY_…` (but for those of the command `parley`,
-and those in which Kubernetes tells of services of that name).
+and those in which Kubernetes tells of services of that name). No number may be above 2147483647.
 """
 SECTIONS = (("Model", ModelSettings), ("Server", ServerSettings), ("Security", SecuritySettings))
 
