@@ -17,7 +17,7 @@ from parleyd.text.tokenizer import Tokenizer
 # What one grammar may take to compile, and a token of it. Typical ones need a thousandth of it.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
-    step_lexer_fuel=25_000,
+    step_lexer_fuel=100_000,
     step_max_items=20_000,
     max_lexer_states=50_000,
     max_grammar_size=200_000,
