@@ -59,7 +59,7 @@ def _why_not_loaded(error: Exception, settings: ModelSettings) -> str:
     if isinstance(error, StartupError):
         text = str(error)
     else:
-        # Such as numbers that no model can have, which fail anywhere; the next worker would not fare better.
+        # Such as numbers that no model can have, which fail anywhere, or too little memory.
         _logger.debug("loading %s failed", settings.model, exc_info=True)
         reason = f"it cannot be served: {one_line(error)} (--log-level debug tells where)"
         if is_out_of_memory(error):
