@@ -21,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessor, MinNewTokens
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from parleyd.errors import StartupError
 from parleyd.generation import (
     NOT_FINITE,
     NUM_TOP_LOGPROBS,
@@ -74,6 +75,7 @@ class GenerateEngine:
         self._max_context_tokens = max_context_tokens
         self._grammars = grammars
         self._base_config = _without_governed_fields(model.generation_config)
+        self._decoder_start_id = _decoder_start_id(model)
         # generate() fills what a request leaves unset from here; requests leave unset on purpose.
         model.generation_config = GenerationConfig()
         self._sequences: dict[int, _Sequence] = {}
@@ -175,17 +177,27 @@ class GenerateEngine:
             logprobs = (self._logprob(token_id, params.top_logprobs),) if params.logprobs else ()
             self._outputs.put(Output(key=request.key, token_ids=(token_id,), logprobs=logprobs, finish_reason=reason))
 
-        input_ids = torch.tensor(
-            [[*request.prompt_ids, *request.output_ids]], dtype=torch.int64, device=self._model.device
-        )
+        inputs, num_before = self._inputs(request)
         self._model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
             generation_config=self._config(params, max_new_tokens - len(request.output_ids), stop_ids),
-            logits_processor=self._processors(params, len(request.prompt_ids), stop_ids, grammar),
+            logits_processor=self._processors(params, num_before, stop_ids, grammar),
             stopping_criteria=[_Ended(sequence)],
             streamer=_TokenStreamer(on_token),
         )
+
+    def _inputs(self, request: EngineRequest) -> tuple[dict[str, torch.Tensor], int]:
+        """What the model reads, and how many ids `generate` has before the first that was generated."""
+
+        def row(*token_ids: int) -> torch.Tensor:
+            return torch.tensor([token_ids], dtype=torch.int64, device=self._model.device)
+
+        prompt_ids, output_ids = request.prompt_ids, request.output_ids
+        if self._decoder_start_id is None:
+            return {"input_ids": row(*prompt_ids, *output_ids)}, len(prompt_ids)
+        decoder_ids = row(self._decoder_start_id, *output_ids)
+        return {"input_ids": row(*prompt_ids), "decoder_input_ids": decoder_ids}, 1
 
     def _start_grammar(self, request: EngineRequest) -> GrammarState | None:
         if not request.params.grammar:
@@ -226,7 +238,7 @@ class GenerateEngine:
         return config
 
     def _processors(
-        self, params: SamplingParams, prompt_length: int, stop_ids: list[int], grammar: GrammarState | None
+        self, params: SamplingParams, num_before: int, stop_ids: list[int], grammar: GrammarState | None
     ) -> list[LogitsProcessor]:
         processors: list[LogitsProcessor] = []
         masked_ids = sorted({*self._eos_token_ids, *stop_ids})
@@ -234,22 +246,36 @@ class GenerateEngine:
             # Not through the config: there it would mask only ids that end the answer, and so not EOS under ignore_eos.
             processors.append(
                 MinNewTokensLengthLogitsProcessor(
-                    prompt_length, params.min_new_tokens, masked_ids, device=str(self._model.device)
+                    num_before, params.min_new_tokens, masked_ids, device=str(self._model.device)
                 )
             )
         if params.presence_penalty or params.frequency_penalty:
-            processors.append(_CountPenalties(params, prompt_length))
+            processors.append(_CountPenalties(params, num_before))
         if grammar is not None:
-            processors.append(_Steered(grammar, prompt_length))
+            processors.append(_Steered(grammar, num_before))
         if params.do_sample:
-            processors.append(_PositionSeed(params.seed, params.choice, prompt_length))
+            processors.append(_PositionSeed(params.seed, params.choice, num_before))
         return processors
 
 
 def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The decoder's layers: the longest list of modules."""
-    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    """The layers of the decoder, and of the encoder where there is one: the longest list of modules of each."""
+    parts: list[Any] = [model]
+    if model.config.is_encoder_decoder:
+        parts = [model.get_encoder(), model.get_decoder()]
+    lists = [[list(one) for one in part.modules() if isinstance(one, torch.nn.ModuleList)] for part in parts]
+    return [layer for of_part in lists for layer in max(of_part, key=len, default=[])]
+
+
+def _decoder_start_id(model: PreTrainedModel) -> int | None:
+    """What an encoder-decoder's answers begin with; None for a decoder, whose answers continue the prompt."""
+    if not model.config.is_encoder_decoder:
+        return None
+    config = model.generation_config
+    start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+    if start is None:
+        raise StartupError("the model names no decoder_start_token_id, and no bos_token_id")
+    return int(start)
 
 
 def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
@@ -304,39 +330,39 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
 class _CountPenalties(LogitsProcessor):  # type: ignore[misc]
     """Subtracts the presence and frequency penalties of the ids generated so far."""
 
-    def __init__(self, params: SamplingParams, prompt_length: int) -> None:
+    def __init__(self, params: SamplingParams, num_before: int) -> None:
         self._params = params
-        self._prompt_length = prompt_length
+        self._num_before = num_before
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         params = self._params
-        counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[1])
+        counts = torch.bincount(input_ids[0, self._num_before :], minlength=scores.shape[1])
         return scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
 
 
 class _Steered(LogitsProcessor):  # type: ignore[misc]
     """Masks what the grammar does not allow next."""
 
-    def __init__(self, grammar: GrammarState, prompt_length: int) -> None:
+    def __init__(self, grammar: GrammarState, num_before: int) -> None:
         self._grammar = grammar
-        self._prompt_length = prompt_length
+        self._num_before = num_before
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
-        mask_by_grammar(scores, [GrammarRow(0, self._grammar, input_ids.shape[1] - self._prompt_length)])
+        mask_by_grammar(scores, [GrammarRow(0, self._grammar, input_ids.shape[1] - self._num_before)])
         return scores
 
 
 class _PositionSeed(LogitsProcessor):  # type: ignore[misc]
     """Seeds torch anew before each draw, by (seed, choice, position): a draw depends on nothing else."""
 
-    def __init__(self, seed: int, choice: int, prompt_length: int) -> None:
+    def __init__(self, seed: int, choice: int, num_before: int) -> None:
         self._seed = seed
         self._choice = choice
-        self._prompt_length = prompt_length
+        self._num_before = num_before
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        position = input_ids.shape[1] - self._prompt_length
+        position = input_ids.shape[1] - self._num_before
         digest = hashlib.blake2b(struct.pack("<QQQ", self._seed, self._choice, position), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little"))
         return scores

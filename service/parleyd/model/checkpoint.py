@@ -43,7 +43,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, allow_pickle: bool = False) -> Checkpoint:
-        """Raises StartupError where the folder holds no causal language model in safetensors files that are whole, or,
+        """Raises StartupError where the folder holds no language model in safetensors files that are whole, or,
         where that is allowed, in pickled ones."""
         if not (folder / "config.json").is_file():
             raise StartupError(f"--model {folder}: {_why_no_model(folder)}")
@@ -91,14 +91,11 @@ def _why_no_model(folder: Path) -> str:
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    # transformers would take the decoder alone, and find that it lacks weights.
-    if config.get("is_encoder_decoder"):
-        raise StartupError(f"--model {folder}: an encoder-decoder, not a causal language model")
     # transformers would load the body of, say, a classifier and make up the head that is missing.
     architectures = config.get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if names and all("For" in name and not any(head in name for head in _CAUSAL_HEADS) for name in names):
-        raise StartupError(f"--model {folder}: not a causal language model but {', '.join(names)}")
+        raise StartupError(f"--model {folder}: not a language model but {', '.join(names)}")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
@@ -64,7 +64,8 @@ def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> Load
 
 
 def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:
-    auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
+    # Of an encoder-decoder the first would take the decoder alone. Their annotations know no output_loading_info.
+    auto_model: Any = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
     optional = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
     if quantization is not None:
         optional["quantization_config"] = quantization
@@ -96,7 +97,7 @@ def _reason(error: Exception, settings: ModelSettings) -> str:
     if "trust_remote_code" in text:
         return "it comes with Python code of its own; if you trust its authors, run that with --trust-remote-code"
     if "Unrecognized configuration class" in text:
-        return "not a causal language model"
+        return "not a model that generates text from text"
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         return f"transformers {transformers.__version__} does not know this kind of model: {explain.one_line(error)}"
     if isinstance(error, ImportError):

@@ -17,6 +17,7 @@ def batching_obstacle(model: PreTrainedModel) -> str | None:
     layer_types = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     obstacles = {
+        "it is an encoder-decoder": model.config.is_encoder_decoder,
         "it keeps a state instead of keys and values": getattr(model, "_is_stateful", False),
         "it takes no attention function of ours": not getattr(model, "_supports_attention_backend", False),
         f"layers of {', '.join(sorted(layer_types))}": bool(layer_types - {"full_attention"}),

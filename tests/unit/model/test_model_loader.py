@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 
 from parleyd.config import ModelSettings
 from parleyd.generation import ModelInfo, SamplingDefaults
@@ -46,6 +46,14 @@ def test_another_architecture_loads_as_well(tmp_path: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
     described = info(write_tiny_tokenizer(tmp_path))
     assert (described.max_context_tokens, described.vocab_size, described.dtype) == (77, VOCAB_SIZE, "float32")
+
+
+def test_of_an_encoder_decoder_both_halves_load(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=VOCAB_SIZE, d_model=32, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    loaded = load(write_tiny_tokenizer(tmp_path))
+    assert isinstance(loaded.model, T5ForConditionalGeneration)
+    assert (loaded.info.max_context_tokens, loaded.info.vocab_size) == (1_000_000, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
