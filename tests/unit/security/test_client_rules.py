@@ -49,9 +49,9 @@ def test_a_star_stands_for_anything_and_the_rest_for_itself(
 
 def test_an_identity_made_for_a_pattern_of_many_stars_takes_no_time(tmp_path: Path) -> None:
     rules = read(tmp_path, '[[client]]\nidentity = "jwt:*-*-*-*-*-*-*-*x"\nrpcs = []\n')
-    started = time.perf_counter()
+    started = time.thread_time()
     assert rules.find("jwt:" + "-" * 252) == DEFAULTS
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 @pytest.mark.parametrize(
