@@ -300,15 +300,19 @@ async def test_a_grammar_has_no_more_time_where_the_process_is_new(
 
 
 @pytest.mark.parametrize(
-    ("command", "error"),
-    [(counting(1), InvalidRequest), ((sys.executable, "-c", "import os; os._exit(1)"), EngineFault)],
+    ("command", "error", "text"),
+    [
+        (counting(1), InvalidRequest, "too complex"),
+        ((sys.executable, "-c", "import os; os._exit(1)"), EngineFault, "does not start"),
+        (("/nothing",), EngineFault, "cannot be started: .*No such file"),
+    ],
 )
 async def test_a_checker_that_dies_refuses_what_it_died_of_and_nothing_for_not_starting(
-    checkers: StartChecker, regex_of: RegexOf, command: tuple[str, ...], error: type[Exception]
+    checkers: StartChecker, regex_of: RegexOf, command: tuple[str, ...], error: type[Exception], text: str
 ) -> None:
     checker = checkers(command)
     for regex in "abc":
-        with pytest.raises(error, match="too complex" if error is InvalidRequest else "does not start"):
+        with pytest.raises(error, match=text):
             await checker.check(regex_of(regex))
 
 

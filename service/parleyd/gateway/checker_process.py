@@ -31,7 +31,7 @@ class CheckerProcess:
     async def check(self, question: CheckGrammar) -> GrammarChecked:
         """The verdict; TOO_COMPLEX where the question takes more than 5 s, or a process of its own dies of it.
 
-        Raises OSError, RuntimeError or EngineFault where the process cannot be started.
+        Raises EngineFault where the process cannot be started.
         """
         try:
             verdict = await self._ask(question, _TIMEOUT_S) if self._link is not None else None
@@ -53,7 +53,10 @@ class CheckerProcess:
 
     async def _start(self, info: ModelInfo) -> None:
         """A question of ours comes first: one of a client's must not have the time that a start may take."""
-        self._link = await WorkerLink.start(self._command)
+        try:
+            self._link = await WorkerLink.start(self._command)
+        except (OSError, RuntimeError) as error:  # no file can be opened, no thread begun
+            raise EngineFault(f"the process that checks grammars cannot be started: {error}") from error
         with suppress(TimeoutError):
             if await self._ask(CheckGrammar(info, "regex", "a"), _START_TIMEOUT_S) is not None:
                 return
