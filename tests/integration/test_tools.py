@@ -231,6 +231,21 @@ def test_a_call_that_must_be_made_is_read_as_any_other(
     assert answer.finish_reason == generation_pb2.FINISH_REASON_TOOL_CALLS
 
 
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"tools": TOOLS, "tool_choice": REQUIRED}, "tools"),
+        ({"response_format": generation_pb2.ResponseFormat(regex=".*")}, "response_format"),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_further_names_what_it_is_made_of(
+    families: Families, fields: dict[str, Any], path: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        families["qwen"].stub.Generate(ask(saying("qwen", "!misfit"), **fields), timeout=60)
+    assert violated_fields(raised.value) == [path]
+
+
 def test_a_model_may_reason_before_the_call_that_it_must_make(families: Families) -> None:
     text = "Hm.\n</think>\n\n" + spell("qwen", "get_weather", '{"city": "Bern"}')
     request = ask(saying("qwen", text), tools=TOOLS, tool_choice=REQUIRED)

@@ -5,8 +5,9 @@ the end token. Some messages are orders:
 `!forever` never ends, `!die` kills the process, `!die-at 3 text` kills it once, after 3 ids of its answer, `!hang-at`
 stops it there instead, `!break-at` makes `step` raise there, `!die-after 1 text` kills each worker that has made one id
 of it, `!garble` makes the worker send nonsense once, `!fail` makes the engine fail for the request after one id,
-`!fail 2` for its choice 2, `!fail-first` before any, `!choice` answers with the choice's number, `!ids 240 159` with
-these ids, `!wait` gives no token until it is aborted, `!touch PATH` makes the file in the step that gives its first.
+`!fail 2` for its choice 2, `!fail-first` before any, `!misfit` says that its grammar cannot be followed, `!choice`
+answers with the choice's number, `!ids 240 159` with these ids, `!wait` gives no token until it is aborted,
+`!touch PATH` makes the file in the step that gives its first.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ MAX_CONTEXT_TOKENS = 4096
 
 class BrokenEngineError(Exception):
     """What no step can follow."""
+
+
+class MisfitError(Exception):
+    """A grammar that cannot be followed any further."""
 
 
 class ScriptedEngine:
@@ -94,6 +99,9 @@ class ScriptedEngine:
         except RuntimeError as error:
             del self._running[key]
             return Output(key=key, error=str(error))
+        except MisfitError as error:
+            del self._running[key]
+            return Output(key=key, grammar_error=str(error))
         if token_id is None:
             return None
         self._counts[key] += 1
@@ -151,6 +159,8 @@ def script(request: EngineRequest) -> Iterator[int]:
             raise raise_after_first_id
         case "!fail-first":
             raise RuntimeError("scripted failure")
+        case "!misfit":
+            raise MisfitError("scripted misfit")
         case "!touch":
             Path(words[1]).touch()
             yield ord("x")

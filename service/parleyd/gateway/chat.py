@@ -134,6 +134,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             answers=[self._answer(request, params, prompt, index) for index in range(num_choices)],
             priority=request.priority,
             deadline=deadline,
+            grammar_field="tools" if tools.is_required(request.tool_choice) else "response_format",
         )
         if request.resume.token_ids:
             await self._prompts.run(lambda: self._resume(generation, request.resume.token_ids))

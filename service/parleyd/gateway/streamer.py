@@ -31,9 +31,11 @@ class Delta:
 class Streamer:
     """Collects a request's outputs. What a slow reader has not taken is merged, so at most one answer waits here."""
 
-    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
-        """`on_end` is called when nothing more will come, whether or not what came has been taken."""
+    def __init__(self, on_end: Callable[[], None] = lambda: None, grammar_field: str = "") -> None:
+        """`on_end` is called when nothing more will come, whether or not what came has been taken. `grammar_field` is
+        the request's that has the grammar, if any has."""
         self._on_end = on_end
+        self._grammar_field = grammar_field
         self._token_ids: list[int] = []
         self._logprobs: list[bytes] = []  # of an answer that nobody reads, a sixth of the memory of objects
         self._finish_reason: FinishReason | None = None
@@ -53,7 +55,7 @@ class Streamer:
         if output.error is not None:
             self._error = EngineFault(output.error)
         elif output.grammar_error is not None:
-            self._error = InvalidRequest([Violation("response_format", output.grammar_error)])
+            self._error = InvalidRequest([Violation(self._grammar_field, output.grammar_error)])
         self._news.set()
         if output.is_last:
             self._on_end()

@@ -82,14 +82,15 @@ class WorkerClient:
         return len(self._open)
 
     async def generate(
-        self, request: EngineRequest, on_end: Callable[[], None] = lambda: None
+        self, request: EngineRequest, on_end: Callable[[], None] = lambda: None, grammar_field: str = ""
     ) -> AsyncGenerator[Delta]:
         """Yields the answer's token ids as they come. Closing the generator early stops the worker within one token.
 
         `on_end` is called once the worker is done with the request, however much of it its reader has taken by then.
+        `grammar_field` is named where the grammar cannot be followed.
         Raises EngineFault, or whatever else ended the request.
         """
-        entry = self._open[request.key] = _OpenRequest(request, Streamer(on_end), current_call.get())
+        entry = self._open[request.key] = _OpenRequest(request, Streamer(on_end, grammar_field), current_call.get())
         self._newcomers[request.key] = entry
         self._observe_start(entry)
         self._go_on()
