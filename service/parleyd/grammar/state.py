@@ -31,10 +31,17 @@ class GrammarState:
     """
 
     def __init__(
-        self, matcher: LLMatcher, clock: Clock, params: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int
+        self,
+        tokenizer: LLTokenizer,
+        matcher: LLMatcher,
+        clock: Clock,
+        params: SamplingParams,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
     ) -> None:
         self.error: str | None = None
         self.eos_token_id = eos_token_ids[0]
+        self._tokenizer = tokenizer
         self._matcher = matcher
         self._clock = clock
         self._min_new_tokens = params.min_new_tokens
@@ -65,6 +72,7 @@ class GrammarState:
             with self._clock.timing():
                 fill_next_token_bitmask(self._matcher, mask, row)
                 raise_error(self._matcher)
+                self._spell_out(bits)
         except (GrammarError, ValueError) as error:
             self._fail(error)
             bits[:] = 0
@@ -76,6 +84,18 @@ class GrammarState:
             return False
         bits |= self._eos_bits
         return True
+
+    def _spell_out(self, bits: NDArray[np.uint8]) -> None:
+        """Of text that nothing else may follow the library allows its first token alone, as its tokenizer reads it: for
+        what spells a special token that token, which it then does not take."""
+        if np.count_nonzero(bits) != 1:
+            return
+        place = int(bits.argmax())
+        token_id = place * 8 + int(bits[place]).bit_length() - 1
+        matcher, tokenizer = self._matcher, self._tokenizer
+        if tokenizer.is_special_token(token_id) and not (matcher.is_accepting() or matcher.validate_tokens([token_id])):
+            first, *_ = tokenizer.greedy_tokenize(matcher.compute_ff_bytes().decode(errors="ignore"))
+            bits[place], bits[first // 8] = 0, 1 << first % 8
 
     def _fail(self, error: Exception) -> None:
         self.error = f"cannot be followed any further: {error}"
@@ -93,11 +113,11 @@ class GrammarCompiler:
 
     def start(self, request: EngineRequest) -> Future[GrammarState]:
         """The state of a request that has a grammar, its output ids taken. Fails with GrammarError. Never waits."""
-        compiled = self._compile(request.params.grammar)
+        tokenizer, compiled = self._compile(request.params.grammar)
         # Not by whoever asks: it may take a while, and no other thread can run while ids are replayed.
-        return self._executor.submit(lambda: self._state_of(compiled.result(), request))
+        return self._executor.submit(lambda: self._state_of(tokenizer.result(), compiled.result(), request))
 
-    def _compile(self, grammar: str) -> Future[LLMatcher]:
+    def _compile(self, grammar: str) -> tuple[Future[LLTokenizer], Future[LLMatcher]]:
         with self._lock:
             if self._tokenizer is None or _has_failed(self._tokenizer):
                 # Only where grammars are used at all: it takes time and memory.
@@ -112,13 +132,14 @@ class GrammarCompiler:
             self._compiled[grammar] = compiled
             if len(self._compiled) > _MAX_CACHED:
                 self._compiled.popitem(last=False)
-            return compiled
+            return tokenizer, compiled
 
-    def _state_of(self, compiled: LLMatcher, request: EngineRequest) -> GrammarState:
+    def _state_of(self, tokenizer: LLTokenizer, compiled: LLMatcher, request: EngineRequest) -> GrammarState:
         matcher, clock = compiled.deep_copy(), Clock()
         if replay(matcher, request.output_ids, clock) < len(request.output_ids):
             raise GrammarError("does not allow the ids that are there already")
-        return GrammarState(matcher, clock, request.params, self._info.eos_token_ids, self._info.vocab_size)
+        info = self._info
+        return GrammarState(tokenizer, matcher, clock, request.params, info.eos_token_ids, info.vocab_size)
 
 
 def _has_failed(future: Future[Any]) -> bool:

@@ -65,6 +65,12 @@ def test_every_answer_that_ends_matches_as_a_whole(
     assert [text for text in ended if not re.fullmatch(pattern, text)] == []
 
 
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>b", "<|im_end|><|endoftext|>"])
+def test_text_that_spells_a_special_token_is_written_as_text(engine: BatchingEngine, text: str) -> None:
+    answer = run_all(engine, [ask_engine(0, to_grammar("choice", json.dumps([text])))])[0]
+    assert (answer.token_ids, answer.finish_reason) == ([*text.encode(), EOS], FinishReason.STOP)
+
+
 def test_json_object_is_an_object_with_any_members(engine: BatchingEngine) -> None:
     grammar = to_grammar("json_object", "")
     answers = run_all(engine, [ask_engine(key, grammar) for key in range(16)]).values()
