@@ -261,6 +261,12 @@ def test_an_admin_port_beyond_this_machine_must_be_asked_for() -> None:
         asyncio.run(build())
 
 
+def test_the_admin_port_may_have_an_ipv6_address(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(admin_port=0, admin_host="::1")
+    assert gateway.admin.startswith("[::1]:")
+    assert get(gateway, "/healthz")[0] == 200
+
+
 def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:
     from parleyd.telemetry.admin import AdminServer
 

@@ -66,8 +66,9 @@ class _Server(ThreadingWSGIServer):
 
     request_queue_size = 128  # where the default of 5 is full, the kernel has clients try again after seconds
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, address: tuple[str, int], *args: Any, **kwargs: Any) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, *args, **kwargs)
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
         self._open: dict[socket.socket, float] = {}  # since when, the oldest first
 
