@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,8 +105,10 @@ class CallDefaults:
 
     def args(self, timeout: float | None) -> dict[str, Any]:
         """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""
+        limit = self.timeout if timeout is None else timeout
         metadata = self.metadata if self.api_key is None else (*self.metadata, authorization(self.api_key))
-        return {"timeout": self.timeout if timeout is None else timeout, "metadata": metadata}
+        # gRPC takes an endless one for one that has passed.
+        return {"timeout": None if limit == math.inf else limit, "metadata": metadata}
 
     def patience(self, timeout: float | None) -> Patience:
         """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together."""

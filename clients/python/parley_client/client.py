@@ -101,7 +101,7 @@ class Client:
 
         Args:
             messages: the conversation, oldest first; earlier replies may stand in it as they are.
-            timeout: seconds that queueing and generation may take; None is the client's own.
+            timeout: seconds that queueing and generation may take; None is the client's own, `math.inf` no limit.
             **options: see `ChatOptions`.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from enum import StrEnum
 
@@ -40,7 +41,7 @@ class ReadinessWait:
 
     def __init__(self, timeout: float | None) -> None:
         self._timeout = timeout
-        self._expires = None if timeout is None else time.monotonic() + timeout
+        self._expires = math.inf if timeout is None else time.monotonic() + timeout
         self.last_seen = "no answer from the server"
 
     def remaining_s(self) -> float | None:
@@ -49,12 +50,10 @@ class ReadinessWait:
         Raises:
             DeadlineExceeded: none is left.
         """
-        if self._expires is None:
-            return None
         remaining = self._expires - time.monotonic()
         if remaining <= 0:
             raise DeadlineExceeded(f"not ready within {self._timeout:g} s: {self.last_seen}")
-        return remaining
+        return None if remaining == math.inf else remaining
 
     def saw(self, status: HealthStatus) -> bool:
         """Notes a state; whether it is the one waited for."""

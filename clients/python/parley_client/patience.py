@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ class Patience:
 
     def __init__(
         self,
-        args: Callable[[float | None], dict[str, Any]],
+        args: Callable[[float], dict[str, Any]],
         timeout: float | None,
         max_failures: int,
         contact: Contact,
@@ -38,7 +39,7 @@ class Patience:
         self._contact = contact
         self._failures = 0
         self._last: ParleyError | None = None
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._deadline = math.inf if timeout is None else time.monotonic() + timeout
 
     def note_progress(self) -> None:
         """To be called with each part of an answer."""
@@ -75,7 +76,7 @@ class Patience:
 
     def call_args(self) -> dict[str, Any]:
         """Keyword arguments of the next call."""
-        return self._args(None if self._deadline is None else self._remaining_s())
+        return self._args(self._remaining_s())
 
     def _remaining_s(self) -> float:
-        return float("inf") if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return max(0.0, self._deadline - time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import grpc
@@ -259,6 +260,15 @@ def test_timeouts_are_the_deadline_of_the_call(connect, server, method, whose):
             list(getattr(client, method)(QUESTION, timeout=0.3 if whose == "call" else None))
         assert server.has_seen_the_end()
     assert deadlines[0] < 1
+
+
+def test_an_endless_timeout_is_none(connect, server):
+    server.says("Hello")
+    server.script["Watch"] = lambda request, context: iter([health_pb2.HealthCheckResponse(status=1)])
+    with connect(server.target, timeout=1e-6) as client:
+        client.wait_until_ready(timeout=math.inf)
+        assert str(client.chat(QUESTION, timeout=math.inf)) == "Hello"
+        assert "".join(map(str, client.stream(QUESTION, timeout=math.inf))) == "Hello"
 
 
 def test_credentials_secure_the_channel(connect):
