@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -61,7 +62,10 @@ def bits_of(value: float) -> int:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keeps what is compiled from now on, for later processes."""
+    """Keeps what is compiled from now on, for later processes. Raises OSError where the folder cannot be written: numba
+    would compile nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=folder).close()
     config.CACHE_DIR = str(folder)
 
 

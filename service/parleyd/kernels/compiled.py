@@ -33,7 +33,11 @@ def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
         from parleyd.cpu_kernels import decode, layers, products, threads, trial
 
         sources = sorted(Path(cpu_kernels.__file__).parent.glob("*.py"))
-        threads.keep_compiled(cache / f"kernels-{cache_key(numba.__version__, *sources)}")
+        folder = cache / f"kernels-{cache_key(numba.__version__, *sources)}"
+        try:
+            threads.keep_compiled(folder)
+        except OSError as error:
+            _logger.warning("kernels are compiled at each start: %s cannot be written: %s", folder, error.strerror)
         trial.check_layers(layers, layer_ops, head_dim)
         trial.check_products(products)
     except Exception as error:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numba import config
 
-from parleyd.cpu_kernels import layers, threads
+from parleyd.cpu_kernels import layers, threads, trial
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.kernels.choice import AttentionShape, choose_kernels
 from parleyd.kernels.compiled import CompiledKernels, compiled_kernels
@@ -65,6 +65,19 @@ def test_without_gnu_openmp_there_are_none(
         monkeypatch.setattr(layers, kernel.__name__, kernel.__wrapped__)  # as in a new process
     assert compiled_kernels(tmp_path, 16) is None
     assert "no libgomp" in caplog.text
+
+
+def test_where_they_cannot_be_kept_they_are_compiled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    # As in an image that is read-only as a whole: numba would look in the package and the home folder too.
+    monkeypatch.setattr(config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")
+    monkeypatch.setattr(layers, "_norm_kernel", layers._norm_kernel.__wrapped__)  # as in a new process
+    monkeypatch.setattr(trial, "check_products", lambda _: None)  # takes seconds to compile
+    (tmp_path / "file").touch()
+    assert compiled_kernels(tmp_path / "file", 16)
+    assert "kernels are compiled at each start" in caplog.text
 
 
 def test_layers_that_compute_something_else_are_not_taken(
