@@ -17,6 +17,9 @@ from parleyd.kernels.layout import StepLayout, attend
 _logger = logging.getLogger("parleyd.engine")
 
 _ATTENTION = "parley_paged"
+# What some layers ask of attention, and ours has not: sinks, caps, biases, blocks that an index chose. The check would
+# find it out only where it changes much.
+_UNKNOWN_OPTIONS = frozenset({"s_aux", "sinks", "softcap", "position_bias", "indices", "block_indices"})
 _CHECK_TOKENS = 24
 # Of the largest logit: far above what rounding does, also in bfloat16, and far below what a wrong mask does.
 _CHECK_TOLERANCE = 0.05
@@ -43,10 +46,19 @@ class StockForward:
         return logits
 
     def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float | None = None,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """What transformers calls. `query`: `[1, heads, rows, head_dim]`; the result has heads after rows."""
         assert self._layout is not None
+        if unknown := [name for name in _UNKNOWN_OPTIONS & options.keys() if options[name] is not None]:
+            raise NotImplementedError(f"attention with {', '.join(unknown)}")
         self.progress += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from parleyd.config import ModelSettings
 from parleyd.engine.generate import GenerateEngine
@@ -69,6 +70,14 @@ def test_layers_that_never_ask_for_our_attention_are_found_out(caplog: pytest.Lo
     while not outputs[-1].is_last:
         outputs += engine.step()
     assert [token_id for output in outputs for token_id in output.token_ids] == expected
+
+
+def test_attention_sinks_are_found_out_where_they_change_little() -> None:
+    model = make_model("Flint", head_dim=8, layer_types=["full_attention"] * 2, sliding_window=CONTEXT)
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.sinks, -2.0)
+    assert batching_obstacle(model) is None
+    assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
 
 
 def test_a_kv_cache_that_does_not_hold_one_full_context_is_refused() -> None:
