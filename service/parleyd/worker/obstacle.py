@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def batching_obstacle(model: PreTrainedModel) -> str | None:
         "it keeps a state instead of keys and values": getattr(model, "_is_stateful", False),
         "it takes no attention function of ours": not getattr(model, "_supports_attention_backend", False),
         f"layers of {', '.join(sorted(layer_types))}": bool(layer_types - {"full_attention"}),
-        "sliding-window attention": window is not None and window < config.max_position_embeddings,
+        "sliding-window attention": window is not None and window < getattr(config, "max_position_embeddings", math.inf),
         "soft-capped attention": getattr(config, "attn_logit_softcapping", None) is not None,
         "rotary embeddings that change with the length": bool(_rope_types(config) & _LENGTH_DEPENDENT_ROPE),
         "it is spread over several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,

@@ -52,6 +52,12 @@ def test_what_batching_cannot_drive_is_served_by_generate_with_the_reason_logged
     assert why in (batching_obstacle(model) or "") and why in caplog.text
 
 
+def test_a_model_with_windows_and_without_a_longest_context_is_served_by_generate() -> None:
+    model = make_model("RecurrentGemma", head_dim=8, block_types=["recurrent", "attention"])
+    del model.config.max_position_embeddings
+    assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
+
+
 def test_an_attention_implementation_that_has_no_effect_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model("Llama")
     build_engine(ModelSettings(attn_implementation="eager"), model, info_of(model))
