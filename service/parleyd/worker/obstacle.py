@@ -24,6 +24,8 @@ def batching_obstacle(model: PreTrainedModel) -> str | None:
         f"layers of {', '.join(sorted(layer_types))}": bool(layer_types - {"full_attention"}),
         "sliding-window attention": window is not None and window < getattr(config, "max_position_embeddings", math.inf),
         "soft-capped attention": getattr(config, "attn_logit_softcapping", None) is not None,
+        # Counted in rows of a forward pass, which begins with the cache that transformers keeps.
+        "attention scaled by positions of its own": getattr(config, "attn_temperature_tuning", False),
         "rotary embeddings that change with the length": bool(_rope_types(config) & _LENGTH_DEPENDENT_ROPE),
         "it is spread over several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from parleyd.config import ModelSettings
 from parleyd.engine.generate import GenerateEngine
@@ -18,6 +19,7 @@ from tests.support.tiny_models import (
     CONTEXT,
     FAMILIES,
     LEAN,
+    SIZES,
     info_of,
     make_model,
     oracle,
@@ -50,6 +52,12 @@ def test_what_batching_cannot_drive_is_served_by_generate_with_the_reason_logged
     name, engine = build_engine(ModelSettings(), model, info_of(model))
     assert name == "generate" and isinstance(engine, GenerateEngine)
     assert why in (batching_obstacle(model) or "") and why in caplog.text
+
+
+def test_layers_that_count_positions_themselves_are_an_obstacle() -> None:
+    """Llama 4's do, from 8,192 tokens on: no check of the logits would tell."""
+    config = Llama4TextConfig(**SIZES, head_dim=8, num_local_experts=2, layer_types=["full_attention"] * 2)
+    assert "positions" in (batching_obstacle(Llama4ForCausalLM(config)) or "")
 
 
 def test_a_model_with_windows_and_without_a_longest_context_is_served_by_generate() -> None:
