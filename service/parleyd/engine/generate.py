@@ -279,12 +279,15 @@ def _decoder_start_id(model: PreTrainedModel) -> int | None:
 
 
 def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
-    """The model's own configuration less what every request sets, and less the search methods that cannot stream."""
+    """The model's own configuration less what every request sets, and less the search methods that do not stream
+    an id at a time, or need more than the model."""
     config = copy.deepcopy(config)
     neutral = GenerationConfig()
     for name in (
         "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k",
         "min_p", "repetition_penalty", "eos_token_id", "num_beams", "num_return_sequences", "stop_strings", "max_time",
+        "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens",
+        "assistant_early_exit", "use_mtp", "token_healing",
     ):  # fmt: skip
         setattr(config, name, getattr(neutral, name))
     return config

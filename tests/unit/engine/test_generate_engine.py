@@ -57,6 +57,20 @@ def test_greedy_ids_are_those_of_model_generate(
     assert run(engine, request(prompt=prompt, repetition_penalty=penalty))[1] == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prompt_lookup_num_tokens", 3), ("assistant_early_exit", 1), ("penalty_alpha", 0.6), ("token_healing", True)],
+)
+def test_search_methods_of_the_models_own_give_way(
+    make_model: Callable[[], LlamaForCausalLM], name: str, value: object
+) -> None:
+    model = make_model()
+    setattr(model.generation_config, name, value)
+    prompt = PROMPT * 4  # something to look up
+    expected = oracle(make_model(), prompt, max_new_tokens=20, eos_token_id=EOS)
+    assert run(GenerateEngine(model, (EOS,), CONTEXT), request(prompt=prompt))[1] == expected
+
+
 def test_the_stats_tell_who_runs_and_who_waits(make_model: Callable[[], LlamaForCausalLM]) -> None:
     model = make_model()
     entered, go_on = threading.Event(), threading.Event()
