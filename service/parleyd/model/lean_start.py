@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("parleyd.model")
 
 # Part of the key: raise it with every change to what is remembered.
-_VERSION = 1
+_VERSION = 2
 _SMALL = ("config.json", "generation_config.json")
 
 

@@ -54,6 +54,16 @@ def test_what_batching_cannot_drive_is_served_by_generate_with_the_reason_logged
     assert why in (batching_obstacle(model) or "") and why in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("no_repeat_ngram_size", 2), ("suppress_tokens", [5]), ("sequence_bias", [[[7], 9.0]])]
+)
+def test_what_a_generation_config_asks_of_logits_is_done_by_generate(name: str, value: Any) -> None:
+    model = make_model("Llama")
+    assert batching_obstacle(model) is None
+    setattr(model.generation_config, name, value)
+    assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
+
+
 def test_layers_that_count_positions_themselves_are_an_obstacle() -> None:
     """Llama 4's do, from 8,192 tokens on: no check of the logits would tell."""
     config = Llama4TextConfig(**SIZES, head_dim=8, num_local_experts=2, layer_types=["full_attention"] * 2)
