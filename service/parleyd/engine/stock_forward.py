@@ -59,6 +59,8 @@ class StockForward:
         assert self._layout is not None
         if unknown := [name for name in _UNKNOWN_OPTIONS & options.keys() if options[name] is not None]:
             raise NotImplementedError(f"attention with {', '.join(unknown)}")
+        if not getattr(module, "is_causal", True):
+            raise NotImplementedError("attention to what follows")
         self.progress += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))

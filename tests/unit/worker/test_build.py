@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from parleyd.config import ModelSettings
@@ -99,7 +98,15 @@ def test_layers_that_never_ask_for_our_attention_are_found_out(caplog: pytest.Lo
 def test_attention_sinks_are_found_out_where_they_change_little() -> None:
     model = make_model("Flint", head_dim=8, layer_types=["full_attention"] * 2, sliding_window=CONTEXT)
     for layer in model.model.layers:
-        torch.nn.init.constant_(layer.self_attn.sinks, -2.0)
+        layer.self_attn.sinks.data.fill_(-2.0)
+    assert batching_obstacle(model) is None
+    assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
+
+
+def test_attention_to_what_follows_is_found_out_where_it_changes_little() -> None:
+    model = make_model("RoCBert", num_key_value_heads=None)
+    for layer in model.roc_bert.encoder.layer:
+        layer.attention.output.dense.weight.data *= 0.02
     assert batching_obstacle(model) is None
     assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
 
