@@ -46,12 +46,14 @@ def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> Load
     model = _load_weights(checkpoint, settings, quantization_config(settings, checkpoint))
     config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
-    vocab_size = embedding.weight.shape[0]
+    num_logits = getattr(model.get_output_embeddings(), "out_features", None)
+    vocab_size = min(embedding.weight.shape[0], num_logits or embedding.weight.shape[0])
     info = ModelInfo(
         tokenizer_dir=str(tokenizer_dir.resolve()),
         max_context_tokens=generation_config.max_context_tokens(config, tokenizer_dir),
-        # Rows of the embedding. They are often padded beyond the tokenizer, and the model can draw those ids too, so
-        # clients that resume may send them. Where the tokenizer has more ids, the model cannot take those.
+        # Rows of the embedding, but for those without a logit, as of an image's token. They are often padded beyond the
+        # tokenizer, and the model can draw those ids too, so clients that resume may send them. Where the tokenizer has
+        # more ids, the model cannot take those.
         vocab_size=vocab_size,
         eos_token_ids=generation_config.read_eos_token_ids(folder, tokenizer_dir, config, vocab_size),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from parleyd.config import ModelSettings
 from parleyd.generation import ModelInfo, SamplingDefaults
@@ -54,6 +61,23 @@ def test_of_an_encoder_decoder_both_halves_load(tmp_path: Path) -> None:
     loaded = load(write_tiny_tokenizer(tmp_path))
     assert isinstance(loaded.model, T5ForConditionalGeneration)
     assert (loaded.info.max_context_tokens, loaded.info.vocab_size) == (1_000_000, VOCAB_SIZE)
+
+
+def test_ids_without_a_logit_are_none_of_the_vocabulary(tmp_path: Path) -> None:
+    """Llama 3.2 Vision's embedding has eight more rows than its head, for images."""
+    text = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "cross_attention_layers": [1],
+        "max_position_embeddings": CONTEXT, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_global_layers": 1,
+        "attention_heads": 2, "vision_output_dim": 32, "intermediate_layers_indices": [0], "image_size": 28,
+    }  # fmt: skip
+    model = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB_SIZE + 8
+    model.save_pretrained(tmp_path)
+    assert info(write_tiny_tokenizer(tmp_path)).vocab_size == VOCAB_SIZE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
