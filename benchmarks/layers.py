@@ -170,7 +170,7 @@ def decode_step(num_streams: int, cache: PagedKVCache) -> tuple[Tensor, Tensor, 
     batch, num_blocks = Batch(), CONTEXT // BLOCK_SIZE
     for key in range(num_streams):
         request = EngineRequest(key=key, prompt_ids=(0,) * CONTEXT, params=SamplingParams(max_new_tokens=1))
-        sequence = Sequence.from_request(request, key, frozenset(), CONTEXT + 1)
+        sequence = Sequence(request, key, frozenset(), CONTEXT + 1)
         sequence.block_ids.extend(range(key * num_blocks, (key + 1) * num_blocks))
         sequence.num_computed_tokens = CONTEXT - 1
         batch.add(sequence, 1)

@@ -104,7 +104,7 @@ def probe_batch(stretches: list[tuple[int, int]], block_size: int, num_decodes: 
     for key, (start, num_tokens) in enumerate(stretches):
         length = start + num_tokens
         request = EngineRequest(key=key, prompt_ids=(0,) * length, params=SamplingParams(max_new_tokens=1))
-        sequence = Sequence.from_request(request, key, frozenset(), length + 1)
+        sequence = Sequence(request, key, frozenset(), length + 1)
         sequence.block_ids = array("i", [free.pop(-(index % 2)) for index in range(-(-length // block_size))])
         sequence.num_computed_tokens = start
         batch.add(sequence, num_tokens)

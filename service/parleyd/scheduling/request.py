@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from parleyd.generation import EngineRequest, FinishReason, SamplingParams
+from parleyd.generation import EngineRequest, FinishReason
 
 
 class SequenceState(Enum):
@@ -32,7 +32,6 @@ class Grammar(Protocol):
         """Takes the sequence's next id, unless it is one that ends the sequence."""
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
     """One request's state, from `submit` to its last token.
 
@@ -40,54 +39,40 @@ class Sequence:
     memory speed. Copy them, never keep a view: an array that is being viewed cannot grow.
     """
 
-    key: int
-    token_ids: array[int]  # prompt and output
-    num_prompt_tokens: int
-    params: SamplingParams
-    stop_token_ids: frozenset[int]
-    max_length: int  # of prompt and output together
-    rank: tuple[int, int]  # the smaller, the sooner it is served and the later it is preempted
-    cache_salt: str
-    grammar: Grammar | None = None
-
-    state: SequenceState = SequenceState.WAITING
-    finish_reason: FinishReason | None = None
-    block_ids: array[int] = field(default_factory=lambda: array("i"))
-    block_hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as far as anyone has asked
-    num_computed_tokens: int = 0  # whose keys and values are in the cache once every batch scheduled so far has run
-    num_in_flight: int = 0  # batches scheduled and not yet committed
-    num_pending: int = 0  # ids that those batches will sample
-    cached_prompt_tokens: int | None = None  # found in the prefix cache when first admitted
-
-    @classmethod
-    def from_request(
-        cls,
+    def __init__(
+        self,
         request: EngineRequest,
         arrival: int,
         eos_token_ids: frozenset[int],
         max_context_tokens: int,
         grammar: Grammar | None = None,
-    ) -> Sequence:
+    ) -> None:
         """A waiting sequence; one with a `finish_reason` where the ids already delivered leave nothing to generate."""
-        params = request.params
+        self.key = request.key
+        self.token_ids = array("i", request.prompt_ids + request.output_ids)  # prompt and output
+        self.num_prompt_tokens = len(request.prompt_ids)
+        self.params = params = request.params
         # Nothing can follow the end of a grammar.
         ignores_eos = params.ignore_eos and not params.grammar
-        sequence = cls(
-            key=request.key,
-            token_ids=array("i", request.prompt_ids + request.output_ids),
-            num_prompt_tokens=len(request.prompt_ids),
-            params=params,
-            stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if ignores_eos else eos_token_ids),
-            max_length=min(len(request.prompt_ids) + params.max_new_tokens, max_context_tokens),
-            rank=(-request.priority, arrival),
-            cache_salt=request.cache_salt,
-            grammar=grammar,
-        )
-        if not sequence.stop_token_ids.isdisjoint(request.output_ids):
-            sequence.finish_reason = FinishReason.STOP
-        elif len(sequence.token_ids) >= sequence.max_length:
-            sequence.finish_reason = FinishReason.LENGTH
-        return sequence
+        self.stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if ignores_eos else eos_token_ids)
+        # Of prompt and output together.
+        self.max_length = min(self.num_prompt_tokens + params.max_new_tokens, max_context_tokens)
+        self.rank = (-request.priority, arrival)  # the smaller, the sooner it is served and the later it is preempted
+        self.cache_salt = request.cache_salt
+        self.grammar = grammar
+
+        self.state = SequenceState.WAITING
+        self.block_ids = array("i")
+        self.block_hashes: list[bytes] = []  # of its leading full blocks, as far as anyone has asked
+        self.num_computed_tokens = 0  # whose keys and values are in the cache once every batch scheduled so far has run
+        self.num_in_flight = 0  # batches scheduled and not yet committed
+        self.num_pending = 0  # ids that those batches will sample
+        self.cached_prompt_tokens: int | None = None  # found in the prefix cache when first admitted
+        self.finish_reason: FinishReason | None = None
+        if not self.stop_token_ids.isdisjoint(request.output_ids):
+            self.finish_reason = FinishReason.STOP
+        elif len(self.token_ids) >= self.max_length:
+            self.finish_reason = FinishReason.LENGTH
 
     @property
     def num_tokens(self) -> int:

@@ -82,9 +82,7 @@ class Scheduler:
         if not (request.prompt_ids or request.output_ids):
             return Output(key=request.key, error="the prompt has no tokens")
         self._num_arrivals += 1
-        sequence = Sequence.from_request(
-            request, self._num_arrivals, self._eos_token_ids, self._max_context_tokens, grammar
-        )
+        sequence = Sequence(request, self._num_arrivals, self._eos_token_ids, self._max_context_tokens, grammar)
         if sequence.finish_reason is not None:
             return Output(key=request.key, finish_reason=sequence.finish_reason)
         self._sequences[request.key] = sequence

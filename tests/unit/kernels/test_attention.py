@@ -33,7 +33,7 @@ def make_batch(decodes: list[int], chunks: list[tuple[int, int]] = [], block_siz
     batch = Batch()
     for key, (start, num_tokens) in enumerate([(length - 1, 1) for length in decodes] + chunks):
         one = EngineRequest(key=key, prompt_ids=(0,) * (start + num_tokens), params=SamplingParams(max_new_tokens=1))
-        sequence = Sequence.from_request(one, key, frozenset(), 10_000)
+        sequence = Sequence(one, key, frozenset(), 10_000)
         sequence.block_ids = array("i", [free.pop() for _ in range(-(-(start + num_tokens) // block_size))])
         sequence.num_computed_tokens = start
         batch.add(sequence, num_tokens)

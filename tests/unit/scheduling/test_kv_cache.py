@@ -16,7 +16,7 @@ BLOCK_SIZE = 4
 
 def sequence(*token_ids: int, salt: str = "") -> Sequence:
     request = EngineRequest(key=0, prompt_ids=token_ids, params=SamplingParams(max_new_tokens=50))
-    made = Sequence.from_request(request, arrival=0, eos_token_ids=frozenset(), max_context_tokens=100)
+    made = Sequence(request, arrival=0, eos_token_ids=frozenset(), max_context_tokens=100)
     made.cache_salt = salt
     return made
 
