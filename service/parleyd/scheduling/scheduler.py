@@ -6,9 +6,10 @@ Called by the batching engine from its one thread; pure policy, no torch.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
+from heapq import merge
 from itertools import chain
 from operator import attrgetter
 
@@ -18,6 +19,7 @@ from parleyd.scheduling.kv_cache import IntegrityError, KVLedger
 from parleyd.scheduling.request import Batch, Grammar, Sequence, SequenceState
 
 _NONE: Mapping[int, TokenLogprob] = {}
+_RANK = attrgetter("rank")
 # Where each prompt token costs as much as any, a step takes no further prompt once it has so many tokens for each
 # sequence: of few prompts that come together, one after the other is done. Of many, that would take more steps than
 # it spares them waiting.
@@ -196,9 +198,9 @@ class Scheduler:
         if num_computed > num_blocks * self._ledger.block_size:
             raise IntegrityError(f"{name} has {num_computed} tokens computed into {num_blocks} blocks")
 
-    def _schedule_decodes(self, batch: Batch) -> deque[Sequence]:
+    def _schedule_decodes(self, batch: Batch) -> list[Sequence]:
         """One token for each sequence that has only that to compute. Returns those that have more."""
-        prefills: deque[Sequence] = deque()
+        prefills: list[Sequence] = []
         for sequence in self._running:  # from which `_make_room` takes the last ones away
             if sequence.num_pending and sequence.grammar is not None:
                 continue  # what may come next is not known before the id that is being sampled
@@ -228,37 +230,29 @@ class Scheduler:
         self._counts["num_preemptions"] += 1
         _insert(self._waiting, victim)
 
-    def _schedule_prefills(self, batch: Batch, prefills: deque[Sequence]) -> None:
+    def _schedule_prefills(self, batch: Batch, prefills: list[Sequence]) -> None:
         """Spends what the decodes left of the budget on prompts, begun ones and waiting ones together by rank."""
         budget = self._max_batch_tokens - batch.num_tokens
-        if batch.num_decodes and self._mixed_prefill_tokens is not None:
-            # None at all would leave prompts waiting for every stream to end.
-            budget = min(
-                budget, max(1, self._mixed_prefill_tokens(batch.num_decodes, self._num_finished(prefills, budget)))
-            )
-        enough = self._enough_tokens()
+        enough = self._max_batch_tokens
+        if self._mixed_prefill_tokens is not None:
+            enough = _ENOUGH_TOKENS * (len(self._running) + len(self._waiting))
+            if batch.num_decodes:
+                allowed = self._mixed_prefill_tokens(batch.num_decodes, self._num_finished(prefills, budget))
+                budget = min(budget, max(allowed, 1))  # none at all would leave prompts waiting for every stream to end
         is_admitting = True
-        while budget > 0 and batch.num_tokens < enough:
-            head = self._waiting[0] if self._waiting and is_admitting else None
-            if head is not None and not (prefills and prefills[0].rank < head.rank):
-                is_admitting = self._admit(head, batch)
+        num_places = self._max_running - len(self._running)
+        for sequence in merge(prefills, self._waiting[:num_places], key=_RANK):
+            if budget <= 0 or batch.num_tokens >= enough:
+                return
+            if sequence.state is SequenceState.WAITING:
+                is_admitting = is_admitting and self._admit(sequence, batch)
                 if not is_admitting:
                     continue
-                sequence = head
-            elif prefills:
-                sequence = prefills.popleft()
-            else:
-                return
             num_tokens = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
             batch.add(sequence, num_tokens)
             budget -= num_tokens
 
-    def _enough_tokens(self) -> int:
-        if self._mixed_prefill_tokens is None:
-            return self._max_batch_tokens
-        return _ENOUGH_TOKENS * (len(self._running) + len(self._waiting))
-
-    def _num_finished(self, prefills: deque[Sequence], budget: int) -> float:
+    def _num_finished(self, prefills: list[Sequence], budget: int) -> float:
         """How many prompts so many tokens would finish, if all were as long as the first in line."""
         first = next(chain(prefills, self._waiting), None)
         if first is None:
@@ -269,11 +263,8 @@ class Scheduler:
     def _admit(self, head: Sequence, batch: Batch) -> bool:
         """Moves the first of the queue among the running if there is room for it."""
         num_reserved = len(self._running)  # a block for each to grow by, lest the newcomer be preempted at once
-        if (
-            len(self._running) >= self._max_running
-            or self._ledger.num_available <= num_reserved
-            or head.num_in_flight  # preempted since: the id it has been sampled is still to come
-        ):
+        # Of one in flight, preempted since, the id that it has been sampled is still to come.
+        if head.num_in_flight or self._ledger.num_available <= num_reserved:
             return False
         prefix = self._ledger.cached_prefix(head)
         if not self._ledger.can_allocate(head, prefix, num_reserved):
@@ -297,4 +288,4 @@ class Scheduler:
 
 
 def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
-    insort(sequences, sequence, key=attrgetter("rank"))
+    insort(sequences, sequence, key=_RANK)
