@@ -92,14 +92,10 @@ def test_layers_that_wait_for_the_device_are_run_without_graphs(caplog: pytest.L
     cache = PagedKVCache((2, 8, 8, 2, 8), torch.float32, "cuda:0", kernels_of("triton"))
     forward = LeanForward(LeanModel.of(model), cache)
 
-    class Waiting:
-        progress = 0
+    def waiting(input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        input_ids.tolist()
+        return forward(input_ids, *rest)
 
-        def __call__(self, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-            input_ids.tolist()
-            return forward(input_ids, *rest)
-
-    waiting = Waiting()
     assert _graphed(waiting, cache, 4, 64) is waiting
     assert "no CUDA graphs: RuntimeError" in caplog.text
     assert _graphed(forward, cache, 4, 64) is not forward

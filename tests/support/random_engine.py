@@ -30,7 +30,6 @@ class RandomForward:
         self._random = np.random.default_rng(seed)
         self._noise = torch.from_numpy(self._random.standard_normal((_NUM_NOISES, vocab_size), np.float32))
         self._likely = torch.zeros(vocab_size)
-        self.progress = 0
         self._likely[list(likely_ids)] = 4.0
 
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:

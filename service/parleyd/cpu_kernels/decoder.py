@@ -44,9 +44,10 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """Holds what the kernel needs to know of the layers. `num_layers_run` may be read from another thread."""
+    """Holds what the kernel needs to know of the layers, and tells `count` of as many as a call of it has run."""
 
-    def __init__(self, layers: Sequence[Layer], epsilon: float) -> None:
+    def __init__(self, layers: Sequence[Layer], epsilon: float, count: Callable[[int], None]) -> None:
+        self._count = count
         self._layers = list(layers)  # whose memory the tables point to
         self._tables: dict[int, Tensor] = {}  # by numbers of rows
         first = layers[0]
@@ -61,7 +62,6 @@ class Decoder:
         functions = add_and_normalise_row(), rotate, attend, gate_row(), quantise_blocks(), multiply_share()
         self._functions = [function.address for function in functions]
         self._kernel = _kernel()
-        self.num_layers_run = 0
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
         """Runs all layers on `x`, bfloat16 `[rows, hidden]`, which changes, and returns what is still to be added.
@@ -89,7 +89,7 @@ class Decoder:
                 num_rows, hidden, self._num_heads, self._num_kv_heads, self._head_dim, self._width, table.stride(0),
                 weights.stride(0), self._scale, self._epsilon,
             )  # fmt: skip
-            self.num_layers_run += num_at_once
+            self._count(num_at_once)
         return delta
 
     def _table(self, num_rows: int) -> Tensor:

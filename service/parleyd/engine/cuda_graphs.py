@@ -94,11 +94,6 @@ class GraphedForward:
             _logger.info("CUDA graphs: %d of %d captured", len(self._replays), len(self._sizes))
         _logger.info("CUDA graphs: ready after %.1f s", time.monotonic() - started)
 
-    @property
-    def progress(self) -> int:
-        """See Forward. A replay adds nothing."""
-        return self._forward.progress
-
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward. The result is good until the next call."""
         num_rows = len(input_ids)

@@ -65,12 +65,6 @@ class LeanForward:
         self._head = linears.make(HEAD if HEAD in model.weights else EMBEDDING)
         linears.choose()
         self._decoder = _compiled_decoder(self._layers, cache, self._eps)
-        self._num_layers_run = 0  # but by the decoder
-
-    @property
-    def progress(self) -> int:
-        """See Forward."""
-        return self._num_layers_run + (self._decoder.num_layers_run if self._decoder is not None else 0)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
         """See Forward."""
@@ -92,7 +86,6 @@ class LeanForward:
             delta = layer.out(self._attend(index, layer, normalised, cos, sin, layout))
             normalised = ops.add_and_normalise(x, delta, layer.post_norm, eps)
             delta = layer.down(ops.gate(layer.gate_up(normalised)))
-            self._num_layers_run += 1
         assert delta is not None
         return delta
 
@@ -122,7 +115,7 @@ def _compiled_decoder(layers: list[_Layer], cache: PagedKVCache, epsilon: float)
         known.append((layer.input_norm, layer.post_norm, keys, values, *weights))
     from parleyd.cpu_kernels.decoder import Decoder, Layer
 
-    return Decoder([Layer(*one) for one in known], epsilon)
+    return Decoder([Layer(*one) for one in known], epsilon, cache.count_layers)
 
 
 def _lean_layer(name: str, model: LeanModel, linears: LinearMaker) -> _Layer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Collection
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,17 +19,9 @@ from parleyd.sampling.sampler import SampledTokens, sample
 from parleyd.sampling.sampling_row import SamplingRow
 from parleyd.scheduling.request import Batch, Scheduled
 
-
-class Forward(Protocol):
-    """A model's forward pass over the paged cache."""
-
-    @property
-    def progress(self) -> int:
-        """Rises as a pass of many rows goes through the layers. Read from another thread."""
-
-    def __call__(self, input_ids: Tensor, positions: Tensor, layout: StepLayout, sample_rows: Tensor) -> Tensor:
-        """`input_ids`, `positions`: `[rows]`; `sample_rows`: `[samples]`. Returns logits, `[samples, vocab]`."""
-        ...
+# A model's forward pass over the paged cache: (input ids, positions, layout, sample rows) -> logits. Input ids and
+# positions: [rows]; sample rows: [samples]; logits: [samples, vocab].
+Forward = Callable[[Tensor, Tensor, StepLayout, Tensor], Tensor]
 
 
 class Launched(NamedTuple):
@@ -66,8 +58,8 @@ class ModelRunner:
 
     @property
     def progress(self) -> int:
-        """See Forward."""
-        return self._forward.progress
+        """Rises as a step goes through the layers. Read from another thread."""
+        return self._cache.num_layers_run
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:

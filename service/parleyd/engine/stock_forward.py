@@ -32,7 +32,6 @@ class StockForward:
         self._model = model
         self._cache = cache
         self._layout: StepLayout | None = None
-        self.progress = 0
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, self._attend)
         model.set_attn_implementation(_ATTENTION)
 
@@ -61,7 +60,6 @@ class StockForward:
             raise NotImplementedError(f"attention with {', '.join(unknown)}")
         if not getattr(module, "is_causal", True):
             raise NotImplementedError("attention to what follows")
-        self.progress += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return attend(self._cache, module.layer_idx, self._layout, query, key, value, scale)[None], None

@@ -35,6 +35,11 @@ class PagedKVCache:
         self.keys = _zeros(blocks, dtype, self.device)
         self.values = _zeros(blocks, dtype, self.device)
         self._gathered = self.keys.new_empty(2, 0, self.block_size * self.head_dim)
+        self.num_layers_run = 0  # by all steps so far: how a long one gets on, read from another thread
+
+    def count_layers(self, num_layers: int) -> None:
+        """So many more have been attended in."""
+        self.num_layers_run += num_layers
 
     def copy_blocks(self, copies: list[BlockCopy]) -> None:
         """One after the other, in all layers, with zeros behind: what the source has there may not be finite."""

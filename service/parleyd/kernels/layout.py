@@ -79,5 +79,6 @@ def attend(
 
 def attend_to_written(cache: PagedKVCache, layer: int, layout: StepLayout, query: Tensor, scale: float) -> Tensor:
     """See `attend`; the keys and values are in the cache already."""
+    cache.count_layers(1)
     parts = [part.attend(cache, layer, query, scale) for part in layout.parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

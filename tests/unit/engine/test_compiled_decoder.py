@@ -83,14 +83,14 @@ def assert_same(these: list[Tensor], those: list[Tensor]) -> None:
     assert all(torch.equal(this, that) for this, that in zip(these, those, strict=True))
 
 
-def progress_at_calls(forward: LeanForward, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def layers_at_calls(forward: LeanForward, cache: PagedKVCache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each call of the kernel from now on."""
     assert forward._decoder is not None
     seen: list[int] = []
     call: Callable[..., None] = forward._decoder._kernel
 
     def watched(*arguments: int) -> None:
-        seen.append(forward.progress)
+        seen.append(cache.num_layers_run)
         call(*arguments)
 
     monkeypatch.setattr(forward._decoder, "_kernel", watched)
@@ -130,17 +130,17 @@ def test_a_step_of_many_rows_tells_progress_at_each_layer_and_computes_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forward, cache = make_forward(make_model("Llama", torch.bfloat16, hidden_size=64, num_hidden_layers=5))
-    seen = progress_at_calls(forward, monkeypatch)
+    seen = layers_at_calls(forward, cache, monkeypatch)
     layer_by_layer = run(forward, cache, MANY_ROWS)
-    assert seen == [0, 1, 2, 3, 4] and forward.progress == 5
+    assert seen == [0, 1, 2, 3, 4] and cache.num_layers_run == 5
     monkeypatch.setattr(decoder, "_MANY_ROWS", 1000)
     assert_same(layer_by_layer, run(forward, cache, MANY_ROWS))
-    assert seen[5:] == [5] and forward.progress == 10
+    assert seen[5:] == [5] and cache.num_layers_run == 10
 
 
 def test_a_step_of_few_rows_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, cache = make_forward(make_model("Llama", torch.bfloat16, hidden_size=64, num_hidden_layers=5))
-    seen = progress_at_calls(forward, monkeypatch)
+    seen = layers_at_calls(forward, cache, monkeypatch)
     run(forward, cache, FEW_ROWS)
     assert seen == [0]
 
