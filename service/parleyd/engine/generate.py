@@ -34,7 +34,7 @@ from parleyd.generation import (
 )
 from parleyd.grammar.compiler import GrammarError
 from parleyd.grammar.state import GrammarCompiler, GrammarState
-from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
+from parleyd.sampling.grammar_mask import mask_by_grammar
 from parleyd.sampling.penalties import MIN_REPETITION_PENALTY
 from parleyd.sampling.sampler import MIN_TEMPERATURE
 
@@ -252,7 +252,7 @@ class GenerateEngine:
         if params.presence_penalty or params.frequency_penalty:
             processors.append(_CountPenalties(params, num_before))
         if grammar is not None:
-            processors.append(_Steered(grammar, num_before))
+            processors.append(_Steered(grammar))
         if params.do_sample:
             processors.append(_PositionSeed(params.seed, params.choice, num_before))
         return processors
@@ -346,13 +346,12 @@ class _CountPenalties(LogitsProcessor):  # type: ignore[misc]
 class _Steered(LogitsProcessor):  # type: ignore[misc]
     """Masks what the grammar does not allow next."""
 
-    def __init__(self, grammar: GrammarState, num_before: int) -> None:
+    def __init__(self, grammar: GrammarState) -> None:
         self._grammar = grammar
-        self._num_before = num_before
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
-        mask_by_grammar(scores, [GrammarRow(0, self._grammar, input_ids.shape[1] - self._num_before)])
+        mask_by_grammar(scores, {0: self._grammar})
         return scores
 
 

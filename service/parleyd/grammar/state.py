@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
-from parleyd.generation import EngineRequest, ModelInfo, SamplingParams
+from parleyd.generation import EngineRequest, ModelInfo
 from parleyd.grammar.compiler import Clock, GrammarError, compile_grammar, load_tokenizer, raise_error, replay
 
 _MAX_CACHED = 128
@@ -35,16 +35,17 @@ class GrammarState:
         tokenizer: LLTokenizer,
         matcher: LLMatcher,
         clock: Clock,
-        params: SamplingParams,
+        request: EngineRequest,
         eos_token_ids: Sequence[int],
         vocab_size: int,
     ) -> None:
+        params = request.params
         self.error: str | None = None
         self.eos_token_id = eos_token_ids[0]
         self._tokenizer = tokenizer
         self._matcher = matcher
         self._clock = clock
-        self._min_new_tokens = params.min_new_tokens
+        self._num_before_end = params.min_new_tokens - len(request.output_ids)  # ids yet to come before it may end
         self._eos_bits = _bits(eos_token_ids, vocab_size)
         stop_bits = _bits(params.stop_token_ids, vocab_size)
         self._ending_bits = self._eos_bits | stop_bits
@@ -52,6 +53,7 @@ class GrammarState:
 
     def advance(self, token_id: int) -> None:
         """Takes the sequence's next id, unless it is one that ends the sequence."""
+        self._num_before_end -= 1
         if self.error is not None:
             return
         try:
@@ -62,8 +64,8 @@ class GrammarState:
         except GrammarError as error:
             self._fail(error)
 
-    def fill(self, mask: NDArray[np.int32], row: int, position: int) -> bool:
-        """Sets the bits of the ids that may be drawn at output `position`. Returns whether an end is all there is.
+    def fill(self, mask: NDArray[np.int32], row: int) -> bool:
+        """Sets the bits of the ids that may be drawn next. Returns whether an end is all there is.
 
         mask: [rows, vocab / 32].
         """
@@ -76,7 +78,7 @@ class GrammarState:
         except (GrammarError, ValueError) as error:
             self._fail(error)
             bits[:] = 0
-        may_end = bool((bits & self._eos_bits).any()) and position >= self._min_new_tokens
+        may_end = bool((bits & self._eos_bits).any()) and self._num_before_end <= 0
         bits &= ~self._ending_bits
         if may_end:
             bits |= self._allowed_ending_bits
@@ -139,7 +141,7 @@ class GrammarCompiler:
         if replay(matcher, request.output_ids, clock) < len(request.output_ids):
             raise GrammarError("does not allow the ids that are there already")
         info = self._info
-        return GrammarState(tokenizer, matcher, clock, request.params, info.eos_token_ids, info.vocab_size)
+        return GrammarState(tokenizer, matcher, clock, request, info.eos_token_ids, info.vocab_size)
 
 
 def _has_failed(future: Future[Any]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from parleyd.generation import NUM_TOP_LOGPROBS, SamplingParams, TokenLogprob
 from parleyd.model.upload import upload
 from parleyd.sampling import draws
-from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
+from parleyd.sampling.grammar_mask import mask_by_grammar
 from parleyd.sampling.penalties import penalise
 from parleyd.sampling.sampling_row import SamplingRow
 
@@ -99,7 +99,7 @@ def _index(rows: Sequence[int], device: torch.device) -> slice | Tensor:
 
 def _changed(logits: Tensor, rows: Sequence[SamplingRow], last_ids: Tensor, eos_token_ids: Collection[int]) -> Tensor:
     are_penalised = any(row.is_penalised for row in rows)
-    steered = [GrammarRow(i, row.grammar, row.position) for i, row in enumerate(rows) if row.grammar is not None]
+    steered = {index: row.grammar for index, row in enumerate(rows) if row.grammar is not None}
     if not are_penalised and not steered:
         return logits
     changed = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

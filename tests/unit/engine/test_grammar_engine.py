@@ -17,7 +17,7 @@ from parleyd.grammar.compiler import GrammarError, UnknownTokenizer
 from parleyd.grammar.formats import to_grammar
 from parleyd.grammar.state import GrammarCompiler
 from parleyd.sampling.draws import first_argmax
-from parleyd.sampling.grammar_mask import GrammarRow, mask_by_grammar
+from parleyd.sampling.grammar_mask import mask_by_grammar
 from parleyd.sampling.sampler import sample
 from parleyd.sampling.sampling_row import SamplingRow
 from parleyd.scheduling.kv_cache import KVLedger
@@ -245,5 +245,5 @@ def test_a_mask_is_of_the_bits_it_is_made_from(info: ModelInfo) -> None:
     request = ask_engine(0, to_grammar("regex", "[a-c]*"))
     state = GrammarCompiler(info).start(request).result()
     masked = torch.zeros(1, VOCAB_SIZE)
-    mask_by_grammar(masked, [GrammarRow(0, state, 0)])
+    mask_by_grammar(masked, {0: state})
     assert masked[0].isfinite().nonzero()[:, 0].tolist() == [*b"abc", EOS]
