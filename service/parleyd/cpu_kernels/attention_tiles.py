@@ -9,7 +9,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter
+from parleyd.cpu_kernels.instructions import LANES, VECTOR_BYTES, Emitter, has_many_registers
+
+# Scores of LANES tokens that are summed at once, in registers.
+_MOST_SUMS = 24 if has_many_registers() else 6
 
 
 @intrinsic
@@ -29,29 +32,70 @@ def widen(context, narrow, num_vectors, wide, ahead):
 
 
 @intrinsic(prefer_literal=True)
-def score_tokens(context, head_dim, query, keys, scale, scores):
-    """Of LANES tokens, whose keys (`[LANES, head_dim]`) follow each other, in float32 as all else. `head_dim`: a
-    constant. Addresses but for `scale`.
+def lay_out_keys(context, head_dim, keys, lines, ahead):
+    """Of LANES tokens, whose bfloat16 keys (`[LANES, head_dim]`) follow each other, makes float32 lines, each the same
+    number of all: `[head_dim, LANES]`. `head_dim`: a constant. Addresses; as much at `ahead` is read next.
     """
-    num_vectors = 4 * head_dim.literal_value // VECTOR_BYTES
+    row_bytes, half = 2 * head_dim.literal_value, LANES // 2
 
     def generate(context, builder, signature, args):
-        _, query, keys, scale, scores = args
+        _, keys, lines, ahead = args
         emit = Emitter(builder)
-        queries = [emit.load_floats(emit.at(query, index, VECTOR_BYTES)) for index in range(num_vectors)]
-
-        def score(token: int) -> Any:
-            total = emit.floats(0.0)
-            for index, vector in enumerate(queries):
-                key = emit.load_floats(emit.at(keys, token * num_vectors + index, VECTOR_BYTES))
-                total = emit.add_product(total, vector, key)
-            return total
-
-        dots = emit.sums_of(map(score, range(LANES)))
-        emit.store(scores, emit.multiply(dots, emit.repeat(scale)))
+        with cgutils.for_range(builder, args[1].type(head_dim.literal_value // LANES)) as loop:
+            here, following = (emit.at(address, loop.index, 2 * LANES) for address in (keys, ahead))
+            for token in range(LANES):
+                emit.prefetch(emit.at(following, token, row_bytes))
+            # Pairs of numbers, of which a token has half a vector's.
+            pairs = [
+                emit.load_halves_of_ints(emit.at(here, token, row_bytes), half * row_bytes) for token in range(half)
+            ]
+            line = emit.at(lines, loop.index, LANES * VECTOR_BYTES)
+            for index, pair in enumerate(emit.transposed(pairs)):
+                for number, vector in enumerate(emit.widened(pair)):
+                    emit.store(emit.at(line, 2 * index + number, VECTOR_BYTES), vector)
         return context.get_dummy_value()
 
-    return types.void(head_dim, types.int64, types.int64, types.float32, types.int64), generate
+    return types.void(head_dim, *[types.int64] * 3), generate
+
+
+@intrinsic(prefer_literal=True)
+def score_keys(context, head_dim, num_queries, num_tiles, queries, lines, scale, scores, scores_stride):
+    """Of some queries (`[num_queries, head_dim]`, float32) and `num_tiles` times LANES tokens, of whose keys
+    `lay_out_keys` has made `lines`, one tile after the other.
+
+    Constants: `head_dim`, `num_queries`, `num_tiles`. Addresses but for `scale`, a float32; `scores_stride`: bytes to
+    the next query's.
+    """
+    size, tiles = head_dim.literal_value, range(num_tiles.literal_value)
+
+    def generate(context, builder, signature, args):
+        _, _, _, queries, lines, scale, scores, stride = args
+        emit = Emitter(builder)
+        for some in _parts(num_queries.literal_value, _MOST_SUMS // len(tiles)):
+
+            def add(index: Any, totals: list[Any], some: range = some) -> list[Any]:
+                line = emit.at(lines, index, VECTOR_BYTES)
+                keys = [emit.load_floats(emit.at(line, tile, size * VECTOR_BYTES)) for tile in tiles]
+                for place, query in enumerate(some):
+                    number = emit.repeat_float(emit.at(emit.at(queries, query, 4 * size), index, 4))
+                    for sum_of in range(place * len(tiles), (place + 1) * len(tiles)):
+                        totals[sum_of] = emit.add_product(totals[sum_of], number, keys[sum_of % len(tiles)])
+                return totals
+
+            totals = emit.sums(len(some) * len(tiles), queries.type(size), add)
+            for (query, tile), total in zip(product(some, tiles), totals, strict=True):
+                place = emit.at(emit.at(scores, query, stride), tile, VECTOR_BYTES)
+                emit.store(place, emit.multiply(total, emit.repeat(scale)))
+        return context.get_dummy_value()
+
+    kinds = [*[types.int64] * 2, types.float32, *[types.int64] * 2]
+    return types.void(head_dim, num_queries, num_tiles, *kinds), generate
+
+
+def _parts(count: int, most: int) -> list[range]:
+    """As few as can be, of about as many each."""
+    num = -(-count // most)
+    return [range(index * count // num, (index + 1) * count // num) for index in range(num)]
 
 
 @intrinsic(prefer_literal=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -94,6 +94,11 @@ class Emitter:
 
     def load_ints(self, address: Any) -> Any:
         return self._load(address, _INTS)
+
+    def load_halves_of_ints(self, address: Any, num_bytes: int) -> Any:
+        """Half a vector from there, and half from so many bytes behind."""
+        kind = ir.VectorType(_INT, LANES // 2)
+        return self._shuffled(self._load(address, kind), self._load(self.at(address, num_bytes), kind), [*range(LANES)])
 
     def load_halves(self, address: Any) -> Any:
         """LANES float16, as float32."""
@@ -205,37 +210,22 @@ class Emitter:
         """To each float32, the two products of bfloat16 in its lanes."""
         if has_bfloat16():
             return self._call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, sums, one, other)
-        for first, second in zip(self._widened(one), self._widened(other), strict=True):
+        for first, second in zip(self.widened(one), self.widened(other), strict=True):
             sums = self.add_product(sums, first, second)
         return sums
 
-    def _widened(self, pairs: Any) -> list[Any]:
+    def widened(self, pairs: Any) -> list[Any]:
         """The first bfloat16 of each lane, and the second, as float32."""
         builder = self._builder
         halves = builder.shl(pairs, self.ints(16)), builder.and_(pairs, self.ints(-(2**16)))
         return [builder.bitcast(half, _FLOATS) for half in halves]
 
-    def sums_of(self, vectors: Iterable[Any]) -> Any:
-        """LANES vectors of float32 as one: in each lane, the sum of a vector. Few of them are held at a time."""
-        waiting: list[tuple[int, Any]] = []
-        for vector in vectors:
-            size = LANES // 2
-            # Half of the lanes of two vectors are added to the other half, and both sums kept in one vector.
-            while waiting and waiting[-1][0] == size:
-                low = [index for index in range(2 * LANES) if not index & size]
-                pair = waiting.pop()[1], vector
-                high = self._shuffled(*pair, [index | size for index in low])
-                vector = self._builder.fadd(self._shuffled(*pair, low), high)
-                size //= 2
-            waiting.append((size, vector))
-        return waiting[0][1]
-
     def transposed(self, vectors: list[Any]) -> list[Any]:
-        """LANES vectors, each of the same lane of all."""
-        lanes, size = range(LANES), LANES // 2
+        """LANES vectors, each of the same lane of all; of half as many, each half of a vector is one for itself."""
+        lanes, size = range(LANES), len(vectors) // 2
         # Each round swaps the half of one vector for the other half of another.
         while size:
-            for index in (index for index in lanes if not index & size):
+            for index in (index for index in range(len(vectors)) if not index & size):
                 one, other = vectors[index], vectors[index | size]
                 low = [LANES + (lane ^ size) if lane & size else lane for lane in lanes]
                 high = [LANES + lane if lane & size else lane | size for lane in lanes]

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from parleyd.cpu_kernels.attention_tiles import add_values, score_tokens, widen
+from parleyd.cpu_kernels.attention_tiles import add_values, lay_out_keys, score_keys, widen
 from parleyd.cpu_kernels.instructions import LANES, has_many_registers
 from parleyd.cpu_kernels.numbers import (
     address_of,
@@ -23,6 +23,8 @@ from parleyd.cpu_kernels.numbers import (
 from parleyd.cpu_kernels.rows import MAX_QUERIES, follows, softmax
 from parleyd.cpu_kernels.threads import Function
 
+# Queries that are scored at once: those of as many rows, at least of one.
+_AT_ONCE = 12
 # Of 32 registers, those that hold sums.
 _MAX_SUMS = 18
 
@@ -39,7 +41,9 @@ def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
     """See `decode.attend_head`."""
     max_rows, block_bytes = max(1, MAX_QUERIES // group), 2 * block_size * head_dim
     num_numbers, num_wide = max_rows * group * head_dim, block_size * head_dim
-    num_parts = _num_parts(group, head_dim)
+    num_parts, at_once = _num_parts(group, head_dim), group * max(1, _AT_ONCE // group)
+    num_tiles = 2 if has_many_registers() and block_size // LANES % 2 == 0 else 1
+    tile_bytes = 2 * LANES * head_dim
 
     def apply(
         item, num_together, num_rows, queries_at, query_stride, keys_at, values_at, table_at, width, lengths_at,
@@ -70,14 +74,24 @@ def attend_widened(group: int, head_dim: int, block_size: int) -> Function:
                 else:
                     ahead = values_at + (table[row - 1, 0] * num_kv_heads + kv_head) * block_bytes
                 # What lies behind the last token is scored too, and not looked at.
-                widen(keys, block_size * head_dim // LANES, address_of(wide), ahead)
-                for query in range(num_queries):
-                    for tile in range(block_size // LANES):
-                        score_tokens(
-                            head_dim, address_of(queries) + 4 * query * head_dim,
-                            address_of(wide) + 4 * tile * LANES * head_dim, float_argument(scale_bits),
-                            weights_at + 4 * (query * num_tokens + block * block_size + tile * LANES),
+                for begin in range(0, block_size // LANES, num_tiles):
+                    for tile in range(num_tiles):
+                        offset, lines = (begin + tile) * tile_bytes, address_of(wide) + 2 * tile * tile_bytes
+                        lay_out_keys(head_dim, keys + offset, lines, ahead + offset)
+                    into = weights_at + 4 * (block * block_size + begin * LANES)
+                    query = 0
+                    while query + at_once <= num_queries:
+                        score_keys(
+                            head_dim, at_once, num_tiles, address_of(queries) + 4 * query * head_dim, address_of(wide),
+                            float_argument(scale_bits), into + 4 * query * num_tokens, 4 * num_tokens,
                         )  # fmt: skip
+                        query += at_once
+                    while query < num_queries:
+                        score_keys(
+                            head_dim, group, num_tiles, address_of(queries) + 4 * query * head_dim, address_of(wide),
+                            float_argument(scale_bits), into + 4 * query * num_tokens, 4 * num_tokens,
+                        )  # fmt: skip
+                        query += group
             for query in range(num_queries):
                 softmax(scores[query, : lengths[first + query // group]])
             for block in range(last + 1):
