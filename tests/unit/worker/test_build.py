@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from parleyd.config import ModelSettings
+from parleyd.engine import stock_forward
 from parleyd.engine.generate import GenerateEngine
 from parleyd.errors import StartupError
+from parleyd.kernels.layout import attend
 from parleyd.model.lean_model import can_be_lean
 from parleyd.worker import build
 from parleyd.worker.build import build_engine
@@ -109,6 +112,16 @@ def test_attention_to_what_follows_is_found_out_where_it_changes_little() -> Non
         layer.attention.output.dense.weight.data *= 0.02
     assert batching_obstacle(model) is None
     assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
+
+
+@pytest.mark.parametrize(("dtype", "engine"), [(torch.float32, "generate"), (torch.bfloat16, "batching")])
+def test_in_float32_what_differs_a_little_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: str
+) -> None:
+    monkeypatch.setattr(stock_forward, "attend", lambda *arguments: 1.02 * attend(*arguments))
+    model = make_model("Gemma", dtype)
+    settings = ModelSettings(cpu_kernels=False)
+    assert build_engine(settings, model, info_of(model))[0] == engine
 
 
 def test_a_kv_cache_that_does_not_hold_one_full_context_is_refused() -> None:
