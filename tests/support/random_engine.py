@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parleyd.engine.batching import BatchingEngine
+from parleyd.engine.engine import Engine
 from parleyd.engine.model_runner import ModelRunner
 from parleyd.generation import EngineRequest, FinishReason, ModelInfo, SamplingParams
 from parleyd.grammar.state import GrammarCompiler
@@ -86,7 +87,7 @@ def ask_engine(key: int, grammar: str, output_ids: tuple[int, ...] = (), **param
     return EngineRequest(key=key, prompt_ids=(1, 2, 3), params=sampling, output_ids=output_ids)
 
 
-def run_all(engine: BatchingEngine, requests: Iterable[EngineRequest]) -> dict[int, Answer]:
+def run_all(engine: Engine, requests: Iterable[EngineRequest]) -> dict[int, Answer]:
     """Every request's answer, by its key."""
     answers: dict[int, Answer] = defaultdict(Answer)
     open_keys = set()

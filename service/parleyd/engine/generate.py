@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.logits_process import LogitsProcessor, MinNewTokensLengthLogitsProcessor
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -253,9 +257,8 @@ class GenerateEngine:
             processors.append(_CountPenalties(params, num_before))
         if grammar is not None:
             processors.append(_Steered(grammar))
-        if params.do_sample:
-            processors.append(_PositionSeed(params.seed, params.choice, num_before))
-        return processors
+        asked: list[LogitsProcessor] = [_Asked(processors, lambda: self._logits)] if processors else []
+        return [*asked, _PositionSeed(params.seed, params.choice, num_before)] if params.do_sample else asked
 
 
 def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -328,6 +331,21 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         ended = self._sequence.is_cancelled or self._sequence.is_finished
         return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)
+
+
+class _Asked(LogitsProcessor):  # type: ignore[misc]
+    """What a request asks of logits. Where that and what the model's own configuration asks leave nothing to draw, the
+    model's own logits are taken instead."""
+
+    def __init__(self, processors: list[LogitsProcessor], logits: Callable[[], torch.Tensor | None]) -> None:
+        self._processors = LogitsProcessorList(processors)
+        self._logits = logits
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        asked: torch.Tensor = self._processors(input_ids, scores)
+        if (logits := self._logits()) is not None and bool((asked == -torch.inf).all()):
+            asked = self._processors(input_ids, logits[None].to(scores, copy=True))
+        return asked
 
 
 class _CountPenalties(LogitsProcessor):  # type: ignore[misc]

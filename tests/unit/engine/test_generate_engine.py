@@ -171,6 +171,17 @@ def test_end_tokens_and_stop_ids_cannot_be_drawn_before_min_new_tokens(
     assert not {*everything, EOS} & set(ids[:10])
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_what_a_model_asks_of_logits_gives_way_to_min_new_tokens(
+    make_model: Callable[[], LlamaForCausalLM], do_sample: bool
+) -> None:
+    model = make_model()
+    model.generation_config.suppress_tokens = [i for i in range(VOCAB_SIZE) if i != EOS]
+    engine = GenerateEngine(model, (EOS,), CONTEXT)
+    (*before, last) = run(engine, request(min_new_tokens=3, max_new_tokens=4, do_sample=do_sample))[1]
+    assert len(before) == 3 and EOS not in before and last == EOS
+
+
 def test_ignore_eos_goes_past_the_end_token(make_model: Callable[[], LlamaForCausalLM]) -> None:
     first = run(GenerateEngine(make_model(), (), CONTEXT), request())[1][0]
     engine = GenerateEngine(make_model(), (first,), CONTEXT)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parleyd.engine.batching import BatchingEngine
+from parleyd.engine.generate import GenerateEngine
 from parleyd.generation import FinishReason, ModelInfo
 from parleyd.grammar.compiler import GrammarError, UnknownTokenizer
 from parleyd.grammar.formats import to_grammar
@@ -24,6 +25,7 @@ from parleyd.scheduling.kv_cache import KVLedger
 from parleyd.scheduling.scheduler import Scheduler
 from tests.support import tiny_tokenizer
 from tests.support.random_engine import Answer, ask_engine, info_of, make_random_engine, run_all
+from tests.support.tiny_models import CONTEXT, make_model
 
 EOS, VOCAB_SIZE = tiny_tokenizer.IM_END_ID, tiny_tokenizer.VOCAB_SIZE
 LIKELY = (*b'"}],:0', EOS)
@@ -69,6 +71,18 @@ def test_every_answer_that_ends_matches_as_a_whole(
 def test_text_that_spells_a_special_token_is_written_as_text(engine: BatchingEngine, text: str) -> None:
     answer = run_all(engine, [ask_engine(0, to_grammar("choice", json.dumps([text])))])[0]
     assert (answer.token_ids, answer.finish_reason) == ([*text.encode(), EOS], FinishReason.STOP)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize(("field", "value"), [("no_repeat_ngram_size", 2), ("suppress_tokens", [ord("a")])])
+def test_what_a_model_asks_of_logits_gives_way_to_a_grammar(
+    info: ModelInfo, field: str, value: object, do_sample: bool
+) -> None:
+    model = make_model("Llama", vocab_size=VOCAB_SIZE)
+    setattr(model.generation_config, field, value)
+    engine = GenerateEngine(model, (EOS,), CONTEXT, GrammarCompiler(info))
+    answer = run_all(engine, [ask_engine(0, to_grammar("choice", '["aaaa"]'), do_sample=do_sample)])[0]
+    assert (answer.token_ids, answer.finish_reason) == ([*b"aaaa", EOS], FinishReason.STOP)
 
 
 def test_json_object_is_an_object_with_any_members(engine: BatchingEngine) -> None:
