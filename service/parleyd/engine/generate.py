@@ -289,6 +289,7 @@ def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
     for name in (
         "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k",
         "min_p", "repetition_penalty", "eos_token_id", "num_beams", "num_return_sequences", "stop_strings", "max_time",
+        "forced_eos_token_id",  # would make an answer that is cut off look as if it had ended
         "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens",
         "assistant_early_exit", "use_mtp", "token_healing",
     ):  # fmt: skip

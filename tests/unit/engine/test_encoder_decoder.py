@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from parleyd.config import ModelSettings
 from parleyd.engine.generate import GenerateEngine
 from parleyd.errors import StartupError
-from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.generation import EngineRequest, FinishReason, SamplingParams
 from parleyd.worker.build import build_engine
 from tests.support.tiny_models import VOCAB_SIZE, info_of, run
 
@@ -80,6 +80,14 @@ def test_its_end_cannot_be_drawn_before_min_new_tokens(engine: GenerateEngine) -
     stopped = {"stop_token_ids": (first,), "ignore_eos": False}
     assert run(engine, request(**stopped))[1] == [first]
     assert first not in run(engine, request(min_new_tokens=4, **stopped))[1][:4]
+
+
+def test_an_answer_that_is_cut_off_is_given_no_end_of_the_models_own() -> None:
+    """A forced one, as Bart, Pegasus and Marian have."""
+    engine = GenerateEngine(make_model("Bart", forced_eos_token_id=EOS), (EOS,), CONTEXT)
+    engine.submit(request(max_new_tokens=1, ignore_eos=False))
+    (output,) = engine.step()
+    assert output.finish_reason is FinishReason.LENGTH and output.token_ids != (EOS,)
 
 
 def test_an_abort_ends_the_encoder_before_its_next_layer(family: str) -> None:
