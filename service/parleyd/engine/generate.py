@@ -80,6 +80,8 @@ class GenerateEngine:
         self._grammars = grammars
         self._base_config = _without_governed_fields(model.generation_config)
         self._decoder_start_id = _decoder_start_id(model)
+        # LED's decoder has fewer positions than its encoder, which are those of the context.
+        self._max_new_tokens = getattr(model.config, "max_decoder_position_embeddings", max_context_tokens)
         # generate() fills what a request leaves unset from here; requests leave unset on purpose.
         model.generation_config = GenerationConfig()
         self._sequences: dict[int, _Sequence] = {}
@@ -159,7 +161,7 @@ class GenerateEngine:
         self._num_prompt_tokens += len(request.prompt_ids)
         stop_ids = self._stop_ids(params)
         room = self._max_context_tokens - len(request.prompt_ids)
-        max_new_tokens = min(params.max_new_tokens, room)
+        max_new_tokens = min(params.max_new_tokens, room, self._max_new_tokens)
         grammar = self._start_grammar(request)
 
         def on_token(token_id: int) -> None:

@@ -34,7 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def make_model(family: str, **config: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    made = getattr(transformers, f"{family}Config")(**{"vocab_size": VOCAB_SIZE, **FAMILIES[family], **config})
+    made = getattr(transformers, f"{family}Config")(**{"vocab_size": VOCAB_SIZE, **FAMILIES.get(family, {}), **config})
     model: PreTrainedModel = getattr(transformers, f"{family}ForConditionalGeneration")(made)
     return model.eval()
 
@@ -88,6 +88,12 @@ def test_an_answer_that_is_cut_off_is_given_no_end_of_the_models_own() -> None:
     engine.submit(request(max_new_tokens=1, ignore_eos=False))
     (output,) = engine.step()
     assert output.finish_reason is FinishReason.LENGTH and output.token_ids != (EOS,)
+
+
+def test_an_answer_ends_where_the_decoders_positions_end() -> None:
+    sizes = {"max_encoder_position_embeddings": CONTEXT, "max_decoder_position_embeddings": ROOM, "attention_window": 8}
+    engine = GenerateEngine(make_model("LED", **FAMILIES["Bart"], **sizes), (EOS,), CONTEXT)
+    assert len(run(engine, request(max_new_tokens=ROOM + 1))[1]) == ROOM
 
 
 def test_an_abort_ends_the_encoder_before_its_next_layer(family: str) -> None:
