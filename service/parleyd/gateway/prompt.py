@@ -83,7 +83,7 @@ def _build(served: ServedModel, request: chat_pb2.GenerateRequest | chat_pb2.Cou
 def _tokenize(served: ServedModel, text: str) -> list[int]:
     spellings = served.spellings
     num_marks = 0 if spellings is None else spellings.count(text)
-    encoding = served.tokenizer.encode_lazily(text)
+    encoding = served.tokenizer.encode(text)
     num_tokens = len(encoding) - num_marks
     if num_tokens >= served.info.max_context_tokens:
         raise PromptTooLong(num_tokens, served.info.max_context_tokens)

@@ -63,14 +63,13 @@ class Tokenizer:
         fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < vocab_size]
         return json.dumps(fields)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens only where the text spells them: chat templates write those themselves."""
-        return self.encode_lazily(text).ids
+    def encode(self, text: str) -> tokenizers.Encoding:
+        """Ids of `text`, special tokens only where the text spells them: chat templates write those themselves.
 
-    def encode_lazily(self, text: str) -> tokenizers.Encoding:
-        """As `encode`: `len()` counts the ids, `.ids` makes a list of them, which holds the GIL for long."""
-        # A batch of one, because encode() holds the GIL to its end (0.5 s for 450,000 characters in tokenizers 0.23);
-        # the fast variant leaves out the character offsets that nobody here reads.
+        `len()` counts the ids, `.ids` makes a list of them, which holds the GIL for long.
+        """
+        # A batch of one, because the backend's encode() holds the GIL to its end (0.5 s for 450,000 characters in
+        # tokenizers 0.23); the fast variant leaves out the character offsets that nobody here reads.
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
 
     def add_special_token(self, text: str) -> None:

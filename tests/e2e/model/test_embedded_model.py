@@ -143,7 +143,7 @@ def test_a_chat_starts_with_the_models_own_system_prompt_and_ends_by_itself(load
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user"
     )
-    ids = list(Tokenizer.load(folder).encode(prompt))
+    ids = Tokenizer.load(folder).encode(prompt).ids
     model: Any = loaded.model
     answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=60)[0, len(ids) :].tolist()
     assert answer[-1] == IM_END_ID

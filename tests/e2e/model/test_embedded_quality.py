@@ -52,7 +52,7 @@ def loaded() -> LoadedModel:
 
 def text_ids(loaded: LoadedModel, name: str) -> list[int]:
     text = (DATA / name).read_text(encoding="utf-8")
-    return list(Tokenizer.load(Path(loaded.info.tokenizer_dir)).encode(text))[:MAX_TOKENS]
+    return Tokenizer.load(Path(loaded.info.tokenizer_dir)).encode(text).ids[:MAX_TOKENS]
 
 
 def perplexity(logits_of: Callable[[list[int]], Tensor], texts: list[list[int]]) -> float:

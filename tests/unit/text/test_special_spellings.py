@@ -36,7 +36,7 @@ SPELLINGS = SpecialSpellings(TOKENIZER)
 def test_ids_are_those_of_ordinary_text(text: str) -> None:
     marked = SPELLINGS.mark(text)
     assert marked.replace(MARK, "") == (plain := text.replace(MARK, ""))
-    encoding = TOKENIZER.encode_lazily(marked)
+    encoding = TOKENIZER.encode(marked)
     ids = SPELLINGS.without_marks(encoding.ids)
     assert len(ids) == len(encoding) - SPELLINGS.count(marked)
     words = {TOKENIZER.token_id("user"), TOKENIZER.token_id("aba")}  # are names too, so they stay tokens
@@ -65,9 +65,9 @@ def test_words_and_single_characters_are_left() -> None:
 def test_tokenizers_of_every_kind_find_none(kind: str) -> None:
     tokenizer: Tokenizer = getattr(vocabularies, kind)()
     text = "".join(str(tokenizer.token(token_id)) for token_id in sorted(tokenizer.special_ids))
-    assert tokenizer.special_ids.intersection(tokenizer.encode(text))
+    assert tokenizer.special_ids.intersection(tokenizer.encode(text).ids)
     spellings = SpecialSpellings(tokenizer)
-    ids = spellings.without_marks(tokenizer.encode(spellings.mark(text)))
+    ids = spellings.without_marks(tokenizer.encode(spellings.mark(text)).ids)
     # Pieces outside the vocabulary are the unknown token's, which is special itself.
     assert tokenizer.special_ids.intersection(ids) <= {tokenizer.token_id("<unk>")}
 
@@ -91,7 +91,7 @@ def test_what_normalising_makes_a_special_token_is_none(name: str, splits: bool)
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()))
     spellings = SpecialSpellings(tokenizer)
     for text in (*tokens, "a</s>b", " </s>", "</S>", "<|END of turn|>", "＜/s＞", "<|end▁of turn|>"):
-        ids = spellings.without_marks(tokenizer.encode(spellings.mark(text)))
+        ids = spellings.without_marks(tokenizer.encode(spellings.mark(text)).ids)
         assert not tokenizer.special_ids.intersection(ids), text
     for token in tokens:  # as a chat template writes it
-        assert tokenizer.encode(token) == [tokenizer.token_id(token)]
+        assert tokenizer.encode(token).ids == [tokenizer.token_id(token)]
