@@ -45,8 +45,6 @@ def choice_violations(request: chat_pb2.GenerateRequest) -> Iterator[Violation]:
         yield Violation("tool_choice.name", "must be one of the tools")
     if choice.mode == _MODES.MODE_REQUIRED and not request.tools:
         yield Violation("tool_choice.mode", "MODE_REQUIRED needs tools")
-    if is_required(choice) and request.response_format.WhichOneof("format") not in (None, "text"):
-        yield Violation("response_format", "contradicts tool_choice")
 
 
 def unsupported(

@@ -10,7 +10,7 @@ from google.protobuf import struct_pb2
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parleyd.errors import Unsupported, Violation
-from parleyd.gateway import tools
+from parleyd.gateway import convert, tools
 from parleyd.generation import RANGES, ModelInfo, Range
 from parleyd.rpc.interceptors import REQUEST_ID_PATTERN
 
@@ -33,6 +33,8 @@ def request_violations(request: chat_pb2.GenerateRequest, info: ModelInfo) -> It
     yield from tools.choice_violations(request)
     if request.HasField("response_format"):
         yield from _format_violations(request.response_format)
+        if convert.has_format(request.response_format) and tools.is_required(request.tool_choice):
+            yield Violation("response_format", "contradicts tool_choice")
     if request.request_id and not REQUEST_ID_PATTERN.fullmatch(request.request_id):
         yield Violation("request_id", "must be up to 128 of [A-Za-z0-9._:-]")
     yield from _ids_violations("resume.token_ids", request.resume.token_ids, info.max_context_tokens, info.vocab_size)
@@ -75,7 +77,7 @@ def unsupported_in_request(request: chat_pb2.GenerateRequest, grammar_obstacle: 
 
     `grammar_obstacle`: why answers can have no form other than free text, or None.
     """
-    if request.response_format.WhichOneof("format") not in (None, "text"):
+    if convert.has_format(request.response_format):
         if grammar_obstacle:
             yield Unsupported("response_format", grammar_obstacle)
         if tools.offered(request):
