@@ -101,13 +101,11 @@ class ChatTemplate:
         """The prompt's text: up to where the assistant's next message begins or, with `continue_final_message`, up to
         the last message's own end. Keys of messages whose value is None count as absent.
 
-        Raises Unsupported where the model has no chat template, InvalidRequest where the template refuses the messages
-        or drops the one to continue, and for `kwargs` that `kwarg_violations` objects to.
+        `kwargs` are such as `kwarg_violations` finds nothing wrong with. Raises Unsupported where the model has no chat
+        template, InvalidRequest where the template refuses the messages or drops the one to continue.
         """
         if self.source is None:
             raise Unsupported("messages", f"this model {self.obstacle}, so it cannot answer conversations")
-        if violations := self.kwarg_violations(kwargs or {}):
-            raise InvalidRequest(violations)
         variables: dict[str, Any] = {**self._special_tokens, **(kwargs or {})}
         try:
             # The first part of the result, whose annotation is wrong, holds one text for each conversation.

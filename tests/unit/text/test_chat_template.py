@@ -159,15 +159,13 @@ def test_reserved_kwargs_are_violations_even_where_the_template_reads_them(name:
 
 
 def test_every_unknown_kwarg_is_a_violation() -> None:
-    template = ChatTemplate(RICH_TEMPLATE, {})
-    with pytest.raises(InvalidRequest) as error:
-        template.render([USER], kwargs={"enable_thinking": True, "enable_thinkin": 1, "range": 2, "": 3})
-    assert [violation.field.removeprefix("chat_template_kwargs.") for violation in violations(error)] == [
+    found = ChatTemplate(RICH_TEMPLATE, {}).kwarg_violations(["enable_thinking", "enable_thinkin", "range", ""])
+    assert [violation.field.removeprefix("chat_template_kwargs.") for violation in found] == [
         "enable_thinkin",
         "range",
         "",
     ]
-    assert "enable_thinking, style" in violations(error)[0].description
+    assert "enable_thinking, style" in found[0].description
 
 
 def test_a_template_that_refuses_the_messages_is_quoted_in_one_line() -> None:
