@@ -29,16 +29,15 @@ class TelemetryInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not details.method.startswith(self._prefix):
             return handler
         method = details.method.removeprefix(self._prefix)
-        kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+        kinds = ("unary_stream", "stream_stream")  # all that CallInterceptor makes
         return handler._replace(**{kind: self._wrap(method, f) for kind in kinds if (f := getattr(handler, kind))})
 
-    def _wrap(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def handle(request: Any, context: Context) -> Any:
+    def _wrap(self, method: str, behaviour: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def handle(request: Any, context: Context) -> None:
             code = "UNKNOWN"
             try:
-                result = await behaviour(request, context)
+                await behaviour(request, context)
                 code = "OK"
-                return result
             except asyncio.CancelledError:
                 call = current_call.get(None)
                 code = call.cancelled_code if call else "CANCELLED"
