@@ -29,8 +29,8 @@ class Generation:
     params: SamplingParams
     answers: list[Answer]  # one for each choice
     priority: int
-    deadline: float | None = None  # on the monotonic clock
-    grammar_field: str = ""  # which field of the request its grammar is made of
+    deadline: float | None  # on the monotonic clock
+    grammar_field: str  # which field of the request its grammar is made of
     resumed_ids: tuple[int, ...] = ()
     ending: AnswerDelta | None = None
     queue_s: float = 0.0

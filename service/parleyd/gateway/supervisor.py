@@ -14,7 +14,6 @@ from parleyd.errors import NotReady, ParleyError, StartupError, WorkerLost
 from parleyd.gateway.spare_worker import SpareWorker
 from parleyd.gateway.worker import Worker
 from parleyd.gateway.worker_client import WorkerClient
-from parleyd.gateway.worker_link import WORKER_COMMAND
 from parleyd.generation import EngineStats, ModelInfo, Output
 from parleyd.ipc.messages import Start
 
@@ -48,7 +47,7 @@ class Supervisor:
         *,
         on_ready: Callable[[ModelInfo], Awaitable[None]],
         on_lost: Callable[[], None],
-        command: Sequence[str] = WORKER_COMMAND,
+        command: Sequence[str],
     ) -> None:
         self._settings = settings
         self._server = server

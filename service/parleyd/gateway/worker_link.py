@@ -20,7 +20,7 @@ _STDERR_FD = 2
 
 
 class WorkerLink:
-    """A live worker process. `receive` answers None once it is gone."""
+    """A live process. `receive` answers None once it is gone."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -34,8 +34,8 @@ class WorkerLink:
         self.num_submitted = 0  # requests that it has been sent
 
     @classmethod
-    async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> WorkerLink:
-        """Starts a worker. Its last argument is the file descriptor of its end of the socket pair."""
+    async def start(cls, command: Sequence[str]) -> WorkerLink:
+        """Starts a process. Its last argument is the file descriptor of its end of the socket pair."""
         ours, theirs = socket.socketpair()
         with theirs:
             reader, writer = await asyncio.open_connection(sock=ours)
