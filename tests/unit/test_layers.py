@@ -73,10 +73,10 @@ def test_a_violation_in_the_tree_is_found_with_its_place(tmp_path: Path) -> None
         ("parleyd.gateway.server", "import transformers"),
         ("parleyd.gateway.server", "from parleyd import engine"),
         ("parleyd.gateway.server", "from parleyd.model.loader import load_model"),
-        ("parleyd.rpc.status", "from parleyd.worker import loop"),
-        ("parleyd.worker.loop", "from parleyd.gateway import streamer"),
-        ("parleyd.worker.loop", "from parleyd.text import stop"),
-        ("parleyd.worker.loop", "import grpc"),
+        ("parleyd.rpc.status", "from parleyd.worker import process"),
+        ("parleyd.worker.process", "from parleyd.gateway import streamer"),
+        ("parleyd.worker.process", "from parleyd.text import stop"),
+        ("parleyd.worker.process", "import grpc"),
         ("parleyd.cli", "from parleyd.engine.engine import Engine"),
         ("parleyd.cli", "import torch"),
         ("parleyd.new_room.module", "import os"),
@@ -96,7 +96,7 @@ def test_an_import_across_a_wall_is_found(module: str, statement: str) -> None:
         "from importlib import import_module\ntorch = import_module('torch.nn')",
         "from ..engine import engine",
         "from .. import model",
-        "from ..worker.loop import *",
+        "from ..worker.process import *",
     ],
 )
 def test_lazy_and_relative_imports_count(source: str) -> None:

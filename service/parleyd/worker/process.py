@@ -1,4 +1,4 @@
-"""The worker process: reads requests off its socket, loads what `Start` names, then runs the generate thread's loop."""
+"""The worker process: reads requests off its socket, loads what `Start` names, then has the engine step, for ever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from parleyd.ipc import messages
 from parleyd.ipc.framing import read_frame, send_frame
 from parleyd.model.explain import is_out_of_memory, one_line
 from parleyd.telemetry import logging as telemetry_logging
-from parleyd.worker.loop import run_loop
 
 _logger = logging.getLogger("parleyd.worker")
 
@@ -49,10 +48,11 @@ def run(fd: int, load: Load) -> int:
     sender.send(messages.Ready(info))
     threading.Thread(target=_tell_progress, args=(loaded, sender), name="progress", daemon=True).start()
     try:
-        run_loop(loaded, lambda outputs: sender.send(messages.Step(outputs)))
+        while True:
+            sender.send(messages.Step(loaded.step()))
     except Exception:
         _logger.exception("the generate thread failed")
-    return 1
+        return 1
 
 
 def _why_not_loaded(error: Exception, settings: ModelSettings) -> str:
