@@ -15,6 +15,11 @@ from parley_client import AsyncClient, Cancelled, Client, patience, user
 QUESTION = [user("Hello?")]
 
 
+def break_off(request, context):
+    yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1], request_id="request-1")
+    context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+
+
 @pytest.mark.parametrize(
     ("method", "args"),
     [
@@ -35,10 +40,6 @@ def test_every_call_of_a_closed_client_raises_cancelled(client, method, args):
 
 @pytest.mark.parametrize("method", ["chat", "stream"])
 def test_a_client_that_is_closed_just_before_a_call_is_made_again_raises_cancelled(server, method):
-    def break_off(request, context):
-        yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1], request_id="request-1")
-        context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
-
     server.script["GenerateStream"] = break_off
     server.script["Generate"] = lambda request, context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY")
 
@@ -58,11 +59,6 @@ def breaks_for_long(server, monkeypatch):
     """Streams break after a piece, and are to be resumed in a minute."""
     monkeypatch.setattr(patience, "_FIRST_DELAY_S", 60.0)
     monkeypatch.setattr(patience, "_MAX_DELAY_S", 60.0)
-
-    def break_off(request, context):
-        yield chat_pb2.GenerateStreamResponse(content="Hello", token_ids=[1], request_id="request-1")
-        context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
-
     server.script["GenerateStream"] = break_off
 
 
