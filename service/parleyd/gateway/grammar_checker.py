@@ -35,7 +35,7 @@ class GrammarChecker:
         self._verdicts = VerdictCache()
 
     async def check(self, question: CheckGrammar, client: str = "") -> str:
-        """The grammar for the engine. Raises InvalidRequest or Unsupported."""
+        """The grammar for the engine. Raises InvalidRequest, Unsupported, or EngineFault where no process starts."""
         verdict = await self._verdict(hashlib.sha256(encode(question)).digest(), question, client)
         is_of_tools = question.kind == "tool_calls"
         if verdict.unsupported:
