@@ -35,7 +35,7 @@ _tokenizer: Any = lru_cache(maxsize=1)(load_tokenizer)
 def run(fd: int) -> None:
     """Answers one message after the other until the gateway goes away."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole process group; the gateway decides when we go
+        signal.signal(number, signal.SIG_IGN)  # a service manager's reach all; the gateway decides when we go
     threading.stack_size(_STACK_BYTES)
     sock = socket.socket(fileno=fd)
     stream = sock.makefile("rb")
