@@ -64,11 +64,6 @@ class FairQueue:
     def __len__(self) -> int:
         return self._num_waiters
 
-    @property
-    def num_clients(self) -> int:
-        """How many are known: those that wait, and the greediest of those that have waited."""
-        return len(self._clients)
-
     def push(self, ticket: Ticket) -> Waiter:
         """Takes a ticket into the queue."""
         deadline = time.monotonic() + _PATIENCE_S if ticket.deadline is None else ticket.deadline
