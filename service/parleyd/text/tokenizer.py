@@ -158,8 +158,9 @@ def _add_configured_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfi
     ]
     backend.add_tokens(missing)
     by_content = {token.content: token for token in (*present.values(), *config.added_tokens.values())}
-    special = (*config.special_tokens.values(), *config.extra_special_tokens)
-    backend.add_special_tokens([by_content.get(token.content, token) for token in special])
+    extra = [token for token in config.extra_special_tokens if token.content not in by_content]
+    named = [by_content.get(token.content, token) for token in config.special_tokens.values()]
+    backend.add_special_tokens(named + extra)
 
 
 def _byte_coding(backend: tokenizers.Tokenizer) -> ByteCoding:

@@ -54,6 +54,7 @@ ADDED = {"content": "<img>", "lstrip": False, "rstrip": False, "single_word": Fa
                 "260": ADDED | {"content": "<|fim|>", "special": False},
             }
         },
+        {"additional_special_tokens": ["<img>"], "added_tokens_decoder": {"259": ADDED | {"special": False}}},
         {"split_special_tokens": True},
     ],
     ids=lambda changes: "+".join(changes) or "plain",
