@@ -17,8 +17,8 @@ _logger = logging.getLogger("parleyd.model")
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _CODE = ["*.py"]
-# What lies in subfolders is for other programs, and consolidated.safetensors repeats the weights in another layout.
-_NOT_THESE = ["*/*", "consolidated*"]
+# Most in subfolders is for other programs, and consolidated.safetensors repeats the weights in another layout.
+_NOT_THESE = [*(f"*/{name}" for name in (*_FILES, *_CODE) if name != "*.jinja"), "consolidated*"]
 
 
 def download(settings: ModelSettings) -> Path:

@@ -16,7 +16,7 @@ _logger = logging.getLogger("parleyd.model")
 _VERSION = "1"
 
 _VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "merges.txt")
-_DETAILS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja")
+_DETAILS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja", "additional_chat_templates/*")
 
 
 def find_tokenizer(folder: Path, settings: ModelSettings) -> Path:

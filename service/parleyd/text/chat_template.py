@@ -15,6 +15,7 @@ from parleyd.errors import InvalidRequest, ParleyError, StartupError, Unsupporte
 from parleyd.text.tokenizer_config import NAMED_SPECIAL_TOKENS, TokenizerConfig
 
 _MAX_QUOTED_CHARS = 300
+_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
 
 # What the request itself or the tokenizer gives the template; clients cannot set these beside it.
 _RESERVED = frozenset(
@@ -39,31 +40,35 @@ class ChatTemplate:
     `obstacle`: why there is none, and what to do; None where there is one.
     """
 
-    def __init__(self, source: str | None, special_tokens: Mapping[str, str], way_out: str = "") -> None:
-        """`source=None`: the model has none. Raises StartupError where the template is not valid Jinja."""
+    def __init__(
+        self, source: str | None, special_tokens: Mapping[str, str], way_out: str = "", tool_use: str | None = None
+    ) -> None:
+        """`source=None`: the model has none. `tool_use`: one that takes its place where there are tools.
+
+        Raises StartupError where a template is not valid Jinja.
+        """
         self.source = source
+        self._tool_use = tool_use or source
         self.obstacle = f"has no chat template{way_out}" if source is None else None
         self._special_tokens = dict(special_tokens)
         parameters = inspect.signature(template_utils().render_jinja_template).parameters
         self._reserved = _RESERVED | parameters.keys() | special_tokens.keys()
-        names = _variables(source) if source is not None else frozenset()
-        self.variables = names - self._reserved
+        names = [_variables(one) for one in (source, tool_use) if one is not None]
+        self.variables = frozenset().union(*names) - self._reserved
 
     @classmethod
     def load(cls, folder: Path, is_own_folder: bool = False) -> ChatTemplate:
-        """Reads chat_template.jinja, else `chat_template` of tokenizer_config.json ("default" where it has several).
-        `is_own_folder`: it is one that the operator may add files to.
+        """Reads chat_template.jinja and additional_chat_templates/tool_use.jinja, else those of these names ("default",
+        "tool_use") in tokenizer_config.json. `is_own_folder`: it is one that the operator may add files to.
 
         Raises StartupError where a file cannot be used.
         """
         config = TokenizerConfig.load(folder)
-        path = folder / "chat_template.jinja"
-        try:
-            source = path.read_text(encoding="utf-8") if path.is_file() else config.chat_template
-        except (OSError, ValueError) as error:
-            raise StartupError(f"{path} cannot be read: {error}") from error
+        files = {name: _read(path) for name, file in _FILES.items() if (path := folder / file).is_file()}
+        templates = files or config.chat_templates
         way_out = " (a chat_template.jinja in its folder would be one)" if is_own_folder else ""
-        return cls(source, {name: token.content for name, token in config.special_tokens.items()}, way_out)
+        special_tokens = {name: token.content for name, token in config.special_tokens.items()}
+        return cls(templates.get("default"), special_tokens, way_out, templates.get("tool_use"))
 
     @cached_property
     def reads_names(self) -> bool:
@@ -112,7 +117,7 @@ class ChatTemplate:
             prompt: str = template_utils().render_jinja_template(
                 [[_without_none(message) for message in messages]],
                 tools=None if tools is None else [dict(tool) for tool in tools],
-                chat_template=self.source,
+                chat_template=self.source if tools is None else self._tool_use,
                 continue_final_message=continue_final_message,
                 add_generation_prompt=not continue_final_message,
                 **variables,
@@ -121,6 +126,13 @@ class ChatTemplate:
         except Exception as error:  # whatever a model's template raises is about what it was given
             raise InvalidRequest([_refusal(error, continue_final_message)]) from error
         return prompt
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path} cannot be read: {error}") from error
 
 
 def _variables(source: str) -> frozenset[str]:

@@ -21,13 +21,14 @@ class TokenizerConfig:
 
     `special_tokens` maps names such as `bos_token`, and names of the model's own such as `image_token`; chat templates
     see the texts of exactly these. `added_tokens` maps ids to the tokens that older tokenizer.json files left out.
+    `chat_templates` are by name; one that has none is "default".
     """
 
     special_tokens: Mapping[str, AddedToken]
     extra_special_tokens: tuple[AddedToken, ...]
     added_tokens: Mapping[int, AddedToken]
     split_special_tokens: bool
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
 
     @classmethod
     def load(cls, folder: Path) -> TokenizerConfig:
@@ -58,7 +59,7 @@ class TokenizerConfig:
             extra_special_tokens=tuple(token for value in extra if (token := _special_token(value))),
             added_tokens={int(key): _added_token(value) for key, value in added.items()},
             split_special_tokens=bool(config.get("split_special_tokens", False)),
-            chat_template=_default_template(config.get("chat_template")),
+            chat_templates=_by_name(config.get("chat_template")),
         )
 
 
@@ -85,8 +86,10 @@ def _added_token(value: Mapping[str, Any]) -> AddedToken:
     return AddedToken(**{name: item for name, item in value.items() if name != "__type"})
 
 
-def _default_template(value: str | Iterable[Mapping[str, str]] | None) -> str | None:
+def _by_name(value: str | Iterable[Mapping[str, str]] | None) -> dict[str, str]:
     """`chat_template` is one template or, in older folders, a list of named ones."""
-    if value is None or isinstance(value, str):
-        return value
-    return {template["name"]: template["template"] for template in value}.get("default")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    return {template["name"]: template["template"] for template in value}

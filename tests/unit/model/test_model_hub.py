@@ -67,9 +67,10 @@ def test_a_download_takes_the_revision_and_leaves_code_and_pickles(
     assert loaded.info.tokenizer_dir == str(llama_folder)
     [(name, kwargs)] = calls
     assert (name, kwargs["revision"]) == ("some/model", "v1")
-    files = ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "modeling.py",
-             "pytorch_model.bin", "onnx/model.safetensors", "consolidated.safetensors"]  # fmt: skip
+    files = ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt",
+             "additional_chat_templates/tool_use.jinja", "modeling.py", "pytorch_model.bin", "onnx/model.safetensors",
+             "original/params.json", "code/modeling.py", "consolidated.safetensors"]  # fmt: skip
     taken = list(
         filter_repo_objects(files, allow_patterns=kwargs["allow_patterns"], ignore_patterns=kwargs["ignore_patterns"])
     )
-    assert taken == files[: 6 if trusted else 5]
+    assert taken == files[: 7 if trusted else 6]

@@ -118,6 +118,24 @@ def test_older_folders_keep_the_template_in_the_configuration(tmp_path: Path, va
     assert ChatTemplate.load(tmp_path).render([USER]) == "the file wins"
 
 
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize("in_files", [True, False], ids=["files", "configuration"])
+def test_tools_have_a_template_of_their_own_where_the_model_has_one(tmp_path: Path, in_files: bool, tools: Any) -> None:
+    templates = {"default": "d {{ style }}", "tool_use": "{{ tools | tojson }} {{ style }} {{ depth }}", "rag": "r"}
+    folder = write_tiny_tokenizer(tmp_path, chat_template=templates["default"] if in_files else None)
+    if in_files:
+        (folder / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            (folder / "additional_chat_templates" / f"{name}.jinja").write_text(templates[name], encoding="utf-8")
+    else:
+        named = [{"name": name, "template": source} for name, source in templates.items()]
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}), encoding="utf-8")
+    template, oracle = ChatTemplate.load(folder), AutoTokenizer.from_pretrained(folder)
+    kwargs = {"style": "s", "depth": 2}
+    expected = oracle.apply_chat_template([USER], tools=tools, tokenize=False, **kwargs)
+    assert template.render([USER], tools=tools, kwargs=kwargs) == expected
+
+
 def test_a_model_without_a_template_cannot_chat(tmp_path: Path) -> None:
     template = ChatTemplate.load(write_tiny_tokenizer(tmp_path, chat_template=None))
     assert template.kwarg_violations({"anything": 1}) == []
