@@ -113,10 +113,7 @@ class Tokenizer:
         return self.special_ids & {self.token_id(token) for token in tokens}
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that an id adds to a text, in mid-text; empty outside the vocabulary.
-
-        Exact for byte coded ids. Others may gain or lose a space at the start of a text, which this leaves out.
-        """
+        """The bytes that an id adds to a text, in mid-text; empty outside the vocabulary."""
         value = self._bytes.get(token_id)
         if value is None:
             value = self._bytes[token_id] = self._find_bytes(token_id)
@@ -140,9 +137,8 @@ class Tokenizer:
             return b""
         if (byte := self.fallback_byte(token_id)) is not None:
             return byte
-        before: list[int] = []
-        if self.byte_coding is ByteCoding.BYTE_LEVEL and (letter := self._backend.token_to_id("a")) is not None:
-            before = [letter]  # some decoders strip the first space of a text
+        letter = self._backend.token_to_id("a")
+        before = [] if letter is None else [letter]  # some decoders strip the first space of a text
         text = self._backend.decode([*before, token_id], skip_special_tokens=False)[len(before) :]
         if self.byte_coding is ByteCoding.BYTE_LEVEL and "\ufffd" in text and all(char in _BYTE_OF for char in token):
             return bytes(_BYTE_OF[char] for char in token)

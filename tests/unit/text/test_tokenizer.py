@@ -95,6 +95,22 @@ def test_token_bytes_are_what_each_id_adds() -> None:
     assert fallback.token_bytes(vocabularies.FIRST_BYTE_ID + 0xE2) == b"\xe2"
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "texts"),
+    [
+        (vocabularies.byte_fallback(), {"▁the": " the", "▁": " ", "▁▁": "  ", "the": "the", "<s>": "<s>"}),
+        (vocabularies.byte_fallback(strips_first_space=False), {"▁the": " the", "a": "a"}),
+        (vocabularies.metaspace(), {"▁the": " the", "好": "好"}),
+        (vocabularies.word_piece(), {"cat": " cat", "##s": "s", ".": "."}),
+    ],
+    ids=["llama", "gemma", "metaspace", "word_piece"],
+)
+def test_bytes_of_pieces_are_those_of_mid_text(tokenizer: Tokenizer, texts: dict[str, str]) -> None:
+    for token, text in texts.items():
+        token_id = tokenizer.token_id(token)
+        assert token_id is not None and tokenizer.token_bytes(token_id) == text.encode()
+
+
 def test_other_threads_run_while_a_long_text_is_encoded(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_tiny_tokenizer(tmp_path))
     text = "hello world " * 100_000

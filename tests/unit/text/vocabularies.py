@@ -51,7 +51,7 @@ def metaspace() -> Tokenizer:
 
 def word_piece() -> Tokenizer:
     """As BERT: spaces between words, none before `##`."""
-    texts = ("[UNK]", "the", "cat", "##s", ".", "é")
+    texts = ("[UNK]", "the", "cat", "##s", ".", "é", "a")
     backend = tokenizers.Tokenizer(models.WordPiece({text: i for i, text in enumerate(texts)}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
     backend.add_special_tokens(["[UNK]"])
