@@ -14,6 +14,8 @@ import tokenizers
 from parleyd.errors import StartupError
 from parleyd.text.tokenizer_config import TokenizerConfig
 
+_SPACES = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+
 
 class ByteCoding(Enum):
     """How a tokenizer's ids can stand for less than a character."""
@@ -54,13 +56,17 @@ class Tokenizer:
         return cls(backend)
 
     def to_json(self, vocab_size: int) -> str:
-        """As a tokenizer.json holds it: with the tokens that the configuration adds, without added ones from
-        `vocab_size` on, which a model may have no logits for."""
-        content: str = self._backend.to_str()
-        if all(token_id < vocab_size for token_id in self._backend.get_added_tokens_decoder()):
-            return content
-        fields = json.loads(content)
+        """For grammars, as a tokenizer.json holds it: with the tokens that the configuration adds, without added ones
+        from `vocab_size` on, which a model may have no logits for, and such that texts are read as they are."""
+        fields = json.loads(self._backend.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false'))
         fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < vocab_size]
+        normalizer = fields["normalizer"] or {}
+        parts = normalizer.get("normalizers", [normalizer])
+        # What else they do, such as composing characters, is done to prompts alone.
+        spaces = [part for part in parts if "▁" in (part.get("prepend"), part.get("content"))]
+        fields["normalizer"] = {"type": "Sequence", "normalizers": spaces}
+        if "Metaspace" in _decoder_kinds(fields["decoder"]):  # llguidance knows spaces as Llama 2 writes them
+            fields["decoder"]["decoders"].insert(0, _SPACES)
         return json.dumps(fields)
 
     def encode(self, text: str) -> tokenizers.Encoding:
