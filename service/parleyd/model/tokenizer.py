@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 from parleyd.config import ModelSettings
@@ -49,7 +50,11 @@ def _convert(folder: Path, target: Path, settings: ModelSettings) -> None:
             str(folder), trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
     except Exception as error:
-        raise StartupError(f"--model {folder}: its tokenizer cannot be read: {explain.one_line(error)}") from error
+        why = explain.one_line(error)
+        if isinstance(error, ValueError) and "tiktoken" in why and find_spec("sentencepiece") is None:
+            # transformers tries the one after the other, and names the last
+            why = "it needs the Python package sentencepiece (tiktoken where that wrote it), which is not installed"
+        raise StartupError(f"--model {folder}: its tokenizer cannot be read: {why}") from error
     tokenizer.save_pretrained(target)
     if not (target / "tokenizer.json").is_file():
         raise StartupError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,13 @@ def test_a_model_without_a_language_head_is_refused(llama_folder: Path) -> None:
 def test_what_listens_instead_of_reading_is_refused(llama_folder: Path) -> None:
     WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(llama_folder)
     assert startup_error(llama_folder).endswith(": not a model that generates text from text")
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_the_package_that_reads_a_vocabulary_is_named(llama_folder: Path, tmp_path: Path) -> None:
+    (llama_folder / "tokenizer.json").unlink()
+    (llama_folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    assert "it needs the Python package sentencepiece" in startup_error(llama_folder, cache=str(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_is_named(llama_folder: Path) -> None:
