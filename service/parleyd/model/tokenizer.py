@@ -16,7 +16,7 @@ _logger = logging.getLogger("parleyd.model")
 # Part of the cache's key: raise it with every change to what a conversion writes.
 _VERSION = "1"
 
-_VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "merges.txt")
+_VOCABULARIES = ("*.model", "*.tiktoken", "tekken.json", "vocab*", "merges.txt")
 _DETAILS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja", "additional_chat_templates/*")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
+from base64 import b64encode
 from pathlib import Path
 
 import gguf
@@ -17,6 +19,7 @@ from parleyd.errors import StartupError
 from parleyd.model import conversion
 from parleyd.model.embedded import find_embedded_model
 from parleyd.model.loader import load_model
+from parleyd.model.tokenizer import find_tokenizer
 from parleyd.text.chat_template import ChatTemplate
 from parleyd.text.tokenizer import Tokenizer
 from tests.support.tiny_gguf import CONTEXT, write_gguf
@@ -142,6 +145,26 @@ def test_a_slow_tokenizer_is_converted_into_the_cache(llama_folder: Path, cache:
     assert folders(cache) == [Path(info.tokenizer_dir).name]
     assert Tokenizer.load(Path(info.tokenizer_dir)).encode("aba").ids == [2, 0]
     assert "<|im_start|>" in ChatTemplate.load(Path(info.tokenizer_dir)).render([{"role": "user", "content": "a"}])
+
+
+def test_a_tokenizer_in_mistrals_own_file_is_converted_too(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    tekken = {
+        "config": {
+            "pattern": "[a-z]+",
+            "num_vocab_tokens": 256,
+            "default_vocab_size": 258,
+            "default_num_special_tokens": 2,
+        },
+        "vocab": [{"rank": i, "token_bytes": b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)],
+        "special_tokens": [
+            {"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(("<s>", "[INST]"))
+        ],
+    }
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    tokenizer = Tokenizer.load(find_tokenizer(tmp_path, ModelSettings(cache=str(cache))))
+    assert tokenizer.encode("[INST]hé") == [1, *(2 + byte for byte in "hé".encode())]
+    assert tokenizer.special_ids == {0, 1}
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_line(llama_folder: Path, cache: Path) -> None:
