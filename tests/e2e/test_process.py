@@ -120,13 +120,16 @@ def test_a_ctrl_c_while_the_worker_starts_is_the_gateways_alone() -> None:
     assert "Traceback" not in log and "ERROR" not in log
 
 
+@pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("module", ["asyncio", "grpc"])
-def test_a_ctrl_c_amid_the_imports_ends_quietly(tmp_path: Path, module: str) -> None:
-    (tmp_path / f"{module}.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+def test_a_signal_amid_the_imports_ends_quietly_and_by_a_handler(
+    tmp_path: Path, module: str, signal_name: str, code: int
+) -> None:
+    (tmp_path / f"{module}.py").write_text(f"import signal; signal.raise_signal(signal.{signal_name})")
     command = [Path(sys.executable).parent / "parleyd", "serve", "--port", "0"]
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
 
 
 def test_nothing_is_imported_from_the_folder_that_the_service_is_started_in(tmp_path: Path) -> None:
