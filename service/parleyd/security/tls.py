@@ -20,6 +20,8 @@ from parleyd.security.watched import Watched, read_file
 
 _logger = logging.getLogger("parleyd.security")
 
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")  # gRPC's, which drops a new certificate on another without a word
+
 
 class Certificates:
     """Credentials of a server whose certificate can be replaced: new connections get the files' content as it is."""
@@ -77,6 +79,8 @@ def _parse_key(path: str, pem: bytes) -> rsa.RSAPrivateKey | ec.EllipticCurvePri
         raise StartupError(f"--tls-key {path} holds no private key in PEM that can be read") from error
     if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
         raise StartupError(f"--tls-key {path} is neither an RSA nor an elliptic-curve key")
+    if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name not in _CURVES:
+        raise StartupError(f"--tls-key {path} is on the curve {key.curve.name}; gRPC knows {', '.join(_CURVES)}")
     return key
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from parleyd.config import SecuritySettings
 from parleyd.errors import StartupError
@@ -35,8 +35,8 @@ def test_contradictions_stop_the_start(settings: dict[str, str], what: str) -> N
         Guard(SecuritySettings(**settings), [])  # type: ignore[arg-type]
 
 
-def _other_kind_of_key() -> bytes:
-    return ed25519.Ed25519PrivateKey.generate().private_bytes(
+def _pem(key: ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
@@ -58,7 +58,8 @@ def _encrypted_key() -> bytes:
         ("cert.key", AUTHORITY.cert, r"--tls-key .*cert\.key holds no private key"),
         ("cert.key", AUTHORITY.issue("b").key, r"--tls-key .*cert\.key is not the key of --tls-cert .*cert\.pem"),
         ("cert.key", _encrypted_key(), r"--tls-key .*cert\.key is encrypted"),
-        ("cert.key", _other_kind_of_key(), r"--tls-key .*cert\.key is neither"),
+        ("cert.key", _pem(ed25519.Ed25519PrivateKey.generate()), r"--tls-key .*cert\.key is neither"),
+        ("cert.key", _pem(ec.generate_private_key(ec.SECP256K1())), r"--tls-key .*cert\.key is on the curve secp256k1"),
         ("ca.pem", None, r"--tls-client-ca .*ca\.pem cannot be read"),
         ("ca.pem", b"nothing", r"--tls-client-ca .*ca\.pem holds no certificate"),
     ],
