@@ -206,12 +206,15 @@ def _hint(error: ParleyError, args: Namespace) -> str:
 
 
 def _connection_hint(message: str, args: Namespace) -> str:
+    if "certificate has expired" in message or "certificate is not yet valid" in message:
+        return "that is the server's certificate, by this machine's clock"
     if "CERTIFICATE_VERIFY_FAILED" in message:
         return "give the authority of the server's certificate with --tls-ca"
     if "Hostname Verification" in message:
         return f"the server's certificate is not for the name in --target {args.target}"
-    if _has_tls(args) and not args.client_cert and "Socket closed" in message:
-        return "the server may want a certificate: --client-cert and --client-key"
+    if _has_tls(args) and "Socket closed" in message:
+        another = "another certificate than that of" if args.client_cert else "a certificate:"
+        return f"the server may want {another} --client-cert and --client-key"
     # Of a name with several addresses the last one's error is told, which may be that nobody listens there.
     kind = "with TLS, and of an authority that --tls-ca names" if _has_tls(args) else "in plain text"
     return f"does a server listen at {args.target}, {kind}? --target names another"

@@ -158,19 +158,36 @@ def test_a_file_that_holds_something_else_is_named(
     [
         (["--tls"], "give the authority of the server's certificate with --tls-ca"),
         (["--tls-ca", "ca"], "the server may want a certificate: --client-cert and --client-key"),
+        (
+            ["--tls-ca", "ca", "--client-cert", "old", "--client-key", "old key"],
+            "the server may want another certificate than that of --client-cert and --client-key",
+        ),
         ([], "does a server listen at 127.0.0.1:PORT, in plain text? --target names another"),
     ],
 )
 def test_the_command_line_tells_which_tls_flag_may_help(
-    mutual: GatewayThread, files: dict[str, str], flags: list[str], hint: str
+    mutual: GatewayThread, files: dict[str, str], tmp_path: Path, flags: list[str], hint: str
 ) -> None:
-    command = [sys.executable, "-m", "parley_client", "health", "--target", mutual.target]
-    command += [files.get(flag, flag) for flag in flags]
+    files["old"], files["old key"] = AUTHORITY.issue("client", days=-1).write(tmp_path, "old")
+    error = _failure_of_health(mutual.target, *(files.get(flag, flag) for flag in flags))
+    assert error.endswith(f" ({hint.replace('PORT', mutual.target.rpartition(':')[2])})")
+
+
+def test_the_command_line_tells_of_a_servers_certificate_that_has_expired(
+    start_gateway: StartGateway, files: dict[str, str], tmp_path: Path
+) -> None:
+    cert, key = AUTHORITY.issue("server", ip="127.0.0.1", days=-1).write(tmp_path, "server")
+    target = start_gateway(security=SecuritySettings(tls_cert=cert, tls_key=key), wait_ready=False).target
+    error = _failure_of_health(target, "--tls-ca", files["ca"])
+    assert error.endswith(" (that is the server's certificate, by this machine's clock)")
+
+
+def _failure_of_health(target: str, *flags: str) -> str:
+    command = [sys.executable, "-m", "parley_client", "health", "--target", target, *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GRPC_", "PARLEY_"))}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    error = result.stderr.splitlines()[-1]  # behind what gRPC logs of a handshake
-    assert error.endswith(f" ({hint.replace('PORT', mutual.target.rpartition(':')[2])})")
+    return result.stderr.splitlines()[-1]  # behind what gRPC logs of a handshake
 
 
 def test_the_command_line_takes_credentials_from_flags_and_environment(
