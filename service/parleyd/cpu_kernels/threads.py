@@ -6,6 +6,7 @@ A pool of our own would have its threads spin, waiting, on the cores on which to
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from numba import cfunc, config, types
 
 from parleyd.cpu_kernels.numbers import FAST
+
+_logger = logging.getLogger("parleyd.engine")
 
 # Known to the linker as soon as `_openmp` has run.
 thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -70,7 +73,16 @@ def keep_compiled(folder: Path) -> None:
 
 
 def _compile(signature: Any, function: Callable[..., None]) -> Any:
-    return cfunc(signature, cache=bool(config.CACHE_DIR), fastmath=FAST, error_model="numpy")(function)
+    try:
+        return cfunc(signature, cache=bool(config.CACHE_DIR), fastmath=FAST, error_model="numpy")(function)
+    except OSError as error:  # no room to keep it, which is known only once it has been compiled
+        if not config.CACHE_DIR:
+            raise
+        _logger.warning(
+            "kernels are compiled at each start: %s cannot be written: %s", config.CACHE_DIR, error.strerror
+        )
+        config.CACHE_DIR = ""
+        return _compile(signature, function)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,21 @@ def test_where_they_cannot_be_kept_they_are_compiled_all_the_same(
     (tmp_path / "file").touch()
     assert compiled_kernels(tmp_path / "file", 16)
     assert "kernels are compiled at each start" in caplog.text
+
+
+def test_on_a_full_disk_they_are_compiled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kernel in (layers._norm_kernel, layers._gate_kernel, layers._rotate_kernel):
+        monkeypatch.setattr(layers, kernel.__name__, kernel.__wrapped__)  # as in a new process
+    monkeypatch.setattr(trial, "check_products", lambda _: None)  # takes seconds to compile
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert compiled_kernels(tmp_path, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("kernels are compiled at each start") == 1
 
 
 def test_layers_that_compute_something_else_are_not_taken(
