@@ -31,7 +31,7 @@ class Certificate:
 
 
 class Authority:
-    """Issues certificates that are valid from yesterday for `days`."""
+    """Issues certificates."""
 
     def __init__(self, name: str = "Test CA") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -47,14 +47,21 @@ class Authority:
         return self._cert.public_bytes(serialization.Encoding.PEM)
 
     def issue(
-        self, common_name: str = "", *, uri: str = "", dns: tuple[str, ...] = (), ip: str = "", days: float = 30
+        self,
+        common_name: str = "",
+        *,
+        uri: str = "",
+        dns: tuple[str, ...] = (),
+        ip: str = "",
+        days: float = 30,
+        since_days: float = -30,
     ) -> Certificate:
-        """A certificate for servers and clients; negative `days` have it expire before now."""
+        """A certificate for servers and clients, valid from `since_days` to `days` after now."""
         key = ec.generate_private_key(ec.SECP256R1())
         names: list[x509.GeneralName] = [x509.DNSName(name) for name in dns]
         names += [x509.UniformResourceIdentifier(uri)] if uri else []
         names += [x509.IPAddress(ipaddress.ip_address(ip))] if ip else []
-        builder = _builder(_name(common_name), self._name, key.public_key(), days)
+        builder = _builder(_name(common_name), self._name, key.public_key(), days, since_days)
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
@@ -67,12 +74,12 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float, since_days: float = -30
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
     builder = builder.serial_number(x509.random_serial_number())
-    return builder.not_valid_before(now - 30 * _DAY).not_valid_after(now + days * _DAY)
+    return builder.not_valid_before(now + since_days * _DAY).not_valid_after(now + days * _DAY)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -54,8 +54,9 @@ def _read(settings: SecuritySettings) -> grpc.ServerCertificateConfiguration:
     certificate = _parse_certificates("--tls-cert", settings.tls_cert, chain)[0]
     if _public_bytes(_parse_key(settings.tls_key, key).public_key()) != _public_bytes(certificate.public_key()):
         raise StartupError(f"--tls-key {settings.tls_key} is not the key of --tls-cert {settings.tls_cert}")
-    if certificate.not_valid_after_utc < datetime.datetime.now(datetime.UTC):
-        _logger.warning("--tls-cert %s expired at %s", settings.tls_cert, certificate.not_valid_after_utc)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not begin <= datetime.datetime.now(datetime.UTC) <= end:
+        _logger.warning("--tls-cert %s is valid from %s to %s, not now", settings.tls_cert, begin, end)
     authorities = None
     if settings.tls_client_ca:
         authorities = read_file("--tls-client-ca", settings.tls_client_ca)

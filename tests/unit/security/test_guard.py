@@ -76,6 +76,15 @@ def test_broken_files_stop_the_start(tmp_path: Path, broken: str, content: bytes
         Guard(settings, [])
 
 
+@pytest.mark.parametrize("days", [(-30, -1), (1, 30)])
+def test_the_log_tells_of_a_certificate_that_is_not_valid_now(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, days: tuple[int, int]
+) -> None:
+    cert, key = AUTHORITY.issue("localhost", since_days=days[0], days=days[1]).write(tmp_path, "cert")
+    Guard(SecuritySettings(tls_cert=cert, tls_key=key), [])
+    assert f"--tls-cert {cert} is valid from" in caplog.text
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "parley.internal", "", "::ffff:10.0.0.1"])
 def test_plain_text_beyond_this_machine_must_be_asked_for(host: str) -> None:
     with pytest.raises(StartupError, match=f"--host {host}: others could read.*--tls-cert.*--insecure"):
