@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parley_client.credentials import ApiKey, authorization
-from parley_client.patience import Contact, Patience
+from parley_client.patience import Contact, Patience, time_limit
 
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
 DEFAULT_MAX_RESUMES = 8  # over some 16 s: longer than a server takes to come back
@@ -96,8 +96,9 @@ class CallDefaults:
         """Defaults from the arguments of a client. gRPC wants metadata keys in lower case.
 
         Raises:
-            ValueError: `max_resumes` is negative.
+            ValueError: `max_resumes` is negative, or `timeout` no number.
         """
+        time_limit(timeout)
         if max_resumes < 0:
             raise ValueError(f"max_resumes must be 0 or more, not {max_resumes}")
         lowered = tuple((key.lower(), value) for key, value in (metadata or {}).items())
@@ -105,9 +106,8 @@ class CallDefaults:
 
     def args(self, timeout: float | None) -> dict[str, Any]:
         """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""
-        limit = self.timeout if timeout is None else timeout
+        limit = time_limit(self.timeout if timeout is None else timeout)
         metadata = self.metadata if self.api_key is None else (*self.metadata, authorization(self.api_key))
-        # gRPC takes an endless one for one that has passed.
         return {"timeout": None if limit == math.inf else limit, "metadata": metadata}
 
     def patience(self, timeout: float | None) -> Patience:

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from parley_client.errors import DeadlineExceeded, ParleyError
+from parley_client.patience import time_limit
 
 RETRY_DELAY_S = 0.1  # between two watches, should a server end them at once
 
@@ -41,7 +42,7 @@ class ReadinessWait:
 
     def __init__(self, timeout: float | None) -> None:
         self._timeout = timeout
-        self._expires = math.inf if timeout is None else time.monotonic() + timeout
+        self._expires = time.monotonic() + time_limit(timeout)
         self.last_seen = "no answer from the server"
 
     def remaining_s(self) -> float | None:

@@ -12,6 +12,16 @@ from parley_client.errors import DeadlineExceeded, ParleyError, QueueFull, Unava
 
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 5.0
 _MAX_DOUBLINGS = 10  # more than it takes from one to the other, and no float is 2**1024
+_ENDLESS_S = 2.0**32  # 136 years; gRPC takes what ends after the year 2262 for what has passed
+
+
+def time_limit(timeout: float | None) -> float:
+    """A timeout in seconds, `math.inf` where it is none. Raises ValueError for what is no number."""
+    if timeout is None or timeout > _ENDLESS_S:
+        return math.inf
+    if math.isnan(timeout):
+        raise ValueError(f"timeout must be a number of seconds, not {timeout}")
+    return timeout
 
 
 class Contact:
@@ -39,7 +49,7 @@ class Patience:
         self._contact = contact
         self._failures = 0
         self._last: ParleyError | None = None
-        self._deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self._deadline = time.monotonic() + time_limit(timeout)
 
     def note_progress(self) -> None:
         """To be called with each part of an answer."""

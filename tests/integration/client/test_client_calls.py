@@ -262,13 +262,24 @@ def test_timeouts_are_the_deadline_of_the_call(connect, server, method, whose):
     assert deadlines[0] < 1
 
 
-def test_an_endless_timeout_is_none(connect, server):
+@pytest.mark.parametrize("endless", [math.inf, 1e10, 1e300])
+def test_an_endless_timeout_is_none(connect, server, endless):
     server.says("Hello")
     server.script["Watch"] = lambda request, context: iter([health_pb2.HealthCheckResponse(status=1)])
     with connect(server.target, timeout=1e-6) as client:
-        client.wait_until_ready(timeout=math.inf)
-        assert str(client.chat(QUESTION, timeout=math.inf)) == "Hello"
-        assert "".join(map(str, client.stream(QUESTION, timeout=math.inf))) == "Hello"
+        client.wait_until_ready(timeout=endless)
+        assert str(client.chat(QUESTION, timeout=endless)) == "Hello"
+        assert "".join(map(str, client.stream(QUESTION, timeout=endless))) == "Hello"
+
+
+def test_a_timeout_that_is_no_number_is_refused_by_every_call(connect):
+    with pytest.raises(ValueError, match="timeout must be a number of seconds, not nan"):
+        connect("localhost:1", timeout=math.nan)
+    with connect("localhost:1") as client:
+        for method in "chat", "stream", "count_tokens", "generate_batch", "model_info", "health", "wait_until_ready":
+            arguments = [] if method in ("model_info", "health", "wait_until_ready") else [[]]
+            with pytest.raises(ValueError, match="timeout must be a number of seconds, not nan"):
+                getattr(client, method)(*arguments, timeout=math.nan)
 
 
 def test_credentials_secure_the_channel(connect):
