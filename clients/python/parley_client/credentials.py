@@ -67,8 +67,8 @@ def channel_credentials(
         PlainTextKey: an API key would cross a network in plain text.
         ValueError: it can be none.
     """
-    if isinstance(api_key, str) and not _KEY.fullmatch(api_key):
-        raise ValueError("the API key is empty, or has blanks, line ends or letters beyond ASCII: no key has")
+    if isinstance(api_key, str):
+        authorization(api_key)
     if api_key is None or (insecure and credentials is None):
         return credentials
     if credentials is None:
@@ -78,8 +78,11 @@ def channel_credentials(
 
 
 def authorization(api_key: ApiKey) -> tuple[str, str]:
-    """The metadata that carries an API key or token."""
-    return "authorization", f"Bearer {api_key() if callable(api_key) else api_key}"
+    """The metadata that carries an API key or token. Raises ValueError for what can be none."""
+    key = api_key() if callable(api_key) else api_key
+    if not _KEY.fullmatch(key):
+        raise ValueError("the API key is empty, or has blanks, line ends or letters beyond ASCII: no key has")
+    return "authorization", f"Bearer {key}"
 
 
 def _read_pem(path: AnyPath | None, kind: re.Pattern[bytes], name: str) -> bytes | None:

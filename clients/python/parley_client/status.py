@@ -84,6 +84,8 @@ def _build_from_code(code: grpc.StatusCode, message: str, common: dict[str, Any]
     # A proxy resets streams whose server is gone, and gRPC has no better code for that.
     if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
         cls = errors.ConnectionFailed
+    if cls is errors.ConnectionFailed and "metadata from plugin failed" in message:  # an `api_key` function raised
+        cls, message = errors.Unauthenticated, f"no credentials: {message}"
     if cls is errors.ConnectionFailed:
         message = f"connection failed: {message}"
     error = cls(message or code.value[1], **common)

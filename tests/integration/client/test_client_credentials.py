@@ -104,6 +104,18 @@ def test_a_function_is_asked_for_the_key_before_each_call(
         assert "".join(map(str, client.stream([user("Hi")]))) == "Hi"
 
 
+@pytest.mark.parametrize("insecure", [False, True])
+@pytest.mark.parametrize(("key", "said"), [("1 / 0", "division by zero"), ("'two words'", "the API key is empty, or")])
+def test_a_function_that_gives_no_key_is_told_as_such(
+    connect: Connect, start_gateway: StartGateway, key: str, said: str, insecure: bool
+) -> None:
+    with (
+        connect(start_gateway().target, api_key=lambda: eval(key), insecure=insecure, max_attempts=1) as client,
+        pytest.raises((Unauthenticated, ValueError, ZeroDivisionError), match=said),
+    ):
+        client.chat([user("Hi")])
+
+
 @pytest.mark.parametrize(
     "target",
     ["parley.example:50051", "10.0.0.1:50051", "dns:///parley:1", "ipv4:127.0.0.1:1,10.0.0.1:1", "localhost.x:1"],
