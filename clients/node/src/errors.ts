@@ -6,6 +6,7 @@ import { Status } from "./gen/google/rpc/status.js";
 import { ErrorReason } from "./gen/parley/v1/errors.js";
 
 const DOMAIN = "parley.v1";
+const NOT_ENCODED = "Request message serialization failure: "; // by gRPC, which has INTERNAL for it
 const TYPE_PREFIX = "type.googleapis.com/google.rpc.";
 
 /** Why a call failed, as the contract names it; errors.proto documents each. */
@@ -43,6 +44,10 @@ export class ParleyError extends Error {
   /** The error of a failed call. `headers`: of its response; a server that died in between sent no trailers. */
   static fromCall(error: ServiceError, headers?: Metadata): ParleyError {
     const details = decode(Status, first(error.metadata, "grpc-status-details-bin"));
+    if (error.details.startsWith(NOT_ENCODED)) {
+      const message = `invalid request: ${error.details.slice(NOT_ENCODED.length)}`;
+      return new ParleyError(message, status.INVALID_ARGUMENT, "INVALID_REQUEST", {}, [], undefined, undefined, { cause: error });
+    }
     const requestId = (first(error.metadata, "x-request-id") ?? first(headers, "x-request-id"))?.toString();
     return build(error.code, details?.message || error.details, details, requestId, { cause: error });
   }

@@ -1,4 +1,6 @@
 // Makes the requests of what callers pass in. The client does it for each call.
+import { inspect } from "node:util";
+
 import { Role, ToolChoice_Mode } from "./gen/parley/v1/message.js";
 
 interface Type<Input, Request> {
@@ -8,8 +10,9 @@ interface Type<Input, Request> {
 const ENUMS: Readonly<Record<string, object>> = { role: Role, mode: ToolChoice_Mode };
 
 /**
- * The request with the fields of `input`. The stubs would leave out a field that they do not know, take what is no
- * object for an empty one, and send -1 for an enum's value; TypeScript refuses most of that, JavaScript nothing.
+ * The request with the fields of `input`. The stubs would leave out a field that they do not know, take a Map and what
+ * is no object for an empty one, send -1 for an enum's value, and "[object Object]" for a text; TypeScript refuses most
+ * of that, JavaScript nothing.
  *
  * @throws TypeError: it names the field, by its path.
  */
@@ -20,8 +23,11 @@ export function build<Input, Request>(type: Type<Input, Request>, input: Input):
 }
 
 function check(given: unknown, made: unknown, path: string): void {
+  // Of messages and lists the stubs make new ones; what they keep stands where a text or a number belongs.
+  const isMisplaced = given === made && isObject(given) && !path.endsWith("chatTemplateKwargs");
+  if (isMisplaced || given instanceof Map) throw new TypeError(`${path || "the request"}: takes no ${inspect(given)}`);
   if (given === made || !isObject(made)) return;
-  if (!isObject(given)) throw new TypeError(`${path || "the request"}: ${JSON.stringify(given)} is no object`);
+  if (!isObject(given)) throw new TypeError(`${path || "the request"}: ${inspect(given)} is no object`);
   for (const [key, value] of Object.entries(given)) {
     if (value === undefined || value === null) continue;
     const at = Array.isArray(given) ? `${path}[${key}]` : path === "" ? key : `${path}.${key}`;
@@ -35,8 +41,8 @@ function check(given: unknown, made: unknown, path: string): void {
 function checkName(value: unknown, names: object, path: string): void {
   const known = Object.values(names).filter((name) => name !== Role.UNRECOGNIZED);
   if (known.includes(value)) return;
-  const choices = known.filter((name) => !name.endsWith("_UNSPECIFIED")).map((name) => JSON.stringify(name));
-  throw new TypeError(`${path}: ${JSON.stringify(value)} is none of ${choices.join(", ")}`);
+  const choices = known.filter((name) => !name.endsWith("_UNSPECIFIED")).map((name) => inspect(name));
+  throw new TypeError(`${path}: ${inspect(value)} is none of ${choices.join(", ")}`);
 }
 
 // Of several members of a oneof the last one sent would count.

@@ -377,16 +377,20 @@ test("closing a client wakes the calls that wait to be made again", { timeout: 6
 test("what no request has is refused at the call, by its path", async () => {
   const client = connect("localhost:1");
   const refused: [unknown, RegExp][] = [
-    [{ messages: [user("Hi"), { role: "user", content: "Hi" }] }, /^messages\[1\]\.role: "user" is none of "ROLE_SYSTEM", /],
+    [{ messages: [user("Hi"), { role: "user", content: "Hi" }] }, /^messages\[1\]\.role: 'user' is none of 'ROLE_SYSTEM', /],
     [{ messages: [{ role: 2, content: "Hi" }] }, /^messages\[0\]\.role: 2 is none of /],
-    [{ ...QUESTION, toolChoice: { mode: "required" } }, /^toolChoice\.mode: "required" is none of "MODE_AUTO", /],
+    [{ ...QUESTION, toolChoice: { mode: "required" } }, /^toolChoice\.mode: 'required' is none of 'MODE_AUTO', /],
     [{ ...QUESTION, generationConfig: { max_new_tokens: 5 } }, /^generationConfig\.max_new_tokens: no such field$/],
     [{ ...QUESTION, temperature: 1 }, /^temperature: no such field$/],
     [{ ...QUESTION, constructor: 1 }, /^constructor: no such field$/],
-    [{ ...QUESTION, toolChoice: "required" }, /^toolChoice: "required" is no object$/],
-    [{ ...QUESTION, responseFormat: "json_object" }, /^responseFormat: "json_object" is no object$/],
+    [{ ...QUESTION, toolChoice: "required" }, /^toolChoice: 'required' is no object$/],
+    [{ ...QUESTION, responseFormat: "json_object" }, /^responseFormat: 'json_object' is no object$/],
     [{ ...QUESTION, responseFormat: { regex: "a", grammar: "b" } }, /^responseFormat: takes exactly one form, not 2$/],
-    [{ messages: ["Hi"] }, /^messages\[0\]: "Hi" is no object$/],
+    [{ messages: ["Hi"] }, /^messages\[0\]: 'Hi' is no object$/],
+    [{ messages: [{ role: "ROLE_USER", content: [{ text: "Hi" }] }] }, /^messages\[0\]\.content: takes no \[ \{ text: 'Hi' \} \]$/],
+    [{ ...QUESTION, generationConfig: { logitBias: new Map([[7, 1]]) } }, /^generationConfig\.logitBias: takes no Map\(1\) /],
+    [{ ...QUESTION, chatTemplateKwargs: new Map() }, /^chatTemplateKwargs: takes no Map\(0\) /],
+    [{ ...QUESTION, toolChoice: 5n }, /^toolChoice: 5n is no object$/],
   ];
   for (const [request, message] of refused) {
     const error = { name: "TypeError", message };
@@ -426,6 +430,14 @@ test("it is the server that refuses a number of answers", async () => {
   });
   const stream = connect(target).stream({ ...QUESTION, generationConfig: { numReturnSequences: 2 ** 32 - 1 } });
   await assert.rejects(Array.fromAsync(stream), { code: status.INVALID_ARGUMENT });
+});
+
+test("a number that cannot be encoded is an invalid request", async () => {
+  const bad = { ...QUESTION, generationConfig: { maxNewTokens: 1.5 } };
+  const client = connect(await serve({}));
+  const refusal = { code: status.INVALID_ARGUMENT, reason: "INVALID_REQUEST", message: "invalid request: invalid uint32: 1.5" };
+  await assert.rejects(client.generate(bad), refusal);
+  await assert.rejects(Array.fromAsync(client.stream(bad)), refusal);
 });
 
 test("a deadline ends a call", async () => {
