@@ -85,6 +85,7 @@ type Streaming<Request, Response> = (
 // Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
 const TARGET = /^(([^\s:/,[\]]+|\[[^\s/,[\]]+\]):\d+|(dns|unix|ipv4|ipv6|xds):\S+)$/;
 const LOCAL_TARGET = /^(dns:\/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
+const ENDLESS_MS = 1e14; // gRPC's timeouts have eight digits, of hours at most
 const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back
 
 /** A connection to a Parley server, made with the first call. Every call that fails throws a ParleyError. */
@@ -173,7 +174,12 @@ export class Client {
   }
 
   #deadline({ timeoutMs = this.#timeoutMs }: CallOptions): number | undefined {
-    return timeoutMs === undefined ? undefined : Date.now() + timeoutMs;
+    if (timeoutMs === undefined) return undefined;
+    // gRPC would throw where nobody can catch it, and the call never end.
+    if (typeof timeoutMs !== "number" || Number.isNaN(timeoutMs)) {
+      throw new TypeError(`timeoutMs: ${String(timeoutMs)} is no number of milliseconds`);
+    }
+    return timeoutMs > ENDLESS_MS ? undefined : Date.now() + timeoutMs;
   }
 
   /** The time before a call is made again, which finds out why the pause was cut short. */

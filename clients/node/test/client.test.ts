@@ -440,6 +440,19 @@ test("a number that cannot be encoded is an invalid request", async () => {
   await assert.rejects(Array.fromAsync(client.stream(bad)), refusal);
 });
 
+test("a timeout that is no number is refused, and one past what gRPC counts to is none", async () => {
+  const target = await serve({ generate: (_, callback) => callback(null, GenerateResponse.fromPartial({})) });
+  const client = connect(target);
+  for (const timeoutMs of [Infinity, 1e15, 1e300]) await client.generate(QUESTION, { timeoutMs });
+  for (const timeoutMs of [NaN, "100", null]) {
+    const options = { timeoutMs } as { timeoutMs: number };
+    const refusal = { name: "TypeError", message: `timeoutMs: ${timeoutMs} is no number of milliseconds` };
+    await assert.rejects(client.generate(QUESTION, options), refusal);
+    assert.throws(() => client.stream(QUESTION, options), refusal);
+    await assert.rejects(Array.fromAsync(client.batch([QUESTION], options)), refusal);
+  }
+});
+
 test("a deadline ends a call", async () => {
   const target = await serve({ generate: () => {} });
   await assert.rejects(connect(target).generate(QUESTION, { timeoutMs: 50 }), { code: status.DEADLINE_EXCEEDED });
