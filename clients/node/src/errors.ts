@@ -6,7 +6,9 @@ import { Status } from "./gen/google/rpc/status.js";
 import { ErrorReason } from "./gen/parley/v1/errors.js";
 
 const DOMAIN = "parley.v1";
-const NOT_ENCODED = "Request message serialization failure: "; // by gRPC, which has INTERNAL for it
+// What gRPC has UNAVAILABLE and INTERNAL for.
+const CLOSED = "Channel closed before call started";
+const NOT_ENCODED = "Request message serialization failure: ";
 const TYPE_PREFIX = "type.googleapis.com/google.rpc.";
 
 /** Why a call failed, as the contract names it; errors.proto documents each. */
@@ -44,6 +46,7 @@ export class ParleyError extends Error {
   /** The error of a failed call. `headers`: of its response; a server that died in between sent no trailers. */
   static fromCall(error: ServiceError, headers?: Metadata): ParleyError {
     const details = decode(Status, first(error.metadata, "grpc-status-details-bin"));
+    if (error.details === CLOSED) return new ParleyError("the client was closed", status.CANCELLED);
     if (error.details.startsWith(NOT_ENCODED)) {
       const message = `invalid request: ${error.details.slice(NOT_ENCODED.length)}`;
       return new ParleyError(message, status.INVALID_ARGUMENT, "INVALID_REQUEST", {}, [], undefined, undefined, { cause: error });

@@ -353,6 +353,10 @@ test("a closed client makes no call, nor one again, and says why", async () => {
   await assert.rejects(client.generate(QUESTION), closed);
   await assert.rejects(Array.fromAsync(client.stream(QUESTION)), closed);
   await assert.rejects(Array.fromAsync(client.batch([QUESTION])), closed);
+  const unconnected = connect(target);
+  const call = assert.rejects(unconnected.generate(QUESTION), closed);
+  unconnected.close();
+  await call;
 });
 
 test("closing a client wakes the calls that wait to be made again", { timeout: 60_000 }, async () => {
