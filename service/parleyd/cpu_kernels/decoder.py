@@ -17,10 +17,9 @@ from torch import Tensor
 
 from parleyd.cpu_kernels.decode import LOG2_E, attend_head, shares
 from parleyd.cpu_kernels.numbers import call, int64_array
-from parleyd.cpu_kernels.products import Weights, multiply_share, scratch
-from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, quantise_blocks, rotate_and_write_row
+from parleyd.cpu_kernels.products import Weights, are_prepared, multiply_share, scratch
+from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, prepare_inputs, rotate_and_write_row
 from parleyd.cpu_kernels.threads import Kernel, barrier, bits_of, num_threads, thread_index
-from parleyd.cpu_kernels.tiles import BLOCK_SIZE
 
 # From so many rows on, a layer takes long beside a call of the kernel.
 _MANY_ROWS = 128
@@ -59,7 +58,7 @@ class Decoder:
         self._scale, self._epsilon = bits_of(self._head_dim**-0.5 * LOG2_E), bits_of(epsilon)
         attend = attend_head(self._group, self._head_dim, self._block_size)
         rotate = rotate_and_write_row(self._head_dim)
-        functions = add_and_normalise_row(), rotate, attend, gate_row(), quantise_blocks(), multiply_share()
+        functions = add_and_normalise_row(), rotate, attend, gate_row(), prepare_inputs(), multiply_share()
         self._functions = [function.address for function in functions]
         self._kernel = _kernel()
 
@@ -114,14 +113,14 @@ _ROW = 16
 @cache
 def _kernel() -> Kernel:
     def run(arguments):
-        (normalise, rotate, attend, gate, quantise, multiply,
+        (normalise, rotate, attend, gate, prepare, multiply,
          x, delta, inputs, outputs, codes, scales, weights, layers, cos, sin, slots, table, lengths,
          start, end, num_items, num_together, num_rows, hidden, num_heads, num_kv_heads, head_dim, width, table_width,
          num_weights, scale, epsilon) = carray(arguments, (33,))  # fmt: skip
         thread, num = thread_index(), num_threads()
         own_weights = weights + 4 * thread * num_weights
         num_attended, num_outs = (num_heads - 2 * num_kv_heads) * head_dim, num_heads * head_dim
-        functions, step = (quantise, multiply), (inputs, codes, scales, num_rows)
+        functions, step = (prepare, multiply), (inputs, codes, scales, num_rows)
         for index in range(start, end):
             layer = int64_array(layers + 8 * index * _ROW, (_ROW,))
             input_norm, post_norm, keys, values = layer[0], layer[1], layer[2], layer[3]
@@ -150,14 +149,13 @@ def _kernel() -> Kernel:
 @njit
 def _multiply(functions, weights, step, product, num_outs, num_ins):
     """When all threads have come, and until all have done their share."""
-    quantise, multiply = functions
+    prepare, multiply = functions
     inputs, codes, scales, num_rows = step
     packed, bias, num_bits = weights
     thread, num = thread_index(), num_threads()
     barrier()
-    if num_bits < 16:
-        num_blocks = num_rows * num_ins // BLOCK_SIZE
-        call(quantise, thread, num_blocks, num, inputs, codes, scales, num_blocks)
+    if are_prepared(num_bits):
+        call(prepare, thread, num, inputs, codes, scales, num_rows * num_ins, num_bits)
         barrier()
     call(multiply, thread, num, inputs, codes, scales, packed, bias, num_bits, product, num_rows, num_outs, num_ins)
     barrier()

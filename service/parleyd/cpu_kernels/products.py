@@ -13,12 +13,16 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from parleyd.cpu_kernels.instructions import LANES, has_matrix_unit, has_vectors
+from parleyd.cpu_kernels.instructions import LANES, has_bfloat16, has_many_registers, has_matrix_unit, has_vectors
 from parleyd.cpu_kernels.matrix_tiles import TILE_INS, multiply_tiles
 from parleyd.cpu_kernels.numbers import bfloat16_array, call, rounded, widened
-from parleyd.cpu_kernels.rows import quantise_blocks
+from parleyd.cpu_kernels.rows import prepare_inputs
 from parleyd.cpu_kernels.threads import Function, Kernel, barrier, num_threads, thread_index
 from parleyd.cpu_kernels.tiles import BLOCK_SIZE, UNROLLED_INS, block_bytes, multiply_rows
+
+# Of inputs for weights in bfloat16. Where those are widened to multiply them, inputs are too, once for all columns;
+# with 16 registers that was no faster.
+_X_BITS = 32 if has_many_registers() and not has_bfloat16() else 16
 
 
 class Weights(NamedTuple):
@@ -73,12 +77,9 @@ def multiply(x: Tensor, weights: Weights) -> Tensor:
     num_rows, num_ins = x.shape
     x = x.contiguous()
     product = x.new_empty((num_rows, weights.num_outs))
-    if weights.num_bits == 16:
-        codes, scales = x, x  # not looked at
-    else:
-        codes, scales = scratch(num_rows, num_ins)
+    codes, scales = scratch(num_rows, num_ins)
     _kernel()(
-        weights.num_outs // LANES, quantise_blocks().address, multiply_share().address,
+        weights.num_outs // LANES, prepare_inputs().address, multiply_share().address,
         *(tensor.data_ptr() for tensor in (x, codes, scales)), *weights.arguments(), product.data_ptr(),
         num_rows, weights.num_outs, num_ins,
     )  # fmt: skip
@@ -86,8 +87,15 @@ def multiply(x: Tensor, weights: Weights) -> Tensor:
 
 
 def scratch(num_rows: int, num_ins: int) -> tuple[Tensor, Tensor]:
-    """Room for so many activations in 8 bits, and for the scales of their blocks."""
-    return torch.empty((num_rows, num_ins), dtype=torch.int8), torch.empty((2, num_rows, num_ins // BLOCK_SIZE))
+    """Room for what `prepare_inputs` makes of so many activations, and for the scales of their blocks."""
+    dtype = torch.int8 if _X_BITS == 16 else torch.float32
+    return torch.empty((num_rows, num_ins), dtype=dtype), torch.empty((2, num_rows, num_ins // BLOCK_SIZE))
+
+
+@njit
+def are_prepared(num_bits):
+    """Whether a product with weights of so many bits takes its inputs from `prepare_inputs`."""
+    return num_bits < 16 or _X_BITS == 32
 
 
 @cache
@@ -121,11 +129,12 @@ def _by_vectors(
     group_bytes = 2 * LANES * num_ins if num_bits == 16 else num_ins // BLOCK_SIZE * block_bytes(num_bits)
     num_own, weights, columns = end - first, packed + first * group_bytes, product + first * 2 * LANES
     if num_bits == 4:
-        multiply_rows(4, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
+        multiply_rows(4, 8, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
     elif num_bits == 8:
-        multiply_rows(8, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
+        multiply_rows(8, 8, num_own, weights, codes, scales, num_ins, num_rows, columns, 2 * num_outs)
     else:
-        multiply_rows(16, num_own, weights, x, 0, num_ins, num_rows, columns, 2 * num_outs)
+        inputs = codes if are_prepared(16) else x
+        multiply_rows(16, _X_BITS, num_own, weights, inputs, 0, num_ins, num_rows, columns, 2 * num_outs)
     if bias_at:
         _add_bias(bias_at, product, num_rows, num_outs, first, end)
 
@@ -151,12 +160,11 @@ def _add_bias(bias_at, product, num_rows, num_outs, first, end):
 @cache
 def _kernel() -> Kernel:
     def apply(arguments):
-        (quantise, multiply, x, codes, scales, packed, bias, num_bits, product,
+        (prepare, multiply, x, codes, scales, packed, bias, num_bits, product,
          num_rows, num_outs, num_ins) = carray(arguments, (12,))  # fmt: skip
         thread, num = thread_index(), num_threads()
-        if num_bits < 16:
-            num_blocks = num_rows * num_ins // BLOCK_SIZE
-            call(quantise, thread, num_blocks, num, x, codes, scales, num_blocks)
+        if are_prepared(num_bits):
+            call(prepare, thread, num, x, codes, scales, num_rows * num_ins, num_bits)
             barrier()
         call(multiply, thread, num, x, codes, scales, packed, bias, num_bits, product, num_rows, num_outs, num_ins)
 

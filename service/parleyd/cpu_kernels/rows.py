@@ -97,14 +97,20 @@ def rotate_and_write_row(head_dim: int) -> Function:
 
 
 @cache
-def quantise_blocks() -> Function:
-    """To int8, as `tiles.multiply_rows` takes them: of `num_blocks` blocks of BLOCK_SIZE numbers, each `step`-th from
-    `begin` to before `end`."""
+def prepare_inputs() -> Function:
+    """A share of so many inputs of a product, as `tiles.multiply_rows` takes them: float32 for weights of 16 bits, else
+    int8, in blocks of BLOCK_SIZE with a scale each."""
 
-    def apply(begin, end, step, x_at, codes_at, scales_at, num_blocks):
-        x, codes = bfloat16_array(x_at, (num_blocks, BLOCK_SIZE)), int8_array(codes_at, (num_blocks, BLOCK_SIZE))
+    def apply(share, num_shares, x_at, prepared_at, scales_at, num_inputs, num_bits):
+        if num_bits == 16:
+            numbers, wide = bfloat16_array(x_at, (num_inputs,)), float32_array(prepared_at, (num_inputs,))
+            for i in range(num_inputs * share // num_shares, num_inputs * (share + 1) // num_shares):
+                wide[i] = widened(numbers[i])
+            return
+        num_blocks = num_inputs // BLOCK_SIZE
+        x, codes = bfloat16_array(x_at, (num_blocks, BLOCK_SIZE)), int8_array(prepared_at, (num_blocks, BLOCK_SIZE))
         scales = float32_array(scales_at, (2, num_blocks))
-        for block in range(begin, end, step):
+        for block in range(share, num_blocks, num_shares):
             largest = np.float32(0)
             for i in range(BLOCK_SIZE):
                 largest = max(largest, abs(widened(x[block, i])))

@@ -46,29 +46,33 @@ class _Operands(NamedTuple):
 
 
 @intrinsic(prefer_literal=True)
-def multiply_rows(context, num_bits, num_groups, weights, x, scales, num_ins, num_rows, product, product_stride):
-    """Rows times groups of LANES columns. `num_bits`: of a weight, a constant; 4 and 8 are whole numbers, 16 bfloat16.
+def multiply_rows(
+    context, num_bits, x_bits, num_groups, weights, x, scales, num_ins, num_rows, product, product_stride
+):  # fmt: skip
+    """Rows times groups of LANES columns. Constants: `num_bits`, of a weight: 4 and 8 are whole numbers, 16 bfloat16;
+    `x_bits`: 16 is bfloat16 and 32 float32, both for weights in bfloat16, and 8 int8, for others.
 
-    Addresses: `weights`: as `products.pack…` lays them out; `x`: `[rows, in]`, bfloat16 for those weights, else int8;
+    Addresses: `weights`: as `products.pack…` lays them out; `x`: `[rows, in]`;
     `scales`: of int8, float32 `[2, rows, in / BLOCK_SIZE]`: each block's, and the same times the block's sum;
     `product`: where the first row's columns belong, bfloat16, with `product_stride` bytes to the next row's.
     """
-    bits = num_bits.literal_value
+    bits = num_bits.literal_value, x_bits.literal_value
 
     def generate(context, builder, signature, args):
-        _Product(builder, bits, _Operands(*args[1:])).emit()
+        _Product(builder, *bits, _Operands(*args[2:])).emit()
         return context.get_dummy_value()
 
-    return types.void(num_bits, *[types.int64] * len(_Operands._fields)), generate
+    return types.void(num_bits, x_bits, *[types.int64] * len(_Operands._fields)), generate
 
 
 class _Product:
     """Emits the loops over columns and tiles. A tile's sums are in order of its rows, then of its groups of columns."""
 
-    def __init__(self, builder: Any, num_bits: int, operands: _Operands) -> None:
+    def __init__(self, builder: Any, num_bits: int, x_bits: int, operands: _Operands) -> None:
         self._builder = builder
         self._emit = Emitter(builder)
         self._num_bits = num_bits
+        self._x_bytes = x_bits // 8
         self._operands = operands
         num_ins = operands.num_ins
         self._num_blocks = builder.udiv(num_ins, num_ins.type(BLOCK_SIZE))
@@ -83,7 +87,9 @@ class _Product:
         builder, num_groups, num_rows = self._builder, self._operands.num_groups, self._operands.num_rows
         kind, num_paired = num_rows.type, num_rows.type(0)
         if has_many_registers():
-            has_pairs = builder.icmp_unsigned(">=", num_rows, kind(_MIN_ROWS_OF_PAIRS))
+            # Inputs in float32 are not widened anew for each group, so there it pays for few rows too.
+            least = 0 if self._x_bytes == 4 else _MIN_ROWS_OF_PAIRS
+            has_pairs = builder.icmp_unsigned(">=", num_rows, kind(least))
             num_paired = builder.select(has_pairs, builder.and_(num_groups, kind(-2)), num_paired)
             self._groups(kind(0), num_paired, 2)
         self._groups(num_paired, num_groups, 1)
@@ -115,21 +121,33 @@ class _Product:
 
     def _bfloat16(self, weights: list[Any], rows: list[Any]) -> list[Any]:
         emit, builder, operands = self._emit, self._builder, self._operands
-        row_bytes = builder.mul(operands.num_ins, operands.num_ins.type(2))
+        row_bytes = builder.mul(operands.num_ins, operands.num_ins.type(self._x_bytes))
         inputs = [emit.at(operands.x, row, row_bytes) for row in rows]
 
         def add(index: Any, sums: list[Any]) -> list[Any]:
             here = [emit.at(address, index, UNROLLED_INS // 2 * VECTOR_BYTES) for address in weights]
+            x = [emit.at(row, index, UNROLLED_INS * self._x_bytes) for row in inputs]
             for pair in range(UNROLLED_INS // 2):
                 columns = self._lines(here, pair)
-                # Each is used as soon as it is repeated: repeating all of them first takes half as long again.
-                x = (emit.repeat_int(emit.at(emit.at(row, index, 2 * UNROLLED_INS), 4 * pair)) for row in inputs)
-                earlier = iter(sums)
-                sums = [emit.add_products_of_bfloat16(next(earlier), column, one) for one in x for column in columns]
+                if self._x_bytes == 2:
+                    sums = self._added(emit.add_products_of_bfloat16, sums, columns, x, 4 * pair, emit.repeat_int)
+                    continue
+                for number, halves in enumerate(zip(*map(emit.widened, columns), strict=True)):
+                    place = 4 * (2 * pair + number)
+                    sums = self._added(emit.add_product, sums, halves, x, place, emit.repeat_float)
             return sums
 
         num_turns = builder.udiv(operands.num_ins, operands.num_ins.type(UNROLLED_INS))
         return emit.sums(len(rows) * len(weights), num_turns, add)
+
+    def _added(
+        self, add: Callable[[Any, Any, Any], Any], sums: list[Any], columns: Sequence[Any], rows: list[Any], place: int,
+        repeat: Callable[[Any], Any],
+    ) -> list[Any]:  # fmt: skip
+        """To each row's sum of each group's columns, the product with what is at a place of the row."""
+        # Each is used as soon as it is repeated: repeating all of them first takes half as long again.
+        x, earlier = (repeat(self._emit.at(row, place)) for row in rows), iter(sums)
+        return [add(next(earlier), column, one) for one in x for column in columns]
 
     def _blocks(self, weights: list[Any], rows: list[Any]) -> list[Any]:
         emit, builder, operands = self._emit, self._builder, self._operands
@@ -172,14 +190,13 @@ class _Product:
         """Of products of `parts` of a vector, four columns in each lane: the first of all, then the second."""
         emit, operands = self._emit, self._operands
         sums = [emit.no_products_of_bytes()] * (len(blocks) * len(weights))
+        codes = [emit.at(operands.x, block, BLOCK_SIZE) for block in blocks]
         num_lines = BLOCK_SIZE // 4 * self._num_bits // 8
         for line in range(num_lines):
             vectors = self._lines(weights, SCALES_BYTES // VECTOR_BYTES + line)
             for part, columns in enumerate(zip(*map(parts, vectors), strict=True)):
                 place = 4 * (line + part * num_lines)
-                codes = (emit.repeat_int(emit.at(emit.at(operands.x, block, BLOCK_SIZE), place)) for block in blocks)
-                earlier = iter(sums)
-                sums = [emit.add_products_of_bytes(next(earlier), column, code) for code in codes for column in columns]
+                sums = self._added(emit.add_products_of_bytes, sums, columns, codes, place, emit.repeat_int)
         return [emit.whole_sums(one) for one in sums]
 
     def _lines(self, weights: list[Any], index: int) -> list[Any]:
