@@ -66,7 +66,7 @@ def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> Load
 
 
 def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:
-    # Of an encoder-decoder the first would take the decoder alone. Their annotations know no output_loading_info.
+    # AutoModelForCausalLM would take an encoder-decoder's decoder alone. Annotations know no output_loading_info.
     auto_model: Any = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
     optional = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
     if quantization is not None:
