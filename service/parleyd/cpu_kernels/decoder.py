@@ -17,8 +17,8 @@ from torch import Tensor
 
 from parleyd.cpu_kernels.decode import LOG2_E, attend_head, shares
 from parleyd.cpu_kernels.numbers import call, int64_array
-from parleyd.cpu_kernels.products import Weights, are_prepared, multiply_share, scratch
-from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, prepare_inputs, rotate_and_write_row
+from parleyd.cpu_kernels.products import Weights, are_prepared, multiply_share, prepare_inputs, scratch
+from parleyd.cpu_kernels.rows import add_and_normalise_row, gate_row, rotate_and_write_row
 from parleyd.cpu_kernels.threads import Kernel, barrier, bits_of, num_threads, thread_index
 
 # From so many rows on, a layer takes long beside a call of the kernel.

@@ -9,20 +9,29 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
-from parleyd.cpu_kernels.instructions import LANES, has_bfloat16, has_many_registers, has_matrix_unit, has_vectors
+from parleyd.cpu_kernels.instructions import LANES, has_bfloat16, has_matrix_unit, has_vectors
 from parleyd.cpu_kernels.matrix_tiles import TILE_INS, multiply_tiles
-from parleyd.cpu_kernels.numbers import bfloat16_array, call, rounded, widened
-from parleyd.cpu_kernels.rows import prepare_inputs
+from parleyd.cpu_kernels.numbers import (
+    bfloat16_array,
+    bits_of_float,
+    call,
+    float32_array,
+    int8_array,
+    rounded,
+    widened,
+)
 from parleyd.cpu_kernels.threads import Function, Kernel, barrier, num_threads, thread_index
 from parleyd.cpu_kernels.tiles import BLOCK_SIZE, UNROLLED_INS, block_bytes, multiply_rows
 
-# Of inputs for weights in bfloat16. Where those are widened to multiply them, inputs are too, once for all columns;
-# with 16 registers that was no faster.
-_X_BITS = 32 if has_many_registers() and not has_bfloat16() else 16
+# Of inputs for weights in bfloat16. Where those are widened to multiply them, inputs are too, once for all columns.
+_X_BITS = 16 if has_bfloat16() else 32
+# Added to a float32 below 2**22, it leaves the nearest whole number in the lowest bits.
+_ROUNDING = np.float32(3 << 22)
 
 
 class Weights(NamedTuple):
@@ -99,8 +108,38 @@ def are_prepared(num_bits):
 
 
 @cache
+def prepare_inputs() -> Function:
+    """A share of so many inputs of a product, as `tiles.multiply_rows` takes them: float32 for weights of 16 bits, else
+    int8, in blocks of BLOCK_SIZE with a scale each."""
+
+    def apply(share, num_shares, x_at, prepared_at, scales_at, num_inputs, num_bits):
+        if num_bits == 16:
+            numbers, wide = bfloat16_array(x_at, (num_inputs,)), float32_array(prepared_at, (num_inputs,))
+            for i in range(num_inputs * share // num_shares, num_inputs * (share + 1) // num_shares):
+                wide[i] = widened(numbers[i])
+            return
+        num_blocks = num_inputs // BLOCK_SIZE
+        x, codes = bfloat16_array(x_at, (num_blocks, BLOCK_SIZE)), int8_array(prepared_at, (num_blocks, BLOCK_SIZE))
+        scales = float32_array(scales_at, (2, num_blocks))
+        for block in range(share, num_blocks, num_shares):
+            largest = np.float32(0)
+            for i in range(BLOCK_SIZE):
+                largest = max(largest, abs(widened(x[block, i])))
+            to_code = np.float32(127) / largest if largest > 0 else np.float32(0)
+            total = 0
+            for i in range(BLOCK_SIZE):
+                codes[block, i] = np.int8(bits_of_float(widened(x[block, i]) * to_code + _ROUNDING))
+                total += codes[block, i]
+            scales[0, block] = largest / np.float32(127)
+            scales[1, block] = largest / np.float32(127) * np.float32(total)
+
+    return Function(apply)
+
+
+@cache
 def multiply_share() -> Function:
-    """One of `num_shares` parts of a product's columns. `codes`, `scales`: of activations for blocks, see `scratch`."""
+    """One of `num_shares` parts of a product's columns. `codes`, `scales`: see `scratch`, and not looked at unless
+    `are_prepared`."""
     return Function(_by_tiles if has_matrix_unit() else _by_vectors.py_func)
 
 

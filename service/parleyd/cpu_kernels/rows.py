@@ -12,10 +12,7 @@ from parleyd.cpu_kernels.instructions import LANES
 from parleyd.cpu_kernels.numbers import (
     FAST,
     bfloat16_array,
-    bits_of_float,
-    float32_array,
     float_argument,
-    int8_array,
     int64_array,
     power_of_two,
     rounded,
@@ -23,14 +20,11 @@ from parleyd.cpu_kernels.numbers import (
     widened,
 )
 from parleyd.cpu_kernels.threads import Function
-from parleyd.cpu_kernels.tiles import BLOCK_SIZE
 
 # The most that attend together: of rows of one sequence, those that share a KV head.
 MAX_QUERIES = 24
 
 _LOG2_E = np.float32(math.log2(math.e))
-# Added to a float32 below 2**22, it leaves the nearest whole number in the lowest bits.
-_ROUNDING = np.float32(3 << 22)
 
 
 @cache
@@ -92,35 +86,6 @@ def rotate_and_write_row(head_dim: int) -> Function:
             for i in range(head_dim):
                 key[i] = qkv[row, num_rotated - num_kv_heads + kv_head, i]
                 value[i] = qkv[row, num_rotated + kv_head, i]
-
-    return Function(apply)
-
-
-@cache
-def prepare_inputs() -> Function:
-    """A share of so many inputs of a product, as `tiles.multiply_rows` takes them: float32 for weights of 16 bits, else
-    int8, in blocks of BLOCK_SIZE with a scale each."""
-
-    def apply(share, num_shares, x_at, prepared_at, scales_at, num_inputs, num_bits):
-        if num_bits == 16:
-            numbers, wide = bfloat16_array(x_at, (num_inputs,)), float32_array(prepared_at, (num_inputs,))
-            for i in range(num_inputs * share // num_shares, num_inputs * (share + 1) // num_shares):
-                wide[i] = widened(numbers[i])
-            return
-        num_blocks = num_inputs // BLOCK_SIZE
-        x, codes = bfloat16_array(x_at, (num_blocks, BLOCK_SIZE)), int8_array(prepared_at, (num_blocks, BLOCK_SIZE))
-        scales = float32_array(scales_at, (2, num_blocks))
-        for block in range(share, num_blocks, num_shares):
-            largest = np.float32(0)
-            for i in range(BLOCK_SIZE):
-                largest = max(largest, abs(widened(x[block, i])))
-            to_code = np.float32(127) / largest if largest > 0 else np.float32(0)
-            total = 0
-            for i in range(BLOCK_SIZE):
-                codes[block, i] = np.int8(bits_of_float(widened(x[block, i]) * to_code + _ROUNDING))
-                total += codes[block, i]
-            scales[0, block] = largest / np.float32(127)
-            scales[1, block] = largest / np.float32(127) * np.float32(total)
 
     return Function(apply)
 
