@@ -57,7 +57,7 @@ def has_bytes() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether `add_products_of_bfloat16` is an instruction here."""
+    """Whether this processor multiplies bfloat16."""
     return _has("avx512bf16")
 
 
@@ -207,12 +207,8 @@ class Emitter:
         return self._builder.extract_element(floats, _INT(0))
 
     def add_products_of_bfloat16(self, sums: Any, one: Any, other: Any) -> Any:
-        """To each float32, the two products of bfloat16 in its lanes."""
-        if has_bfloat16():
-            return self._call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, sums, one, other)
-        for first, second in zip(self.widened(one), self.widened(other), strict=True):
-            sums = self.add_product(sums, first, second)
-        return sums
+        """To each float32, the two products of bfloat16 in its lanes; only where `has_bfloat16`."""
+        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, sums, one, other)
 
     def widened(self, pairs: Any) -> list[Any]:
         """The first bfloat16 of each lane, and the second, as float32."""
