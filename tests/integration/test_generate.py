@@ -41,6 +41,20 @@ def test_stream_deltas_concatenate_to_the_unary_answer(gateway: GatewayThread, t
     assert responses[-1].usage == unary.usage
 
 
+@pytest.mark.parametrize("stops", [[], ["house"]])
+def test_with_an_interval_messages_have_more_tokens_and_streams_the_same(
+    start_gateway: StartGateway, stops: list[str]
+) -> None:
+    gateway = start_gateway(worker=("--step-delay", "0.002"), stream_interval=4)
+    request = ask("A sentence that is long enough for this house, and more.", stop_strings=stops)
+    responses = stream(gateway, request)
+    unary = gateway.stub.Generate(request, timeout=20)
+    assert all(len(r.token_ids) >= 4 for r in responses[1:-1])
+    assert "".join(r.content for r in responses) == unary.choices[0].message.content
+    assert [i for r in responses for i in r.token_ids] == list(unary.choices[0].token_ids)
+    assert responses[-1].usage == unary.usage
+
+
 def test_only_the_first_message_names_the_request_and_only_the_last_tells_usage(gateway: GatewayThread) -> None:
     responses = stream(gateway, ask("abcdef", request_id="my-id", seed=7))
     assert (responses[0].request_id, responses[0].model, responses[0].seed) == ("my-id", "scripted", 7)

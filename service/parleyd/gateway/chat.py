@@ -37,18 +37,29 @@ from parleyd.text.tool_format.call_id import call_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# Ids that a delta of a whole answer waits for, as nobody sees it before its end. Not where there are stop strings: of
+# the ids behind one, each would have been made for nothing.
+_WHOLE_INTERVAL = 16
+
 
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Serves one model. `model` is None until the first worker is ready; the interceptor lets no call in before."""
 
     def __init__(
-        self, prompts: PromptBuilder, grammars: GrammarChecker, runner: Runner, item_ended: Callable[[Call, str], None]
+        self,
+        prompts: PromptBuilder,
+        grammars: GrammarChecker,
+        runner: Runner,
+        item_ended: Callable[[Call, str], None],
+        *,
+        stream_interval: int,
     ) -> None:
         self.model: ServedModel | None = None
         self._prompts = prompts
         self._grammars = grammars
         self._runner = runner
         self._item_ended = item_ended
+        self._stream_interval = stream_interval
 
     async def Generate(self, request: chat_pb2.GenerateRequest, context: Context) -> chat_pb2.GenerateResponse:
         """See chat.proto."""
@@ -59,6 +70,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncGenerator[chat_pb2.GenerateStreamResponse]:
         """See chat.proto."""
         generation = await self._prepare(request)
+        generation.interval = self._stream_interval
         first: dict[str, Any] = {
             "request_id": current_call.get().request_id,
             "model": self._served.name,
@@ -135,6 +147,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             priority=request.priority,
             deadline=deadline,
             grammar_field="tools" if tools.is_required(request.tool_choice) else "response_format",
+            interval=1 if self._stop_strings(request) else _WHOLE_INTERVAL,
         )
         if request.resume.token_ids:
             await self._prompts.run(lambda: self._resume(generation, request.resume.token_ids))
@@ -145,6 +158,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         num_at_most = min(params.max_new_tokens, info.max_context_tokens - len(generation.prompt_ids))
         generation.resumed_ids = tuple(token_ids)
         generation.ending = generation.answers[0].resume(token_ids, self._served.ending_ids(params), num_at_most)
+
+    def _stop_strings(self, request: chat_pb2.GenerateRequest) -> Sequence[str]:
+        return request.generation_config.stop_strings or self._served.info.defaults.stop_strings
 
     def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams, prompt: Prompt, choice: int) -> Answer:
         config, answer_format = request.generation_config, self._served.answer_format
@@ -159,7 +175,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             self._served.tokenizer,
             skip_special_tokens=skip_special_tokens,
             shown_ids=self._served.tokenizer.special_ids_of(markers),
-            stop_strings=config.stop_strings or self._served.info.defaults.stop_strings,
+            stop_strings=self._stop_strings(request),
             include_stop_string=config.include_stop_string,
             min_new_tokens=params.min_new_tokens,
             # What continues a text, or follows a grammar, is told to its first space.

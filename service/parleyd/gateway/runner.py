@@ -31,6 +31,7 @@ class Generation:
     priority: int
     deadline: float | None  # on the monotonic clock
     grammar_field: str  # which field of the request its grammar is made of
+    interval: int  # see Streamer
     resumed_ids: tuple[int, ...] = ()
     ending: AnswerDelta | None = None
     queue_s: float = 0.0
@@ -120,7 +121,8 @@ class Runner:
             cache_salt=call.identity if self._knows_clients else "",
         )
         # A slot is free again as soon as the worker is done: a reader that does not read holds up nobody.
-        async with aclosing(self._worker.generate(request, slots.leave, generation.grammar_field)) as steps:
+        steps = self._worker.generate(request, slots.leave, generation.grammar_field, interval=generation.interval)
+        async with aclosing(steps):
             async for step in steps:
                 generation.last_token_s = max(generation.last_token_s, step.made_at - call.arrived)
                 if not has_prompt.is_set():

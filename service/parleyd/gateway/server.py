@@ -92,7 +92,13 @@ class Gateway:
         )
         self.guard = Guard(settings.security, _RPCS)
         runner = Runner(self.admission, self.supervisor, self.worker, knows_clients=self.guard.is_on)
-        self._chat = ChatService(self._prompts, self._grammars, runner, self.observer.item_ended)
+        self._chat = ChatService(
+            self._prompts,
+            self._grammars,
+            runner,
+            self.observer.item_ended,
+            stream_interval=server.stream_interval,
+        )
         check_address(server.host, settings.security)
         if server.admin_port is not None:
             check_admin_address(server.admin_host, settings.security)

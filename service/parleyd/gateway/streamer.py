@@ -31,11 +31,15 @@ class Delta:
 class Streamer:
     """Collects a request's outputs. What a slow reader has not taken is merged, so at most one answer waits here."""
 
-    def __init__(self, on_end: Callable[[], None] = lambda: None, grammar_field: str = "") -> None:
+    def __init__(
+        self, on_end: Callable[[], None] = lambda: None, grammar_field: str = "", *, interval: int = 1
+    ) -> None:
         """`on_end` is called when nothing more will come, whether or not what came has been taken. `grammar_field` is
-        the request's that has the grammar, if any has."""
+        the request's that has the grammar, if any has. `interval`: ids that deltas wait for, all but the first and the
+        last."""
         self._on_end = on_end
         self._grammar_field = grammar_field
+        self._interval = interval
         self._token_ids: list[int] = []
         self._logprobs: list[bytes] = []  # of an answer that nobody reads, a sixth of the memory of objects
         self._finish_reason: FinishReason | None = None
@@ -50,13 +54,15 @@ class Streamer:
         self._logprobs.extend(map(encode, output.logprobs))
         self._finish_reason = output.finish_reason
         self._made_at = time.monotonic()
-        if self._cached_prompt_tokens is None:  # what a later worker finds cached saves what was already done
+        is_first = self._cached_prompt_tokens is None
+        if is_first:  # what a later worker finds cached saves what was already done
             self._cached_prompt_tokens = output.cached_prompt_tokens
         if output.error is not None:
             self._error = EngineFault(output.error)
         elif output.grammar_error is not None:
             self._error = InvalidRequest([Violation(self._grammar_field, output.grammar_error)])
-        self._news.set()
+        if is_first or output.is_last or len(self._token_ids) >= self._interval:
+            self._news.set()
         if output.is_last:
             self._on_end()
 

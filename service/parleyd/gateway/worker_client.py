@@ -82,15 +82,21 @@ class WorkerClient:
         return len(self._open)
 
     async def generate(
-        self, request: EngineRequest, on_end: Callable[[], None] = lambda: None, grammar_field: str = ""
+        self,
+        request: EngineRequest,
+        on_end: Callable[[], None] = lambda: None,
+        grammar_field: str = "",
+        *,
+        interval: int = 1,
     ) -> AsyncGenerator[Delta]:
         """Yields the answer's token ids as they come. Closing the generator early stops the worker within one token.
 
         `on_end` is called once the worker is done with the request, however much of it its reader has taken by then.
-        `grammar_field` is named where the grammar cannot be followed.
+        `grammar_field`, `interval`: see Streamer.
         Raises EngineFault, or whatever else ended the request.
         """
-        entry = self._open[request.key] = _OpenRequest(request, Streamer(on_end, grammar_field), current_call.get())
+        streamer = Streamer(on_end, grammar_field, interval=interval)
+        entry = self._open[request.key] = _OpenRequest(request, streamer, current_call.get())
         self._newcomers[request.key] = entry
         self._observe_start(entry)
         self._go_on()

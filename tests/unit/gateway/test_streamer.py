@@ -35,6 +35,33 @@ async def test_what_is_merged_is_taken_in_parts_that_fit_into_a_message() -> Non
     assert [delta.finish_reason for delta in deltas] == [None] * 18 + [FinishReason.STOP]
 
 
+async def test_deltas_wait_for_so_many_ids_but_the_first_and_the_last() -> None:
+    streamer = Streamer(interval=3)
+    taken = []
+
+    async def take_all() -> None:
+        while not taken or taken[-1].finish_reason is None:
+            taken.append(await streamer.take())
+
+    taking = asyncio.create_task(take_all())
+    for token_id in range(9):
+        streamer.put(Output(key=1, token_ids=(token_id,), finish_reason=FinishReason.STOP if token_id == 8 else None))
+        await asyncio.sleep(0)
+    await taking
+    assert [delta.token_ids for delta in taken] == [[0], [1, 2, 3], [4, 5, 6], [7, 8]]
+
+
+async def test_ids_that_wait_for_others_come_before_the_error() -> None:
+    streamer = Streamer(interval=3)
+    streamer.put(Output(key=1, token_ids=(0,)))
+    assert (await streamer.take()).token_ids == [0]
+    streamer.put(Output(key=1, token_ids=(1,)))
+    streamer.fail(WorkerLost())
+    assert (await streamer.take()).token_ids == [1]
+    with pytest.raises(WorkerLost):
+        await streamer.take()
+
+
 async def test_a_reader_waits_for_the_next_ids() -> None:
     streamer = Streamer()
     taking = asyncio.create_task(streamer.take())
