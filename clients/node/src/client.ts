@@ -85,6 +85,7 @@ type Streaming<Request, Response> = (
 // Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
 const TARGET = /^(([^\s:/,[\]]+|\[[^\s/,[\]]+\]):\d+|(dns|unix|ipv4|ipv6|xds):\S+)$/;
 const LOCAL_TARGET = /^(dns:\/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
+const KEY = /^[!-~]+$/;
 const ENDLESS_MS = 1e14; // gRPC's timeouts have eight digits, of hours at most
 const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back
 
@@ -104,7 +105,12 @@ export class Client {
       throw new TypeError(`${JSON.stringify(target)} is no HOST:PORT, ${examples}, nor another target of gRPC's`);
     }
     const tls = options.tls === true ? {} : options.tls || undefined;
-    if (options.apiKey !== undefined && !tls && !options.insecure && !LOCAL_TARGET.test(target)) {
+    const apiKey = options.apiKey ?? undefined;
+    // gRPC's own error would tell the key.
+    if (apiKey !== undefined && (typeof apiKey !== "string" || !KEY.test(apiKey))) {
+      throw new TypeError("apiKey: is empty, or has blanks, line ends or letters beyond ASCII: no key has");
+    }
+    if (apiKey !== undefined && !tls && !options.insecure && !LOCAL_TARGET.test(target)) {
       throw new TypeError(`an API key must not cross the network to ${target} in plain text: give tls, or insecure`);
     }
     const channel = tls
@@ -112,7 +118,7 @@ export class Client {
       : credentials.createInsecure();
     this.#stub = new ChatServiceClient(target, channel, channelOptions(tls?.serverName));
     for (const [key, value] of Object.entries(options.metadata ?? {})) this.#metadata.set(key, value);
-    if (options.apiKey !== undefined) this.#metadata.set("authorization", `Bearer ${options.apiKey}`);
+    if (apiKey !== undefined) this.#metadata.set("authorization", `Bearer ${apiKey}`);
     this.#timeoutMs = options.timeoutMs;
     this.#maxResumes = options.maxResumes ?? DEFAULT_MAX_RESUMES;
   }

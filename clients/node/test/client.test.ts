@@ -474,6 +474,22 @@ test("an API key and metadata go with each call", async () => {
   assert.deepEqual(seen, ["Bearer secret", "blue"]);
 });
 
+test("what can be no API key is refused, and told to nobody", async () => {
+  for (const apiKey of ["", " ", "a secret", "secret\n", "sécret", 5]) {
+    const message = "apiKey: is empty, or has blanks, line ends or letters beyond ASCII: no key has";
+    assert.throws(() => new Client("localhost:1", { apiKey: apiKey as string }), { name: "TypeError", message });
+  }
+  const seen: unknown[] = [];
+  const target = await serve({
+    getModel: ({ metadata }, callback) => {
+      seen.push(...metadata.get("authorization"));
+      callback(null, GetModelResponse.fromPartial({ model: "scripted" }));
+    },
+  });
+  await connect(target, { apiKey: null as never }).model();
+  assert.deepEqual(seen, []);
+});
+
 test("what gRPC would take for something else is no target", () => {
   for (const target of ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/"]) {
     const message = `${JSON.stringify(target)} is no HOST:PORT, such as localhost:50051 or [::1]:50051, nor another target of gRPC's`;
