@@ -7,12 +7,13 @@ interface Type<Input, Request> {
   fromPartial(input: Input): Request;
 }
 
+const LONE_SURROGATE = /\p{Surrogate}/u;
 const ENUMS: Readonly<Record<string, object>> = { role: Role, mode: ToolChoice_Mode };
 
 /**
  * The request with the fields of `input`. The stubs would leave out a field that they do not know, take a Map and what
- * is no object for an empty one, send -1 for an enum's value, and "[object Object]" for a text; TypeScript refuses most
- * of that, JavaScript nothing.
+ * is no object for an empty one, send -1 for an enum's value, "[object Object]" for a text, and U+FFFD for half of a
+ * surrogate pair; TypeScript refuses most of that, JavaScript nothing.
  *
  * @throws TypeError: it names the field, by its path.
  */
@@ -26,6 +27,8 @@ function check(given: unknown, made: unknown, path: string): void {
   // Of messages and lists the stubs make new ones; what they keep stands where a text or a number belongs.
   const isMisplaced = given === made && isObject(given) && !path.endsWith("chatTemplateKwargs");
   if (isMisplaced || given instanceof Map) throw new TypeError(`${path || "the request"}: takes no ${inspect(given)}`);
+  const half = typeof given === "string" ? given.search(LONE_SURROGATE) : -1;
+  if (half >= 0) throw new TypeError(`${path}: has half of a surrogate pair at ${half}, which is no text`);
   if (given === made || !isObject(made)) return;
   if (!isObject(given)) throw new TypeError(`${path || "the request"}: ${inspect(given)} is no object`);
   for (const [key, value] of Object.entries(given)) {

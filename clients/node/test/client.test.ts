@@ -395,6 +395,8 @@ test("what no request has is refused at the call, by its path", async () => {
     [{ ...QUESTION, generationConfig: { logitBias: new Map([[7, 1]]) } }, /^generationConfig\.logitBias: takes no Map\(1\) /],
     [{ ...QUESTION, chatTemplateKwargs: new Map() }, /^chatTemplateKwargs: takes no Map\(0\) /],
     [{ ...QUESTION, toolChoice: 5n }, /^toolChoice: 5n is no object$/],
+    [{ messages: [user("a 🙂".slice(0, 3))] }, /^messages\[0\]\.content: has half of a surrogate pair at 2, which is no text$/],
+    [{ ...QUESTION, generationConfig: { stopStrings: ["🙂", "\udc00"] } }, /^generationConfig\.stopStrings\[1\]: has half /],
   ];
   for (const [request, message] of refused) {
     const error = { name: "TypeError", message };
