@@ -1,6 +1,6 @@
 """Generates the Python stubs from protos/parley, or verifies that the committed ones are what would be generated.
 
-Run by `make fix-protos` and `make verify-protos` with grpcio-tools (requirements-protos.txt).
+Run by `make fix-protos` and `make verify-protos` with grpcio-tools and mypy-protobuf (requirements-protos.txt).
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from grpc_tools import protoc
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
 STUBS = PROTOS / "gen" / "python"
-GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py")
+GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 
 def generate(target: Path) -> None:
-    """Writes the stubs below `target`. Only files with a service get a `_pb2_grpc.py`."""
+    """Writes the stubs below `target`. Only files with a service get a `_pb2_grpc.py`, and its types."""
     protos = sorted((PROTOS / "parley").rglob("*.proto"))
     with_service = [path for path in protos if re.search(r"^service ", path.read_text(), re.MULTILINE)]
     _protoc(protos, f"--python_out={target}", f"--pyi_out={target}")
-    _protoc(with_service, f"--grpc_python_out={target}")
+    plugin = Path(sys.executable).with_name("protoc-gen-mypy_grpc")
+    types = [f"--plugin=protoc-gen-mypy_grpc={plugin}", f"--mypy_grpc_out=quiet:{target}"]
+    _protoc(with_service, f"--grpc_python_out={target}", *types)
 
 
 def _protoc(protos: list[Path], *outputs: str) -> None:

@@ -53,6 +53,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> Non
         "parley/v1/chat_pb2.py",
         "parley/v1/chat_pb2.pyi",
         "parley/v1/chat_pb2_grpc.py",
+        "parley/v1/chat_pb2_grpc.pyi",
         "parley_client/py.typed",
         "parley_client/cli.py",
         "parleyd/cli.py",

@@ -59,7 +59,7 @@ class AsyncClient:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:
             self._channel = grpc.aio.secure_channel(target, credentials, options)
-        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = asyncio.Event()
         self._streams: WeakSet[AsyncStream] = WeakSet()

@@ -73,7 +73,7 @@ class Client:
             self._channel = grpc.insecure_channel(target, options)
         else:
             self._channel = grpc.secure_channel(target, credentials, options)
-        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = threading.Event()
         self._streams: WeakSet[Stream] = WeakSet()

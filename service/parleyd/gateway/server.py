@@ -249,7 +249,7 @@ class Gateway:
             interceptors=[FirstMessageInterceptor(), telemetry, self._interceptor],
             options=server_options(self._settings.server),
         )
-        chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)  # type: ignore[no-untyped-call]
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection = self._settings.security.reflection
         if reflection or (reflection is None and not self.guard.is_on):
