@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import venv
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from parley.v1 import chat_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -70,6 +73,14 @@ def test_the_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
     modules = {str(path.relative_to(shelf)) for shelf in shelves for path in shelf.rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         assert modules <= set(archive.namelist())
+
+
+def test_the_oldest_grpcio_that_is_allowed_loads_the_stubs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [metadata] = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        allowed = re.search(r"^Requires-Dist: grpcio>=(\S+)$", archive.read(metadata).decode(), re.MULTILINE)
+    assert allowed is not None
+    assert allowed[1] == chat_pb2_grpc.GRPC_GENERATED_VERSION
 
 
 def test_a_base_installation_is_the_client_alone(installed: Path, tmp_path: Path) -> None:
