@@ -33,7 +33,7 @@ def connection(args: Namespace) -> dict[str, Any]:
     try:
         files = {"ca": args.tls_ca, "cert": args.client_cert, "key": args.client_key}
         credentials = tls_credentials(**files) if _has_tls(args) else None
-        api_key = Path(args.api_key_file).read_text().strip() if args.api_key_file else args.api_key
+        api_key = Path(args.api_key_file).read_text(errors="replace").strip() if args.api_key_file else args.api_key
         channel_credentials(args.target, credentials, api_key, args.insecure)
     except PlainTextKey as error:
         refusal = PlainTextKey(args.target, "connect with --tls or --tls-ca, or say --insecure")

@@ -95,6 +95,12 @@ def test_what_grpc_would_take_for_something_else_is_no_target(target, monkeypatc
     assert f"{target!r} is no HOST:PORT, such as localhost:50051" in error
 
 
+def test_a_key_file_that_is_no_text_holds_no_key(tmp_path):
+    (tmp_path / "key").write_bytes(b"k\xff")
+    with pytest.raises(SystemExit, match=r"^parley: error: the API key is empty, or has .* letters beyond ASCII"):
+        main(["model", "--api-key-file", str(tmp_path / "key")])
+
+
 def test_a_key_that_would_cross_a_network_in_plain_text_is_told_with_the_flags_that_help(monkeypatch):
     monkeypatch.setenv("PARLEY_API_KEY", "k")
     with pytest.raises(SystemExit) as caught:
