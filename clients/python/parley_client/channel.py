@@ -19,6 +19,8 @@ DEFAULT_TARGET = "localhost:50051"
 _TARGET = re.compile(
     r"([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):\w+|(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds|google-c2p):\S+"
 )
+_METADATA_KEY = re.compile("[a-z0-9_.-]+")
+_METADATA_VALUE = re.compile("[ -~]*")
 
 
 def check_target(target: str) -> None:
@@ -93,16 +95,16 @@ class CallDefaults:
     def create(
         cls, timeout: float | None, metadata: Mapping[str, str] | None, max_resumes: int, api_key: ApiKey | None
     ) -> CallDefaults:
-        """Defaults from the arguments of a client. gRPC wants metadata keys in lower case.
+        """Defaults from the arguments of a client.
 
         Raises:
-            ValueError: `max_resumes` is negative, or `timeout` no number.
+            TypeError: `metadata` is no mapping.
+            ValueError: `max_resumes` is negative, `timeout` no number, or `metadata` cannot be sent.
         """
         time_limit(timeout)
         if max_resumes < 0:
             raise ValueError(f"max_resumes must be 0 or more, not {max_resumes}")
-        lowered = tuple((key.lower(), value) for key, value in (metadata or {}).items())
-        return cls(timeout, lowered, max_resumes, api_key, Contact())
+        return cls(timeout, _lowered(metadata or {}), max_resumes, api_key, Contact())
 
     def args(self, timeout: float | None) -> dict[str, Any]:
         """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""
@@ -114,3 +116,16 @@ class CallDefaults:
         """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together."""
         limit = self.timeout if timeout is None else timeout
         return Patience(self.args, limit, self.max_resumes, self.contact)
+
+
+def _lowered(metadata: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """As gRPC wants it. What it cannot send would fail each call, blocking or not in other ways, and untyped."""
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a dict, not {type(metadata).__name__}")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key.lower()):
+            raise ValueError(f"metadata: {key!r} is no key: letters, digits, '_', '-' and '.' make one")
+        # Bytes are for keys that end in "-bin".
+        if not isinstance(value, bytes) and not (isinstance(value, str) and _METADATA_VALUE.fullmatch(value)):
+            raise ValueError(f"metadata[{key!r}] is no text in printable ASCII")
+    return tuple((key.lower(), value) for key, value in metadata.items())

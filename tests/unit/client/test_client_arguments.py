@@ -95,6 +95,24 @@ def test_what_grpc_would_take_for_something_else_is_no_target(target, monkeypatc
     assert f"{target!r} is no HOST:PORT, such as localhost:50051" in error
 
 
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        ([("x-team", "blue")], "metadata must be a dict, not list"),
+        ("x-team", "metadata must be a dict, not str"),
+        ({"x team": "blue"}, "metadata: 'x team' is no key: letters, digits, '_', '-' and '.' make one"),
+        ({5: "blue"}, "metadata: 5 is no key: letters, digits, '_', '-' and '.' make one"),
+        ({"x-team": "Jürgen"}, "metadata['x-team'] is no text in printable ASCII"),
+        ({"x-team": "blue\n"}, "metadata['x-team'] is no text in printable ASCII"),
+        ({"x-team": 5}, "metadata['x-team'] is no text in printable ASCII"),
+    ],
+)
+async def test_what_grpc_takes_for_no_metadata_is_told_at_once(metadata, error):
+    for client in Client, AsyncClient:
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(error)}$"):
+            client(metadata=metadata)
+
+
 def test_a_key_file_that_is_no_text_holds_no_key(tmp_path):
     (tmp_path / "key").write_bytes(b"k\xff")
     with pytest.raises(SystemExit, match=r"^parley: error: the API key is empty, or has .* letters beyond ASCII"):
