@@ -116,7 +116,7 @@ export class Client {
     const channel = tls
       ? credentials.createSsl(tls.rootCertificates, tls.privateKey, tls.certificateChain)
       : credentials.createInsecure();
-    this.#stub = new ChatServiceClient(target, channel, channelOptions(tls?.serverName));
+    this.#stub = new ChatServiceClient(target, channel, channelOptions(target, tls?.serverName));
     for (const [key, value] of Object.entries(options.metadata ?? {})) this.#metadata.set(key, value);
     if (apiKey !== undefined) this.#metadata.set("authorization", `Bearer ${apiKey}`);
     this.#timeoutMs = options.timeoutMs;
@@ -262,7 +262,7 @@ export class Client {
 }
 
 /** As the Python client's: turns among addresses, retries until the first message, a dead connection noticed in 40 s. */
-function channelOptions(serverName: string | undefined): ChannelOptions {
+function channelOptions(target: string, serverName: string | undefined): ChannelOptions {
   const retryPolicy = {
     maxAttempts: 4,
     initialBackoff: "0.1s",
@@ -281,6 +281,8 @@ function channelOptions(serverName: string | undefined): ChannelOptions {
     "grpc.keepalive_timeout_ms": 10_000,
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 5_000,
+    // The proxy that $http_proxy names cannot know what this machine calls localhost.
+    "grpc.enable_http_proxy": LOCAL_TARGET.test(target) ? 0 : 1,
     "grpc.service_config": JSON.stringify(serviceConfig),
     ...(serverName === undefined ? {} : { "grpc.ssl_target_name_override": serverName }),
   };

@@ -492,6 +492,13 @@ test("what can be no API key is refused, and told to nobody", async () => {
   assert.deepEqual(seen, []);
 });
 
+test("no proxy stands between a client and its own machine", async () => {
+  const target = await serve({ getModel: (_, callback) => callback(null, GetModelResponse.fromPartial({ model: "scripted" })) });
+  process.env.http_proxy = "http://127.0.0.1:1";
+  after(() => delete process.env.http_proxy);
+  assert.equal((await connect(target).model()).model, "scripted");
+});
+
 test("what gRPC would take for something else is no target", () => {
   for (const target of ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/"]) {
     const message = `${JSON.stringify(target)} is no HOST:PORT, such as localhost:50051 or [::1]:50051, nor another target of gRPC's`;

@@ -52,7 +52,7 @@ class AsyncClient:
     ) -> None:
         check_target(target)
         asyncio.get_running_loop()  # or RuntimeError: gRPC would take some loop, and the first call fail in another
-        options = channel_options(max_attempts)
+        options = channel_options(target, max_attempts)
         credentials = channel_credentials(target, credentials, api_key, insecure)
         self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)
         if credentials is None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parley_client.credentials import ApiKey, authorization
+from parley_client.credentials import LOCAL_TARGET, ApiKey, authorization
 from parley_client.patience import Contact, Patience, time_limit
 
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
@@ -32,8 +32,8 @@ def check_target(target: str) -> None:
         )
 
 
-def channel_options(max_attempts: int) -> list[tuple[str, str | int]]:
-    """Options of a channel on which a call is tried `max_attempts` times (1 to 5; 1 is no retry).
+def channel_options(target: str, max_attempts: int) -> list[tuple[str, str | int]]:
+    """Options of a channel to `target`, on which a call is tried `max_attempts` times (1 to 5; 1 is no retry).
 
     Raises:
         ValueError: `max_attempts` is out of range.
@@ -51,6 +51,8 @@ def channel_options(max_attempts: int) -> list[tuple[str, str | int]]:
         # The default backs off up to two minutes, far longer than a server takes to come back.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # The proxy that $http_proxy names cannot know what this machine calls localhost.
+        ("grpc.enable_http_proxy", int(not LOCAL_TARGET.fullmatch(target))),
         ("grpc.enable_retries", int(max_attempts > 1)),
         ("grpc.service_config", service_config(max_attempts)),
     ]

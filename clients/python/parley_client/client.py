@@ -66,7 +66,7 @@ class Client:
         max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
         check_target(target)
-        options = channel_options(max_attempts)
+        options = channel_options(target, max_attempts)
         credentials = channel_credentials(target, credentials, api_key, insecure)
         self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)
         if credentials is None:

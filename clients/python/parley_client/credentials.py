@@ -13,9 +13,7 @@ import grpc
 ApiKey = str | Callable[[], str]
 AnyPath = str | PathLike[str]
 
-_LOCAL_TARGET = re.compile(
-    r"(dns:/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\w+|ipv4:127(\.\d+){3}:\d+|ipv6:\[::1\]:\d+"
-)
+LOCAL_TARGET = re.compile(r"(dns:/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\w+|ipv4:127(\.\d+){3}:\d+|ipv6:\[::1\]:\d+")
 _KEY = re.compile("[!-~]+")
 _UNIX_TARGET = re.compile(r"unix(-abstract)?:")
 _PEM_CERTIFICATE = re.compile(b"-----BEGIN ((X509|TRUSTED) )?CERTIFICATE-----")
@@ -117,6 +115,6 @@ class _Bearer(grpc.AuthMetadataPlugin):
 def _local_connection_type(target: str) -> grpc.LocalConnectionType:
     if _UNIX_TARGET.match(target):
         return grpc.LocalConnectionType.UDS
-    if _LOCAL_TARGET.fullmatch(target):
+    if LOCAL_TARGET.fullmatch(target):
         return grpc.LocalConnectionType.LOCAL_TCP
     raise PlainTextKey(target)

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parley_client import (
     AsyncClient,
+    ConnectionFailed,
     DeadlineExceeded,
     FinishReason,
     HealthStatus,
@@ -124,6 +125,20 @@ def test_metadata_goes_with_each_call(connect, server):
     with connect(server.target, metadata={"Authorization": "Bearer secret"}) as client:
         client.chat(QUESTION)
         assert server.metadata["authorization"] == "Bearer secret"
+
+
+def test_no_proxy_stands_between_a_client_and_its_own_machine(connect, server, monkeypatch):
+    for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    server.says("Hello")
+    with connect(server.target, timeout=20) as client:
+        assert client.chat(QUESTION).content == "Hello"
+    with (
+        connect("parley.invalid:50051", timeout=20) as client,
+        pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:1: Failed to connect"),
+    ):
+        client.chat(QUESTION)
 
 
 def test_streamed_choices_and_tool_calls_are_put_together(client, server):
