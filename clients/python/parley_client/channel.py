@@ -25,7 +25,7 @@ _METADATA_VALUE = re.compile("[ -~]*")
 
 def check_target(target: str) -> None:
     """Raises ValueError for a target that gRPC would take for something else than what was meant."""
-    if not _TARGET.fullmatch(target):
+    if not _TARGET.fullmatch(target) or not target.isprintable():
         raise ValueError(
             f"{target!r} is no HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor another target of gRPC's, such "
             "as dns:///HOST:PORT or unix:/PATH"

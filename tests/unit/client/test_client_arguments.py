@@ -81,7 +81,8 @@ def test_every_kind_of_target_that_grpc_knows_is_taken(target):
 
 
 @pytest.mark.parametrize(
-    "target", ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/"]
+    "target",
+    ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/", "caf\udce9:1", "dns:\0"],
 )
 def test_what_grpc_would_take_for_something_else_is_no_target(target, monkeypatch, capsys):
     for client in Client, AsyncClient:
