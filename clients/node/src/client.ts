@@ -84,7 +84,7 @@ type Streaming<Request, Response> = (
 
 // Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
 const TARGET = /^(([^\s:/,[\]]+|\[[^\s/,[\]]+\]):\d+|(dns|unix|ipv4|ipv6|xds):\S+)$/;
-const LOCAL_TARGET = /^(dns:\/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
+const LOCAL_TARGET = /^(dns:\/{0,3}|ipv[46]:)?(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
 const KEY = /^[!-~]+$/;
 const ENDLESS_MS = 1e14; // gRPC's timeouts have eight digits, of hours at most
 const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back

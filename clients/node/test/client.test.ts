@@ -509,12 +509,13 @@ test("what gRPC would take for something else is no target", () => {
 });
 
 test("a key does not cross a network in plain text", () => {
-  for (const remote of ["parley.example:50051", "10.0.0.1:50051", "localhost.example:1", "dns:///parley:1"]) {
+  for (const remote of ["parley.example:50051", "10.0.0.1:50051", "localhost.example:1", "dns:///parley:1", "ipv4:127.0.0.1:1,10.0.0.1:1"]) {
     assert.throws(() => new Client(remote, { apiKey: "secret" }), /must not cross the network/);
     new Client(remote, { apiKey: "secret", insecure: true }).close();
     new Client(remote, { apiKey: "secret", tls: true }).close();
   }
-  for (const local of ["localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/tmp/x"]) new Client(local, { apiKey: "secret" }).close();
+  const locals = ["localhost:1", "127.0.0.1:1", "[::1]:1", "ipv4:127.0.0.1:1", "ipv6:[::1]:1", "unix:/tmp/x"];
+  for (const local of locals) new Client(local, { apiKey: "secret" }).close();
 });
 
 test("TLS and mutual TLS", async () => {
