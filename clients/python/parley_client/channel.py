@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parley_client.credentials import LOCAL_TARGET, ApiKey, authorization
+from parley_client.credentials import ApiKey, authorization, is_local
 from parley_client.patience import Contact, Patience, time_limit
 
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
@@ -52,7 +52,7 @@ def channel_options(target: str, max_attempts: int) -> list[tuple[str, str | int
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
         # The proxy that $http_proxy names cannot know what this machine calls localhost.
-        ("grpc.enable_http_proxy", int(not LOCAL_TARGET.fullmatch(target))),
+        ("grpc.enable_http_proxy", int(not is_local(target))),
         ("grpc.enable_retries", int(max_attempts > 1)),
         ("grpc.service_config", service_config(max_attempts)),
     ]

@@ -13,7 +13,9 @@ import grpc
 ApiKey = str | Callable[[], str]
 AnyPath = str | PathLike[str]
 
-LOCAL_TARGET = re.compile(r"(dns:/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\w+|ipv4:127(\.\d+){3}:\d+|ipv6:\[::1\]:\d+")
+_LOCAL_TARGET = re.compile(
+    r"(dns:/{0,3})?(localhost|127(\.\d+){3}|\[::1\]):\w+|ipv4:127(\.\d+){3}:\d+|ipv6:\[::1\]:\d+"
+)
 _KEY = re.compile("[!-~]+")
 _UNIX_TARGET = re.compile(r"unix(-abstract)?:")
 _PEM_CERTIFICATE = re.compile(b"-----BEGIN ((X509|TRUSTED) )?CERTIFICATE-----")
@@ -83,6 +85,11 @@ def authorization(api_key: ApiKey) -> tuple[str, str]:
     return "authorization", f"Bearer {key}"
 
 
+def is_local(target: str) -> bool:
+    """Whether a target is on this machine by its very name."""
+    return bool(_UNIX_TARGET.match(target) or _LOCAL_TARGET.fullmatch(target))
+
+
 def _read_pem(path: AnyPath | None, kind: re.Pattern[bytes], name: str) -> bytes | None:
     """gRPC takes what it is given and fails only in the handshake, with an error that names no file."""
     if path is None:
@@ -115,6 +122,6 @@ class _Bearer(grpc.AuthMetadataPlugin):
 def _local_connection_type(target: str) -> grpc.LocalConnectionType:
     if _UNIX_TARGET.match(target):
         return grpc.LocalConnectionType.UDS
-    if LOCAL_TARGET.fullmatch(target):
+    if _LOCAL_TARGET.fullmatch(target):
         return grpc.LocalConnectionType.LOCAL_TCP
     raise PlainTextKey(target)
