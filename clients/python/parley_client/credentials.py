@@ -65,9 +65,9 @@ def channel_credentials(
 
     Raises:
         PlainTextKey: an API key would cross a network in plain text.
-        ValueError: it can be none.
+        TypeError, ValueError: it can be none.
     """
-    if isinstance(api_key, str):
+    if api_key is not None and not callable(api_key):
         authorization(api_key)
     if api_key is None or (insecure and credentials is None):
         return credentials
@@ -78,8 +78,10 @@ def channel_credentials(
 
 
 def authorization(api_key: ApiKey) -> tuple[str, str]:
-    """The metadata that carries an API key or token. Raises ValueError for what can be none."""
+    """The metadata that carries an API key or token. Raises TypeError or ValueError for what can be none."""
     key = api_key() if callable(api_key) else api_key
+    if not isinstance(key, str):
+        raise TypeError(f"the API key must be text, not {type(key).__name__}")
     if not _KEY.fullmatch(key):
         raise ValueError("the API key is empty, or has blanks, line ends or letters beyond ASCII: no key has")
     return "authorization", f"Bearer {key}"

@@ -114,6 +114,12 @@ async def test_what_grpc_takes_for_no_metadata_is_told_at_once(metadata, error):
             client(metadata=metadata)
 
 
+async def test_a_key_that_is_no_text_is_told_at_once():
+    for client in Client, AsyncClient:
+        with pytest.raises(TypeError, match=r"^the API key must be text, not bytes$"):
+            client(api_key=b"k")
+
+
 def test_a_key_file_that_is_no_text_holds_no_key(tmp_path):
     (tmp_path / "key").write_bytes(b"k\xff")
     with pytest.raises(SystemExit, match=r"^parley: error: the API key is empty, or has .* letters beyond ASCII"):
