@@ -299,13 +299,15 @@ def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
     return config
 
 
-def _sequence_bias(own: Any, params: SamplingParams) -> list[list[Any]] | None:
-    """The request's biases on top of the model's own, which are of sequences; None where there are none at all."""
+def _sequence_bias(own: Any, params: SamplingParams) -> dict[tuple[int, ...], float] | None:
+    """The request's biases on top of the model's own, which are of sequences; None where there are none at all.
+
+    Not as lists: transformers 5.17 takes none of them with id 0."""
     pairs = own.items() if isinstance(own, dict) else own or ()
     biases = {tuple(token_ids): float(bias) for token_ids, bias in pairs}
     for token_id, bias in params.logit_bias:
         biases[(token_id,)] = biases.get((token_id,), 0.0) + float(bias)
-    return [[list(token_ids), bias] for token_ids, bias in biases.items()] or None
+    return biases or None
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]

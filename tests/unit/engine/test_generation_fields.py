@@ -76,7 +76,7 @@ def test_greedy_ids_with_penalties_and_biases_are_those_of_a_plain_loop(engine: 
 
 def test_biases_come_before_the_repetition_penalty_as_in_model_generate(engine: Engine) -> None:
     """Of ids in the prompt, where the order tells."""
-    biases = {5: 3.0, 17: 3.0, 42: 3.0, 60: 2.0, 9: -4.0, EOS: 6.0}
+    biases = {0: 1.0, 5: 3.0, 17: 3.0, 42: 3.0, 60: 2.0, 9: -4.0, EOS: 6.0}
     config = GenerationConfig(
         max_new_tokens=16, do_sample=False, eos_token_id=EOS, pad_token_id=0, min_new_tokens=6, repetition_penalty=1.5,
         sequence_bias={(token_id,): bias for token_id, bias in biases.items()},
@@ -91,7 +91,7 @@ def test_biases_add_to_those_that_the_model_has_of_itself() -> None:
     model.generation_config = GenerationConfig(sequence_bias=[[[7], 2.0], [[8, 9], 1.0]])
     engine = GenerateEngine(model, (EOS,), CONTEXT)
     config = engine._config(SamplingParams(max_new_tokens=1, logit_bias=((7, 3.0), (9, 1.5))), 1, [])
-    assert config.sequence_bias == [[[7], 5.0], [[8, 9], 1.0], [[9], 1.5]]
+    assert config.sequence_bias == {(7,): 5.0, (8, 9): 1.0, (9,): 1.5}
 
 
 @pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "temperature": 2.0, "seed": 3}], ids=["greedy", "drawn"])

@@ -71,7 +71,7 @@ def processed(logits: Tensor, params: Params, prompt: Sequence[int], output: Seq
     ids = torch.tensor([[*prompt, *output]])
     processors = LogitsProcessorList()
     if params.logit_bias:
-        processors.append(SequenceBiasLogitsProcessor([[[id_], bias] for id_, bias in params.logit_bias]))
+        processors.append(SequenceBiasLogitsProcessor({(id_,): bias for id_, bias in params.logit_bias}))
     processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     stop_ids = [EOS, *params.stop_token_ids]
     processors.append(MinNewTokensLengthLogitsProcessor(len(prompt), params.min_new_tokens, stop_ids))
