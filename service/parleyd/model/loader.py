@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
@@ -43,6 +44,7 @@ def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> Load
     silence_transformers()
     files = files or find_files(settings)
     folder, checkpoint, tokenizer_dir = files.folder, files.checkpoint, files.tokenizer_dir
+    _check_generation_config(folder)
     model = _load_weights(checkpoint, settings, quantization_config(settings, checkpoint))
     config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
@@ -63,6 +65,16 @@ def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> Load
         defaults=files.defaults,
     )
     return LoadedModel(model, info, open_blocks(folder, settings.cache))
+
+
+def _check_generation_config(folder: Path) -> None:
+    """transformers reads it once it has read the weights, and does not say what it found fault with."""
+    path = folder / "generation_config.json"
+    try:
+        if path.is_file():
+            GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # what a value of another kind raises is anything
+        raise StartupError(f"{path}: {explain.one_line(error)}") from error
 
 
 def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:

@@ -104,6 +104,15 @@ def test_a_generation_config_with_a_value_of_the_wrong_kind_is_named(
     assert f"{name} is {value!r}" in startup_error(llama_folder)
 
 
+@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"early_stopping": "soon"}, {"num_return_sequences": 2}])
+def test_a_generation_config_that_transformers_does_not_take_is_named(
+    llama_folder: Path, values: dict[str, object]
+) -> None:
+    edit_json(llama_folder / "generation_config.json", **values)
+    error = startup_error(llama_folder)
+    assert "generation_config.json" in error and next(iter(values)) in error
+
+
 def test_a_folder_without_weights_is_named(llama_folder: Path) -> None:
     (llama_folder / "model.safetensors").unlink()
     assert "no weights" in startup_error(llama_folder)
