@@ -285,7 +285,7 @@ def _decoder_start_id(model: PreTrainedModel) -> int | None:
 
 def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
     """The model's own configuration less what every request sets, and less the search methods that do not stream
-    an id at a time, or need more than the model."""
+    an id at a time, or need more than the model and the prompt."""
     config = copy.deepcopy(config)
     neutral = GenerationConfig()
     for name in (
@@ -293,7 +293,7 @@ def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
         "min_p", "repetition_penalty", "eos_token_id", "num_beams", "num_return_sequences", "stop_strings", "max_time",
         "forced_eos_token_id",  # would make an answer that is cut off look as if it had ended
         "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens",
-        "assistant_early_exit", "use_mtp", "token_healing",
+        "assistant_early_exit", "use_mtp", "token_healing", "guidance_scale",
     ):  # fmt: skip
         setattr(config, name, getattr(neutral, name))
     return config

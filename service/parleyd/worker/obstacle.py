@@ -14,9 +14,8 @@ _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _LOGITS_FIELDS = {
     "bad_words_ids": None, "begin_suppress_tokens": None, "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "exponential_decay_length_penalty": None, "forced_bos_token_id": None, "guidance_scale": 1.0,
-    "no_repeat_ngram_size": 0, "sequence_bias": None, "suppress_tokens": None, "top_h": None, "typical_p": 1.0,
-    "watermarking_config": None,
+    "exponential_decay_length_penalty": None, "forced_bos_token_id": None, "no_repeat_ngram_size": 0,
+    "sequence_bias": None, "suppress_tokens": None, "top_h": None, "typical_p": 1.0, "watermarking_config": None,
 }  # fmt: skip
 
 

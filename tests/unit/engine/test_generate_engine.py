@@ -59,8 +59,9 @@ def test_greedy_ids_are_those_of_model_generate(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("prompt_lookup_num_tokens", 3), ("assistant_early_exit", 1), ("penalty_alpha", 0.6), ("token_healing", True)],
-)
+    [("prompt_lookup_num_tokens", 3), ("assistant_early_exit", 1), ("penalty_alpha", 0.6), ("token_healing", True),
+     ("guidance_scale", 3.0)],
+)  # fmt: skip
 def test_search_methods_of_the_models_own_give_way(
     make_model: Callable[[], LlamaForCausalLM], name: str, value: object
 ) -> None:
