@@ -280,7 +280,7 @@ def _decoder_start_id(model: PreTrainedModel) -> int | None:
     start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
     if start is None:
         raise StartupError("the model names no decoder_start_token_id, and no bos_token_id")
-    return int(start)
+    return int(start[0] if isinstance(start, list) else start)  # a list has one for each sequence of a batch
 
 
 def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:

@@ -123,6 +123,14 @@ def test_the_log_says_why_batching_does_not_serve_it(family: str, caplog: pytest
     assert "it is an encoder-decoder" in caplog.text
 
 
+def test_an_id_to_begin_with_may_be_a_list_of_one() -> None:
+    """For each sequence of a batch one, as in transformers."""
+    expected = run(GenerateEngine(make_model("T5"), (EOS,), CONTEXT), request())[1]
+    model = make_model("T5")
+    model.generation_config.decoder_start_token_id = [0]
+    assert run(GenerateEngine(model, (EOS,), CONTEXT), request())[1] == expected
+
+
 def test_without_an_id_to_begin_with_it_is_refused() -> None:
     with pytest.raises(StartupError, match="no decoder_start_token_id"):
         GenerateEngine(make_model("T5", decoder_start_token_id=None), (EOS,), CONTEXT)
