@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from parleyd.errors import StartupError
 from parleyd.generation import RANGES, Range, SamplingDefaults
 from parleyd.model.checkpoint import read_json_object
@@ -104,8 +102,7 @@ def _read(folder: Path, name: str = _FILE) -> dict[str, Any]:
 
 
 def _tokenizer_eos_id(tokenizer_dir: Path) -> int | None:
-    token = _read(tokenizer_dir, "tokenizer_config.json").get("eos_token")
-    content = token.get("content") if isinstance(token, dict) else token
-    if content is None:
-        return None
-    return tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).token_to_id(content)
+    from transformers import PreTrainedTokenizerFast  # costs time, and few models need it
+
+    token_id: int | None = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir).eos_token_id
+    return token_id

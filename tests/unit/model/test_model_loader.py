@@ -24,7 +24,7 @@ from parleyd.generation import ModelInfo, SamplingDefaults
 from parleyd.model.generation_config import read_defaults
 from parleyd.model.loader import LoadedModel, load_model
 from tests.support.tiny_gguf import CONTEXT
-from tests.support.tiny_tokenizer import IM_END_ID, VOCAB_SIZE, write_tiny_tokenizer
+from tests.support.tiny_tokenizer import IM_END, IM_END_ID, VOCAB_SIZE, write_tiny_tokenizer
 from tests.unit.model.conftest import EMBEDDING_ROWS, edit_json, write_llama
 
 
@@ -158,11 +158,24 @@ def test_an_end_of_which_there_is_no_logit_is_none(llama_folder: Path) -> None:
     assert info(llama_folder).eos_token_ids == (5,)
 
 
-def test_the_tokenizer_names_the_end_where_nothing_else_does(llama_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "end", "token_id"),
+    [
+        ("tokenizer_config.json", IM_END, IM_END_ID),
+        ("tokenizer_config.json", {"content": "<end>", "special": True, "__type": "AddedToken"}, VOCAB_SIZE),
+        ("special_tokens_map.json", IM_END, IM_END_ID),
+        ("special_tokens_map.json", None, None),
+    ],
+)
+def test_the_tokenizer_names_the_end_where_nothing_else_does(
+    llama_folder: Path, name: str, end: object, token_id: int | None
+) -> None:
     edit_json(llama_folder / "generation_config.json", eos_token_id=None)
     config = json.loads((llama_folder / "config.json").read_text())
     (llama_folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    assert info(llama_folder).eos_token_ids == (IM_END_ID,)
+    edit_json(llama_folder / "tokenizer_config.json", eos_token=None)
+    edit_json(llama_folder / name, eos_token=end)
+    assert info(llama_folder).eos_token_ids == (() if token_id is None else (token_id,))
 
 
 def test_a_context_without_end_is_one_that_requests_can_name(llama_folder: Path) -> None:
