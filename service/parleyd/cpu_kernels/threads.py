@@ -10,13 +10,13 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 import torch
 from numba import cfunc, config, types
+from numba.core.caching import UserProvidedCacheLocator
 
 from parleyd.cpu_kernels.numbers import FAST
 
@@ -64,18 +64,23 @@ def bits_of(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
+class CacheLocator(UserProvidedCacheLocator):  # type: ignore[misc]
+    """A folder that cannot be written too: it may hold all kernels already."""
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., None], py_file: str) -> CacheLocator:
+        return cls(py_func, py_file)
+
+
 def keep_compiled(folder: Path) -> None:
-    """Keeps what is compiled from now on, for later processes. Raises OSError where the folder cannot be written: numba
-    would compile nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=folder).close()
-    config.CACHE_DIR = str(folder)
+    """Keeps what is compiled from now on, for later processes, where the folder can be written."""
+    config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = str(folder), f"{__name__}.{CacheLocator.__name__}"
 
 
 def _compile(signature: Any, function: Callable[..., None]) -> Any:
     try:
         return cfunc(signature, cache=bool(config.CACHE_DIR), fastmath=FAST, error_model="numpy")(function)
-    except OSError as error:  # no room to keep it, which is known only once it has been compiled
+    except OSError as error:  # it cannot be kept, which is known only once it has been compiled
         if not config.CACHE_DIR:
             raise
         _logger.warning(

@@ -33,11 +33,7 @@ def compiled_kernels(cache: Path, head_dim: int) -> CompiledKernels | None:
         from parleyd.cpu_kernels import decode, layers, products, threads, trial
 
         sources = sorted(Path(cpu_kernels.__file__).parent.glob("*.py"))
-        folder = cache / f"kernels-{cache_key(numba.__version__, *sources)}"
-        try:
-            threads.keep_compiled(folder)
-        except OSError as error:
-            _logger.warning("kernels are compiled at each start: %s cannot be written: %s", folder, error.strerror)
+        threads.keep_compiled(cache / f"kernels-{cache_key(numba.__version__, *sources)}")
         trial.check_layers(layers, layer_ops, head_dim)
         trial.check_products(products)
     except Exception as error:
