@@ -5,6 +5,7 @@ Formats: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from parleyd.model.cache import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_logger = logging.getLogger("parleyd.model")
 
 FILE_NAME = "gguf_blocks.safetensors"
 BLOCK_SIZE = 32  # weights of a row that share a scale
@@ -88,10 +91,14 @@ def open_blocks(folder: Path, cache: str | None) -> GgufBlocks | None:
     Raises StartupError where they cannot be read.
     """
     path = folder / FILE_NAME
-    # Elsewhere, a file of that name may be anyone's. A folder in the cache may be a link, and one may lead there.
-    is_ours = cache_root(cache).resolve() in (folder.parent.resolve(), folder.resolve().parent)
+    if not path.is_file():
+        return None
+    # A folder in the cache may be a link, and one may lead there. Elsewhere, the weights may have been changed since.
+    if cache_root(cache).resolve() not in (folder.parent.resolve(), folder.resolve().parent):
+        _logger.warning("%s is not read, as it is not in --cache: for weights in 4 bits, serve the .gguf file", path)
+        return None
     try:
-        return GgufBlocks(path) if is_ours and path.is_file() else None
+        return GgufBlocks(path)
     except (OSError, SafetensorError) as error:
         raise StartupError(f"{path} cannot be read: {explain.one_line(error)}") from error
 

@@ -104,9 +104,12 @@ def test_a_file_without_such_blocks_keeps_none(gguf_file: Path, tmp_path: Path) 
     assert not (Path(loaded.info.tokenizer_dir) / FILE_NAME).exists()
 
 
-def test_a_models_own_file_of_that_name_is_not_ours(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_file_of_that_name_outside_the_cache_is_not_read_and_the_log_says_so(
+    llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (llama_folder / FILE_NAME).write_bytes(b"x")
     assert load_model(ModelSettings(model=str(llama_folder), cache=str(tmp_path / "cache"))).blocks is None
+    assert f"{llama_folder / FILE_NAME} is not read" in caplog.text
 
 
 def test_a_conversion_served_by_its_folder_has_its_blocks(tmp_path: Path) -> None:
