@@ -38,6 +38,7 @@ from parleyd.generation import (
 )
 from parleyd.grammar.compiler import GrammarError
 from parleyd.grammar.state import GrammarCompiler, GrammarState
+from parleyd.model.explain import one_line
 from parleyd.sampling.grammar_mask import mask_by_grammar
 from parleyd.sampling.penalties import MIN_REPETITION_PENALTY
 from parleyd.sampling.sampler import MIN_TEMPERATURE
@@ -151,7 +152,7 @@ class GenerateEngine:
             self._outputs.put(Output(key=sequence.request.key, grammar_error=str(error)))
         except Exception as error:
             _logger.exception("generating for request %d failed", sequence.request.key)
-            self._outputs.put(Output(key=sequence.request.key, error=f"{type(error).__name__}: {error}"))
+            self._outputs.put(Output(key=sequence.request.key, error=one_line(error)))
         finally:
             del self._sequences[sequence.request.key]
             self.progress += 1  # also for one that was aborted before its first layer

@@ -22,6 +22,8 @@ _LOGITS_FIELDS = {
 def batching_obstacle(model: PreTrainedModel) -> str | None:
     """Why engine `batching` cannot drive this model, or None."""
     config: Any = model.config.get_text_config()
+    if getattr(config, "is_heterogeneous", False):  # what differs cannot be asked of it
+        return "layers that differ in size or kind"
     layer_types = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     longest = getattr(config, "max_position_embeddings", math.inf)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, Llama4ForCausalLM, Llama4TextConfig
 
 from parleyd.config import ModelSettings
 from parleyd.engine import stock_forward
@@ -71,6 +71,14 @@ def test_layers_that_count_positions_themselves_are_an_obstacle() -> None:
     """Llama 4's do, from 8,192 tokens on: no check of the logits would tell."""
     config = Llama4TextConfig(**SIZES, head_dim=8, num_local_experts=2, layer_types=["full_attention"] * 2)
     assert "positions" in (batching_obstacle(Llama4ForCausalLM(config)) or "")
+
+
+def test_layers_that_differ_are_an_obstacle() -> None:
+    """Gemma 4's do where all have full attention. Its configuration raises where it is asked for what differs."""
+    config = Gemma4TextConfig(**SIZES, head_dim=8, layer_types=["full_attention"] * 2, vocab_size_per_layer_input=97)
+    model = Gemma4ForCausalLM(config)
+    assert "layers that differ" in (batching_obstacle(model) or "")
+    assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
 
 
 def test_a_model_with_windows_and_without_a_longest_context_is_served_by_generate() -> None:
