@@ -47,10 +47,11 @@ class TokenizerConfig:
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> TokenizerConfig:
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+        additional = config.get("additional_special_tokens") or ()
+        extra = config.get("extra_special_tokens") or additional
         own = dict(config.get("model_specific_special_tokens") or {})
         if isinstance(extra, dict):
-            own, extra = own | extra, ()
+            own, extra = own | extra, additional
         own |= {name: value for name, value in config.items() if name.endswith("_token")}
         named = {name: own.pop(name, None) for name in NAMED_SPECIAL_TOKENS}
         added = config.get("added_tokens_decoder") or {}

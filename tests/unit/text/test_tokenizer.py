@@ -48,6 +48,7 @@ ADDED = {"content": "<img>", "lstrip": False, "rstrip": False, "single_word": Fa
         {"additional_special_tokens": ["<|fim|>", ADDED | {"__type": "AddedToken", "special": True}]},
         {"extra_special_tokens": {"image_token": "<img>"}},
         {"image_token": "<img>"},
+        {"extra_special_tokens": {"image_token": "<img>"}, "additional_special_tokens": ["<|fim|>"]},
         {
             "added_tokens_decoder": {
                 "259": ADDED | {"special": True},
