@@ -11,6 +11,7 @@ from typing import Any
 
 from parleyd.errors import StartupError
 
+ADAPTER = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -46,7 +47,8 @@ class Checkpoint:
         """Raises StartupError where the folder holds no language model in safetensors files that are whole, or,
         where that is allowed, in pickled ones."""
         if not (folder / "config.json").is_file():
-            raise StartupError(f"--model {folder}: {_why_no_model(folder)}")
+            why = _way_out_of_adapter(folder) or "not a model folder: it has no config.json"
+            raise StartupError(f"--model {folder}: {why}")
         config = read_json_object(folder / "config.json")
         _check_architecture(folder, config)
         has_safetensors = any((folder / name).is_file() for name in (_SINGLE_FILE, _INDEX))
@@ -80,10 +82,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _why_no_model(folder: Path) -> str:
-    if not (folder / "adapter_config.json").is_file():
-        return "not a model folder: it has no config.json"
-    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+def _way_out_of_adapter(folder: Path) -> str:
+    """Empty where the folder holds none."""
+    if not (folder / ADAPTER).is_file():
+        return ""
+    base = read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "its base model"
     return (
         f"an adapter, such as LoRA, not a model; merge it into {base} with the package peft (merge_and_unload), and "
         "serve what that saves"
@@ -117,6 +120,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _why_no_weights(folder: Path) -> str:
+    if way_out := _way_out_of_adapter(folder):
+        return way_out
     if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
         return (
             "only pickled weights (.bin, .pt), a format that can carry code; convert them to safetensors, or take them "

@@ -23,6 +23,7 @@ from torch import Tensor
 from parleyd.config import ModelSettings
 from parleyd.generation import ModelInfo
 from parleyd.model.cache import cache_key, cache_root
+from parleyd.model.checkpoint import ADAPTER
 from parleyd.model.files import ModelFiles
 from parleyd.model.lean_model import LeanModel, LeanShape, can_be_lean, lean_shape, lean_weights
 from parleyd.model.memory import is_on_cpu
@@ -55,7 +56,7 @@ def place_of(settings: ModelSettings, files: ModelFiles) -> Path | None:
         and settings.attn_implementation == settings.quantization == "auto"
         and not settings.trust_remote_code
         and not files.checkpoint.is_pickled
-        and not (files.folder / "adapter_config.json").exists()
+        and not (files.folder / ADAPTER).exists()
         and is_on_cpu(settings.device_map)
     )
     if not is_plain:

@@ -10,12 +10,13 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers.utils import is_peft_available
 
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
 from parleyd.generation import ModelInfo
 from parleyd.model import explain, generation_config
-from parleyd.model.checkpoint import Checkpoint
+from parleyd.model.checkpoint import ADAPTER, Checkpoint
 from parleyd.model.files import ModelFiles, find_files
 from parleyd.model.gguf_blocks import GgufBlocks, open_blocks
 from parleyd.model.quantization import quantization_config, unpack
@@ -45,6 +46,8 @@ def load_model(settings: ModelSettings, files: ModelFiles | None = None) -> Load
     files = files or find_files(settings)
     folder, checkpoint, tokenizer_dir = files.folder, files.checkpoint, files.tokenizer_dir
     _check_generation_config(folder)
+    if (folder / ADAPTER).exists() and not is_peft_available():  # transformers says nothing
+        _logger.warning("%s holds an adapter, which is left out: the Python package peft is not installed", folder)
     model = _load_weights(checkpoint, settings, quantization_config(settings, checkpoint))
     config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()

@@ -66,6 +66,12 @@ def test_a_lora_adapter_is_to_be_merged(tmp_path: Path) -> None:
     assert "an adapter, such as LoRA, not a model; merge it into org/base" in startup_error(tmp_path)
 
 
+def test_a_lora_adapter_beside_its_models_configuration_is_one_too(llama_folder: Path) -> None:
+    edit_json(llama_folder / "adapter_config.json", base_model_name_or_path="org/base")
+    (llama_folder / "model.safetensors").rename(llama_folder / "adapter_model.safetensors")
+    assert "an adapter, such as LoRA, not a model; merge it into org/base" in startup_error(llama_folder)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff", NESTED])
 def test_a_broken_config_is_named(llama_folder: Path, text: str) -> None:
     (llama_folder / "config.json").write_text(text, encoding="latin-1")

@@ -204,6 +204,14 @@ def test_loading_writes_progress_to_stderr_and_nothing_to_stdout(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def test_an_adapter_beside_the_weights_that_is_left_out_is_told(
+    llama_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_json(llama_folder / "adapter_config.json", base_model_name_or_path="org/base")
+    load(llama_folder)
+    assert "peft" in caplog.text
+
+
 def test_sharded_weights_load(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
