@@ -19,12 +19,13 @@ def write_gguf(
     architecture: str = "llama",
     leave_out: str | None = None,
     matrices: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    tensors_of_part: int = 0,
 ) -> Path:
     """A random Llama in float32 with a byte vocabulary of three special tokens, as llama.cpp writes it.
 
-    `matrices`: the type of the decoder layers' matrices.
+    `matrices`: the type of the decoder layers' matrices. `tensors_of_part`: in parts of so many, named after `path`.
     """
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_of_part)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)

@@ -47,7 +47,7 @@ class Checkpoint:
         """Raises StartupError where the folder holds no language model in safetensors files that are whole, or,
         where that is allowed, in pickled ones."""
         if not (folder / "config.json").is_file():
-            why = _way_out_of_adapter(folder) or "not a model folder: it has no config.json"
+            why = _what_else_it_is(folder) or "not a model folder: it has no config.json"
             raise StartupError(f"--model {folder}: {why}")
         config = read_json_object(folder / "config.json")
         _check_architecture(folder, config)
@@ -82,15 +82,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _way_out_of_adapter(folder: Path) -> str:
-    """Empty where the folder holds none."""
-    if not (folder / ADAPTER).is_file():
-        return ""
-    base = read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "its base model"
-    return (
-        f"an adapter, such as LoRA, not a model; merge it into {base} with the package peft (merge_and_unload), and "
-        "serve what that saves"
-    )
+def _what_else_it_is(folder: Path) -> str:
+    """Of a folder that is no model, and what to do; empty where nothing is known of it."""
+    if (folder / ADAPTER).is_file():
+        base = read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "its base model"
+        return (
+            f"an adapter, such as LoRA, not a model; merge it into {base} with the package peft (merge_and_unload), "
+            "and serve what that saves"
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"not a model folder; to serve the GGUF file in it, use --model {ggufs[0]}"
+    return ""
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
@@ -120,15 +122,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _why_no_weights(folder: Path) -> str:
-    if way_out := _way_out_of_adapter(folder):
-        return way_out
+    if why := _what_else_it_is(folder):
+        return why
     if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
         return (
             "only pickled weights (.bin, .pt), a format that can carry code; convert them to safetensors, or take them "
             "with --allow-pickle (pytorch_model*.bin)"
         )
-    if ggufs := sorted(folder.glob("*.gguf")):
-        return f"no {_SINGLE_FILE} or {_INDEX}; to serve the GGUF file, use --model {ggufs[0]}"
     return f"no weights: it has neither {_SINGLE_FILE} nor {_INDEX}"
 
 

@@ -81,12 +81,19 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 
 
 def _read(gguf_file: Path) -> tuple[Any, Any]:
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from parleyd.model.memory import check_fits
     from parleyd.model.quiet import silence_transformers
 
     silence_transformers()
+    parts = gguf.GGUFReader(str(gguf_file)).fields.get("split.count")
+    if parts and (num_parts := parts.contents()) > 1:
+        raise StartupError(
+            f"--model {gguf_file}: one of {num_parts} parts of a file; join them with llama.cpp's llama-gguf-split "
+            "--merge, and serve what that writes"
+        )
     dtype = _dtype(gguf_file)
     auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
     check_fits(str(gguf_file), _num_elements(gguf_file) * dtype.itemsize, "cpu")

@@ -102,6 +102,15 @@ def test_a_gguf_file_too_large_for_the_memory_is_refused_before_it_is_read(
     assert folders(cache) == []
 
 
+def test_a_part_of_a_gguf_file_is_to_be_joined_with_the_others(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tensors_of_part=12)
+    parts = sorted(tmp_path.glob("tiny-0000?-of-00002.gguf"))
+    assert len(parts) == 2
+    for part in parts:
+        assert f"--model {part}: one of 2 parts" in startup_error(part, cache=str(cache))
+    assert folders(cache) == []
+
+
 def test_an_architecture_that_transformers_cannot_read_is_one_line(tmp_path: Path, cache: Path) -> None:
     path = write_gguf(tmp_path / "odd.gguf", architecture="plamo")
     assert "plamo" in startup_error(path, cache=str(cache))

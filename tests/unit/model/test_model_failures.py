@@ -148,7 +148,10 @@ def test_allowed_pickles_still_run_no_code(llama_folder: Path, tmp_path: Path) -
     assert (tmp_path / "ran").exists()  # it would have worked
 
 
-def test_a_folder_of_gguf_files_points_at_one(llama_folder: Path) -> None:
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_folder_of_gguf_files_points_at_one(llama_folder: Path, has_config: bool) -> None:
+    if not has_config:
+        (llama_folder / "config.json").unlink()
     (llama_folder / "model.safetensors").rename(llama_folder / "m.gguf")
     assert f"--model {llama_folder / 'm.gguf'}" in startup_error(llama_folder)
 
