@@ -232,6 +232,8 @@ class GenerateEngine:
         config = copy.deepcopy(self._base_config)
         config.max_new_tokens = max_new_tokens
         config.eos_token_id = stop_ids or None
+        if not stop_ids:  # transformers would look for the end to draw towards
+            config.exponential_decay_length_penalty = None
         config.pad_token_id = config.pad_token_id or 0  # unused: a batch of one is never padded
         # As a processor of ours they would come after the repetition penalty.
         config.sequence_bias = _sequence_bias(config.sequence_bias, params)

@@ -190,6 +190,15 @@ def test_ignore_eos_goes_past_the_end_token(make_model: Callable[[], LlamaForCau
     assert len(run(engine, request(ignore_eos=True))[1]) == 20
 
 
+def test_a_models_pull_towards_its_end_gives_way_where_nothing_ends_the_answer(
+    make_model: Callable[[], LlamaForCausalLM],
+) -> None:
+    expected = run(GenerateEngine(make_model(), (EOS,), CONTEXT), request(ignore_eos=True))[1]
+    model = make_model()
+    model.generation_config.exponential_decay_length_penalty = (2, 1.5)
+    assert run(GenerateEngine(model, (EOS,), CONTEXT), request(ignore_eos=True))[1] == expected
+
+
 def test_an_abort_ends_the_sequence_within_one_token(make_model: Callable[[], LlamaForCausalLM]) -> None:
     model = make_model()
     forwards: list[int] = []
