@@ -188,7 +188,7 @@ class GenerateEngine:
         self._model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
-            generation_config=self._config(params, max_new_tokens - len(request.output_ids), stop_ids),
+            generation_config=self._config(params, max_new_tokens, len(request.output_ids), stop_ids),
             logits_processor=self._processors(params, num_before, stop_ids, grammar),
             stopping_criteria=[_Ended(sequence)],
             streamer=_TokenStreamer(on_token),
@@ -228,12 +228,18 @@ class GenerateEngine:
         ignores_eos = params.ignore_eos and not params.grammar  # nothing can follow the end of a grammar
         return [*params.stop_token_ids, *(() if ignores_eos else self._eos_token_ids)]
 
-    def _config(self, params: SamplingParams, max_new_tokens: int, stop_ids: list[int]) -> GenerationConfig:
+    def _config(
+        self, params: SamplingParams, max_new_tokens: int, num_output_ids: int, stop_ids: list[int]
+    ) -> GenerationConfig:
         config = copy.deepcopy(self._base_config)
-        config.max_new_tokens = max_new_tokens
+        config.max_new_tokens = max_new_tokens - num_output_ids
         config.eos_token_id = stop_ids or None
-        if not stop_ids:  # transformers would look for the end to draw towards
-            config.exponential_decay_length_penalty = None
+        if num_output_ids:  # the beginning is behind
+            config.begin_suppress_tokens = None
+        if decay := config.exponential_decay_length_penalty:
+            start, factor = decay
+            # Without stop ids transformers would look for the end to draw towards.
+            config.exponential_decay_length_penalty = (start - num_output_ids, factor) if stop_ids else None
         config.pad_token_id = config.pad_token_id or 0  # unused: a batch of one is never padded
         # As a processor of ours they would come after the repetition penalty.
         config.sequence_bias = _sequence_bias(config.sequence_bias, params)

@@ -132,6 +132,22 @@ def test_draws_depend_on_the_position_so_that_a_sequence_can_be_taken_up(engine:
         assert run(engine, request(output=tuple(whole[:cut]), **sampled))[1] == whole[cut:]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("begin_suppress_tokens", list(range(VOCAB_SIZE // 2))), ("exponential_decay_length_penalty", (2, 1.2))],
+)
+def test_what_a_model_asks_by_position_is_the_same_where_a_sequence_is_taken_up(
+    make_model: Callable[[], LlamaForCausalLM], name: str, value: object
+) -> None:
+    model = make_model()
+    setattr(model.generation_config, name, value)
+    engine = GenerateEngine(model, (EOS,), CONTEXT)
+    for prompt in (PROMPT, (1,)):
+        whole = run(engine, request(prompt=prompt))[1]
+        for cut in (1, len(whole) - 1):
+            assert run(engine, request(prompt=prompt, output=tuple(whole[:cut])))[1] == whole[cut:]
+
+
 def test_draws_follow_the_models_distribution(
     make_model: Callable[[], LlamaForCausalLM], engine: GenerateEngine
 ) -> None:

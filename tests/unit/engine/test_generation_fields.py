@@ -90,7 +90,7 @@ def test_biases_add_to_those_that_the_model_has_of_itself() -> None:
     model = make_model("Llama")
     model.generation_config = GenerationConfig(sequence_bias=[[[7], 2.0], [[8, 9], 1.0]])
     engine = GenerateEngine(model, (EOS,), CONTEXT)
-    config = engine._config(SamplingParams(max_new_tokens=1, logit_bias=((7, 3.0), (9, 1.5))), 1, [])
+    config = engine._config(SamplingParams(max_new_tokens=1, logit_bias=((7, 3.0), (9, 1.5))), 1, 0, [])
     assert config.sequence_bias == {(7,): 5.0, (8, 9): 1.0, (9,): 1.5}
 
 
