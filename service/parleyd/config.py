@@ -70,6 +70,11 @@ class ModelSettings:
         "Most requests that generate at the same time. Default: 64 with engine batching; engine generate runs one.",
         minimum=1,
     )
+    max_context_tokens: int | None = _option(
+        None,
+        "Longest prompt and answer together, where less than the model's own context, as its KV cache takes memory.",
+        minimum=16,
+    )
     max_batch_tokens: int = _option(512, "Most tokens that engine batching computes in one step.", minimum=64)
     kv_cache_memory: float | None = _option(
         None, "GiB for the keys and values of engine batching. Default: a share of what is free.", minimum=0.001

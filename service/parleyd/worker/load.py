@@ -36,13 +36,24 @@ def _build(settings: ModelSettings) -> tuple[str, Engine, ModelInfo]:
     place = lean_start.place_of(settings, files)
     if place is not None and (recalled := lean_start.recall(place, files)) is not None:
         model, info = recalled
+        info = _limited(info, settings)
         return *build_engine(settings, model, info, open_blocks(files.folder, settings.cache)), info
     from parleyd.model.loader import load_model  # imports transformers' model code
 
     loaded = load_model(settings, files)
     if place is not None and batching_obstacle(loaded.model) is None:
         lean_start.remember(place, files, loaded.model, loaded.info)
-    return *build_engine(settings, loaded.model, loaded.info, loaded.blocks), loaded.info
+    info = _limited(loaded.info, settings)
+    return *build_engine(settings, loaded.model, info, loaded.blocks), info
+
+
+def _limited(info: ModelInfo, settings: ModelSettings) -> ModelInfo:
+    limit = settings.max_context_tokens
+    if limit is None:
+        return info
+    if limit > info.max_context_tokens:
+        raise StartupError(f"--max-context-tokens: the model's context holds {info.max_context_tokens}, not {limit}")
+    return replace(info, max_context_tokens=limit)
 
 
 def _warm_up(engine: Engine, info: ModelInfo) -> None:
