@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import is_peft_available
 
 from parleyd.config import ModelSettings
@@ -81,8 +92,7 @@ def _check_generation_config(folder: Path) -> None:
 
 
 def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:
-    # AutoModelForCausalLM would take an encoder-decoder's decoder alone. Annotations know no output_loading_info.
-    auto_model: Any = AutoModelForSeq2SeqLM if checkpoint.config.get("is_encoder_decoder") else AutoModelForCausalLM
+    auto_model = _auto_model(checkpoint.config)
     optional = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
     if quantization is not None:
         optional["quantization_config"] = quantization
@@ -105,6 +115,16 @@ def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization:
         raise StartupError(f"--model {settings.model}: {explain.missing_weights(missing)}")
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _auto_model(config: Mapping[str, Any]) -> Any:
+    """The class that loads it; no annotation of theirs knows output_loading_info."""
+    if config.get("is_encoder_decoder"):  # AutoModelForCausalLM would take the decoder alone
+        return AutoModelForSeq2SeqLM
+    kind = config.get("model_type")
+    # Those that see write text of text alone, too.
+    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _reason(error: Exception, settings: ModelSettings) -> str:

@@ -15,6 +15,7 @@ from parleyd.errors import InvalidRequest, ParleyError, StartupError, Unsupporte
 from parleyd.text.tokenizer_config import NAMED_SPECIAL_TOKENS, TokenizerConfig
 
 _MAX_QUOTED_CHARS = 300
+_PROBE = "parley_probe"
 _FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
 
 # What the request itself or the tokenizer gives the template; clients cannot set these beside it.
@@ -73,10 +74,21 @@ class ChatTemplate:
     @cached_property
     def reads_names(self) -> bool:
         """Whether the template tells the model a message's `name`."""
-        probe = {"role": "user", "content": "?", "name": "parley_probe"}
         try:
-            return probe["name"] in self.render([probe])
+            return _PROBE in self.render([{"role": "user", "content": "?", "name": _PROBE}])
         except ParleyError:
+            return False
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template finds a message's text in a list of parts only, as of some models that see: a text that
+        is no list would be left out without a word."""
+        return not self._shows(_PROBE) and self._shows(_parts(_PROBE))
+
+    def _shows(self, content: Any) -> bool:
+        try:
+            return _PROBE in self._render([{"role": "user", "content": content}], chat_template=self.source)
+        except Exception:  # whatever a model's template raises
             return False
 
     def kwarg_violations(self, names: Iterable[str]) -> list[Violation]:
@@ -111,21 +123,31 @@ class ChatTemplate:
         """
         if self.source is None:
             raise Unsupported("messages", f"this model {self.obstacle}, so it cannot answer conversations")
-        variables: dict[str, Any] = {**self._special_tokens, **(kwargs or {})}
         try:
-            # The first part of the result, whose annotation is wrong, holds one text for each conversation.
-            prompt: str = template_utils().render_jinja_template(
-                [[_without_none(message) for message in messages]],
+            prompt = self._render(
+                [self._message(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 chat_template=self.source if tools is None else self._tool_use,
                 continue_final_message=continue_final_message,
                 add_generation_prompt=not continue_final_message,
-                **variables,
-            )[0][0]
+                **(kwargs or {}),
+            )
             prompt.encode()  # a lone surrogate, say from a JSON escape, has no tokens
         except Exception as error:  # whatever a model's template raises is about what it was given
             raise InvalidRequest([_refusal(error, continue_final_message)]) from error
         return prompt
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        rendered: list[str]
+        # There is one for each conversation; the annotation is wrong.
+        rendered, _ = template_utils().render_jinja_template([messages], **(self._special_tokens | options))
+        return rendered[0]
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        given = {key: value for key, value in message.items() if value is not None}
+        if self._takes_parts and isinstance(given.get("content"), str):
+            given["content"] = _parts(given["content"])
+        return given
 
 
 def _read(path: Path) -> str:
@@ -145,8 +167,8 @@ def _variables(source: str) -> frozenset[str]:
         raise StartupError(f"the model's chat template is not valid: {_one_line(str(error))}") from error
 
 
-def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if value is not None}
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _refusal(error: Exception, continue_final_message: bool) -> Violation:

@@ -17,7 +17,7 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """tokenizer_config.json, with special_tokens_map.json merged in as transformers does it.
+    """tokenizer_config.json, with special_tokens_map.json and chat_template.json merged in as transformers does it.
 
     `special_tokens` maps names such as `bos_token`, and names of the model's own such as `image_token`; chat templates
     see the texts of exactly these. `added_tokens` maps ids to the tokens that older tokenizer.json files left out.
@@ -40,6 +40,8 @@ class TokenizerConfig:
         if "added_tokens_decoder" not in config:
             # Newer folders repeat everything in tokenizer_config.json; transformers ignores the map file there.
             config |= _read_object(folder / "special_tokens_map.json")
+        # Where older folders of models that see have it.
+        config.setdefault("chat_template", _read_object(folder / "chat_template.json").get("chat_template"))
         try:
             return cls._from_config(config)
         except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -47,6 +47,12 @@ RICH_TEMPLATE = """{% macro show(message) %}<|im_start|>{{ message.role }}
 
 </think>{% endif %}{% endif %}"""
 
+# In the manner of SmolVLM and Llava: texts in lists of parts alone.
+PARTS_TEMPLATE = """{%- for message in messages %}{{ message.role }}:
+    {%- if message.content[0].type == 'image' %}<image>{% endif %}
+    {%- for part in message.content | selectattr('type', 'equalto', 'text') %} {{ part.text }}{% endfor %}<end>
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
 USER = {"role": "user", "content": " Hé <b>'quoted'</b>\r\n日本 "}
 ASSISTANT = {"role": "assistant", "content": "Well, "}
 CHATS: list[list[dict[str, Any]]] = [
@@ -61,6 +67,20 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "ü <", "
 
 def violations(error: pytest.ExceptionInfo[InvalidRequest]) -> list[Violation]:
     return error.value.violations
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_template_that_takes_parts_alone_is_given_them(tmp_path: Path, chat: Any, continued: bool) -> None:
+    folder = write_tiny_tokenizer(tmp_path, chat_template=PARTS_TEMPLATE)
+    oracle = AutoTokenizer.from_pretrained(folder)
+    in_parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in chat]
+    options = {"continue_final_message": continued}
+    prompt = ChatTemplate.load(folder).render(chat, **options)
+    assert chat[-1]["content"].strip() in prompt
+    assert prompt == oracle.apply_chat_template(
+        in_parts, tokenize=False, add_generation_prompt=not continued, **options
+    )
 
 
 @pytest.mark.parametrize("source", [CHATML_TEMPLATE, RICH_TEMPLATE], ids=["chatml", "rich"])
@@ -116,6 +136,12 @@ def test_older_folders_keep_the_template_in_the_configuration(tmp_path: Path, va
     assert ChatTemplate.load(tmp_path).render([USER]) == "<|im_start|>!"
     (tmp_path / "chat_template.jinja").write_text("the file wins", encoding="utf-8")
     assert ChatTemplate.load(tmp_path).render([USER]) == "the file wins"
+
+
+def test_of_models_that_see_it_may_be_in_a_file_of_its_own(tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path, chat_template=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ bos_token }}!"}), encoding="utf-8")
+    assert ChatTemplate.load(folder).render([USER]) == "<|im_start|>!"
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])

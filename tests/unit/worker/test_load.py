@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
 from parleyd.worker.load import load
-from tests.support.tiny_models import CONTEXT, request, run
+from tests.support.tiny_models import CONTEXT, SIZES, oracle, prompts, request, run
+from tests.support.tiny_tokenizer import VOCAB_SIZE, write_tiny_tokenizer
 from tests.unit.model.test_lean_start import settings_of, write_model
 
 # What a KV cache of 100 tokens takes, in GiB.
@@ -42,3 +47,35 @@ def test_no_context_is_longer_than_the_models_own(tmp_path: Path) -> None:
 def test_without_a_limit_the_context_is_the_models_own(tmp_path: Path) -> None:
     settings: ModelSettings = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache")
     assert load(settings)[1].max_context_tokens == CONTEXT
+
+
+_EYES = {"hidden_size": 16, "intermediate_size": 16}
+_SMALL_EYES = {**_EYES, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+_QWEN_EYES = {**_EYES, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+
+
+@pytest.mark.parametrize("engine", ["batching", "generate"])
+@pytest.mark.parametrize(
+    ("family", "text", "vision"),
+    [
+        ("Llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", **_SMALL_EYES}),
+        ("Mistral3", {"model_type": "mistral", "sliding_window": None}, {"model_type": "pixtral", **_SMALL_EYES}),
+        ("Qwen2_5_VL", {"rope_parameters": _QWEN_ROPE}, _QWEN_EYES),
+        ("Qwen3VL", {"rope_parameters": _QWEN_ROPE}, {**_QWEN_EYES, "deepstack_visual_indexes": [0]}),
+    ],
+)
+def test_models_that_see_answer_texts(
+    tmp_path: Path, engine: str, family: str, text: dict[str, Any], vision: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    text = {**SIZES, "vocab_size": VOCAB_SIZE, "head_dim": 8, **text}
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    model: PreTrainedModel = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    folder = write_tiny_tokenizer(tmp_path / "model")
+    some = prompts(4)
+    built, info = load(settings_of(folder, tmp_path / "cache", engine=engine, dtype="float32"))
+    assert info.engine == engine
+    answers = run(built, *(request(key, prompt) for key, prompt in enumerate(some)))
+    assert [answers[key] for key in range(4)] == [oracle(model, prompt) for prompt in some]
