@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import BinaryIO
 
 from parleyd.config import ModelSettings
 from parleyd.engine.engine import Engine
@@ -31,22 +32,23 @@ def run(fd: int, load: Load) -> int:
     """Serves the gateway on the other end of `fd` until it goes away. Returns the exit code."""
     _ignore_signals()
     sock = socket.socket(fileno=fd)
-    start: Future[messages.Start] = Future()
-    engine: Future[Engine] = Future()
-    threading.Thread(target=_receive, args=(sock, start, engine), name="receive", daemon=True).start()
-
-    message = start.result()
+    sender, stream = _Sender(sock), sock.makefile("rb")
+    payload = read_frame(stream)
+    if payload is None:
+        return 0
+    message = messages.decode_to_worker(payload)
+    assert isinstance(message, messages.Start)
     telemetry_logging.configure(message.log_level, message.log_format)
+    engine: Future[Engine] = Future()
     try:
+        threading.Thread(target=_receive, args=(stream, engine), name="receive", daemon=True).start()
         loaded, info = load(message.settings)
+        threading.Thread(target=_tell_progress, args=(loaded, sender), name="progress", daemon=True).start()
     except Exception as error:
-        text = _why_not_loaded(error, message.settings)
-        send_frame(sock, messages.encode(messages.LoadFailed(text)))
+        sender.send(messages.LoadFailed(_why_not_loaded(error, message.settings)))
         return 1
     engine.set_result(loaded)
-    sender = _Sender(sock)
     sender.send(messages.Ready(info))
-    threading.Thread(target=_tell_progress, args=(loaded, sender), name="progress", daemon=True).start()
     try:
         while True:
             sender.send(messages.Step(loaded.step()))
@@ -101,22 +103,19 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _receive(sock: socket.socket, start: Future[messages.Start], engine: Future[Engine]) -> None:
+def _receive(stream: BinaryIO, engine: Future[Engine]) -> None:
     """Takes the gateway's messages; leaves the process when the gateway is gone, whatever the other threads do."""
     try:
-        _take_messages(sock, start, engine)
+        _take_messages(stream, engine)
     except Exception:
         _logger.exception("the gateway's messages cannot be taken")
         os._exit(1)
     os._exit(0)
 
 
-def _take_messages(sock: socket.socket, start: Future[messages.Start], engine: Future[Engine]) -> None:
-    stream = sock.makefile("rb")
+def _take_messages(stream: BinaryIO, engine: Future[Engine]) -> None:
     while (payload := read_frame(stream)) is not None:
         match messages.decode_to_worker(payload):
-            case messages.Start() as message:
-                start.set_result(message)
             case messages.Changes(submitted, aborted):
                 for request in submitted:
                     engine.result().submit(request)

@@ -41,6 +41,22 @@ def load(settings):
 os._exit(run(int(sys.argv[1]), load))
 """
 
+# Begins no thread beyond so many.
+_SHORT_OF_THREADS = """
+import os, sys, threading
+from types import SimpleNamespace
+from parleyd.worker.process import run
+begin, num_left = threading.Thread.start, {num_threads}
+def start(thread):
+    global num_left
+    if not num_left:
+        raise RuntimeError("can't start new thread")
+    num_left -= 1
+    begin(thread)
+threading.Thread.start = start
+os._exit(run(int(sys.argv[1]), lambda settings: (SimpleNamespace(progress=0, stats=dict), None)))
+"""
+
 # Two processes that hold the socket.
 _PAIR = "import os, time; os.fork(); time.sleep(60)"
 # Closes its socket, and lives on.
@@ -74,6 +90,15 @@ async def test_a_model_that_cannot_be_served_is_told_with_the_reason(error: str,
     worker = start(_FAILING.format(error=error))
     async with asyncio.timeout(_TIMEOUT_S):
         with pytest.raises(StartupError, match=re.escape(f"--model x: {reason}")):
+            await worker.load()
+        await worker.ended()
+
+
+@pytest.mark.parametrize("num_threads", [0, 1])
+async def test_a_worker_that_can_begin_no_threads_says_so(num_threads: int) -> None:
+    worker = start(_SHORT_OF_THREADS.format(num_threads=num_threads))
+    async with asyncio.timeout(_TIMEOUT_S):
+        with pytest.raises(StartupError, match="--model x: it cannot be served: RuntimeError: can't start new thread"):
             await worker.load()
         await worker.ended()
 
