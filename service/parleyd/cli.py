@@ -158,7 +158,7 @@ def _parser_of(hint: Any, about: dict[str, Any]) -> Any:
         return lambda text: _parse_number(text, kind, about["minimum"], about["maximum"])
     if about["choices"]:
         return lambda text: _parse_choice(text, about["choices"])
-    return str
+    return _parse_host if about["metavar"] == "HOST" else str
 
 
 def _parse_bool(text: str) -> bool:
@@ -184,6 +184,10 @@ def _parse_choice(text: str, choices: Sequence[str]) -> str:
     if text not in choices:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
     return text
+
+
+def _parse_host(text: str) -> str:
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def _parse_name(text: str) -> str:

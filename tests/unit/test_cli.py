@@ -78,6 +78,12 @@ def test_the_largest_number_that_is_allowed_is_one_that_grpc_takes(name: str) ->
     assert all(value < 2**31 for _, value in options)
 
 
+def test_an_address_in_brackets_as_targets_have_it_is_that_address() -> None:
+    flags = ["--host", "[::1]", "--admin-host", "[::]"]
+    arguments = build_parser({}).parse_args(["serve", *flags])
+    assert (arguments.host, arguments.admin_host) == ("::1", "::")
+
+
 def test_the_served_name_is_the_one_given_else_the_hub_id_else_the_base_name(tmp_path: Path) -> None:
     def name(model: str, given: str | None = None) -> str:
         return Settings(
