@@ -231,7 +231,13 @@ def _run(settings: Settings) -> None:
     from parleyd.telemetry import logging as telemetry_logging
 
     telemetry_logging.configure(settings.server.log_level, settings.server.log_format)
-    asyncio.run(serve(settings, announce=_announce))
+    try:
+        asyncio.run(serve(settings, announce=_announce))
+    except StartupError as error:
+        if settings.server.log_format == "text":
+            raise
+        _logger.error("%s", error)
+        sys.exit(1)
 
 
 def _silence_libraries(log_format: str) -> None:

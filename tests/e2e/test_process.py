@@ -208,6 +208,13 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, argumen
     assert len(errors) == 1 and text.format(empty=tmp_path) in errors[0]
 
 
+def test_a_log_in_json_has_no_other_line_where_the_start_fails() -> None:
+    result = serve_until_exit(["serve", "--port", "0", "--model", "/no/such/folder", "--log-format", "json"])
+    assert result.returncode == 1
+    last = [json.loads(line) for line in result.stderr.splitlines()][-1]
+    assert last["levelname"] == "ERROR" and last["message"].startswith("--model /no/such/folder")
+
+
 @pytest.mark.parametrize("values", [{"num_hidden_layers": -1}, {"sliding_window": "x"}])
 def test_a_configuration_that_no_model_can_have_is_one_clear_line(tmp_path: Path, values: dict[str, object]) -> None:
     make_model("Llama").save_pretrained(write_tiny_tokenizer(tmp_path / "model"))
