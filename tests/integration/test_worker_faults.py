@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import signal
 import threading
@@ -14,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2
-from parleyd.gateway import spare_worker, worker_client
+from parleyd.gateway import spare_worker, supervisor, worker_client
 from parleyd.gateway.supervisor import State
 from tests.integration.conftest import FOREVER, StartGateway, assert_answers
 from tests.support.eventually import eventually
@@ -301,6 +303,25 @@ def test_a_worker_that_keeps_dying_is_given_up(start_gateway: StartGateway, tmp_
     with pytest.raises(grpc.RpcError) as raised:
         gateway.stub.Generate(ask("x"), timeout=5)
     assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+
+
+def test_a_service_that_has_no_files_for_a_new_worker_is_back_once_it_has(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(supervisor, "_MAX_BACKOFF_S", 0.1)
+    gateway = start_gateway(max_worker_restarts=1)
+    with monkeypatch.context() as all_taken:
+        all_taken.setattr(asyncio, "create_subprocess_exec", fail)
+        os.kill(worker_pid(gateway), signal.SIGKILL)
+        gateway.wait_health(NOT_SERVING)
+        with pytest.raises(grpc.RpcError) as raised:
+            gateway.stub.Generate(ask("x"), timeout=5)
+        assert reason_of(raised.value) == "WORKER_LOST"
+    gateway.wait_health(SERVING)
+    assert_answers(gateway)
 
 
 def test_no_process_thread_or_task_is_left_over(start_gateway: StartGateway) -> None:

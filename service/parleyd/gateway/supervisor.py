@@ -188,22 +188,25 @@ class Supervisor:
         self._losses += 1
         self.num_restarts += 1
         if self._losses > self._server.max_worker_restarts:
-            await self._give_up()
+            await self._give_up(lost)
         if self._spare and (spare := self._spare.take()):
             return spare
         await lost.ended()  # its memory is free by then
         await asyncio.sleep(min(_FIRST_BACKOFF_S * 2 ** (self._losses - 1), _MAX_BACKOFF_S))
         return self._start_worker()
 
-    async def _give_up(self) -> None:
-        """Refuses requests from now on, and waits to be cancelled."""
+    async def _give_up(self, lost: Worker) -> None:
+        """Refuses requests, and waits to be cancelled; where no worker could even be started, only until one can: the
+        files or threads that are short may be free again."""
         if self._state is State.LOADING:
             raise StartupError(f"the worker process died {self._losses} times while it loaded the model")
         _logger.error("%d workers lost one after the other: giving up", self._losses)
         self._enter(State.LOST)
         self._client.fail_all(WorkerLost())
         self._on_lost()
-        await asyncio.Event().wait()
+        self._info = None  # so that `on_ready` tells the end of it
+        if lost.link is not None:
+            await asyncio.Event().wait()
 
     def _start_worker(self) -> Worker:
         start = Start(self._settings, self._server.log_level, self._server.log_format)
