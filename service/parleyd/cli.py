@@ -28,6 +28,7 @@ _SERVICE_VARIABLE = re.compile(
     r"PARLEY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_LINK = re.compile("(tcp|udp|sctp)://")  # the value of the one variable that may have a setting's name
+_UTF_8 = re.compile(r"[^\ud800-\udfff]*")  # what can be sent on; else it holds halves of surrogate pairs
 _MAX_NUMBER = 2**31 - 1  # of settings without a limit of their own: what they go to can count no further, or less
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -210,7 +211,11 @@ def _new_key(name: str) -> int:
 
 
 def _pick(settings: type[Any], arguments: dict[str, Any]) -> Any:
-    return settings(**{option.name: arguments[option.name] for option in fields(settings)})
+    values = {option.name: arguments[option.name] for option in fields(settings)}
+    for name, value in values.items():
+        if isinstance(value, str) and not _UTF_8.fullmatch(value):
+            raise StartupError(f"{flag_of(name)} {value!r} is no UTF-8")
+    return settings(**values)
 
 
 def _default_cache_dir(environ: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_without_a_home_folder_one_line_asks_for_a_cache_folder(
     assert main(["serve", "--port", "0"]) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("parleyd: error: HOME is not set: ") and "--cache" in error
+
+
+@pytest.mark.parametrize("flag", ["--model", "--host", "--served-model-name", "--cache"])
+def test_a_value_that_is_no_utf_8_is_refused_in_one_line(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", flag, os.fsdecode(b"caf\xe9")]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == f"parleyd: error: {flag} 'caf\\udce9' is no UTF-8"
+
+
+def test_a_collector_that_is_no_url_stops_the_start() -> None:
+    with pytest.raises(StartupError, match=r"--otlp-endpoint http://\[::1: Invalid IPv6 URL"):
+        Observer(lambda: None, "http://[::1")  # type: ignore[arg-type, return-value]
 
 
 def test_a_collector_without_a_scheme_stops_the_start() -> None:

@@ -98,7 +98,10 @@ def _tracing_to(endpoint: str) -> Tracing:
         raise StartupError(
             f"--otlp-endpoint: module {error.name} is missing: run `pip install '.[tracing]'` in Parley's folder"
         ) from error
-    return Tracing.to(endpoint)
+    try:
+        return Tracing.to(endpoint)
+    except ValueError as error:
+        raise StartupError(f"--otlp-endpoint {endpoint}: {error}") from error
 
 
 class _Rate:
