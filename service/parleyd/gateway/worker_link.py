@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class WorkerLink:
                     # A terminal's Ctrl-C is the gateway's: it reaches who shares its group, also amid its imports. No
                     # session of its own: where Linux shares out processors by session, each would get half of them.
                     process_group=0,
+                    cwd=_folder(),
                 )
             except BaseException:
                 writer.close()
@@ -122,3 +124,12 @@ class WorkerLink:
         except asyncio.CancelledError:
             self.kill()
             raise
+
+
+def _folder() -> str | None:
+    """None for our own, or one that is there: torch cannot be imported in a folder that has been removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "/"
+    return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -53,6 +55,14 @@ async def test_a_request_that_no_message_can_hold_keeps_no_other_from_the_worker
         assert messages.decode_to_worker(payload) == messages.Changes([good], [])
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_process_starts_in_a_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "release").mkdir()
+    monkeypatch.chdir(tmp_path / "release")
+    (tmp_path / "release").rmdir()
+    link = await WorkerLink.start((sys.executable, "-c", "import os; os.getcwd()"))
+    assert await link.stop() == 0
 
 
 @pytest.mark.parametrize("num_turns", range(4))
