@@ -82,7 +82,7 @@ class Gateway:
             server,
             self.worker,
             on_ready=self._on_worker_ready,
-            on_lost=lambda: self.health.set_serving(False),
+            set_serving=self.health.set_serving,
             command=worker_command,
         )
         self.doorkeeper = Doorkeeper(
@@ -229,7 +229,6 @@ class Gateway:
             _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)
         self.admission.max_running = min(wanted, info.max_running)
         self._on_serving()
-        self.health.set_serving(True)
         _logger.info("serving %s (%s, %s)", name, info.dtype, info.device)
 
     def _build_interceptor(self) -> CallInterceptor:

@@ -37,7 +37,8 @@ class State(Enum):
 
 
 class Supervisor:
-    """Owns the worker process. `on_ready` runs before requests reach the first worker, or one with another model."""
+    """Owns the worker process. `on_ready` runs before requests reach the first worker, or one with another model;
+    `set_serving` is told whether there is one, or will soon be again."""
 
     def __init__(
         self,
@@ -46,14 +47,14 @@ class Supervisor:
         client: WorkerClient,
         *,
         on_ready: Callable[[ModelInfo], Awaitable[None]],
-        on_lost: Callable[[], None],
+        set_serving: Callable[[bool], None],
         command: Sequence[str],
     ) -> None:
         self._settings = settings
         self._server = server
         self._client = client
         self._on_ready = on_ready
-        self._on_lost = on_lost
+        self._set_serving = set_serving
         self._command = command
         self._state = State.LOADING
         self._changed = asyncio.Event()
@@ -136,6 +137,7 @@ class Supervisor:
             return
         self._client.attach(worker.link)
         self._enter(State.READY)
+        self._set_serving(True)
         if self._spare:
             self._spare.start()
         await self._watch(worker)
@@ -203,8 +205,7 @@ class Supervisor:
         _logger.error("%d workers lost one after the other: giving up", self._losses)
         self._enter(State.LOST)
         self._client.fail_all(WorkerLost())
-        self._on_lost()
-        self._info = None  # so that `on_ready` tells the end of it
+        self._set_serving(False)
         if lost.link is not None:
             await asyncio.Event().wait()
 

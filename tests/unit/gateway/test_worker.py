@@ -156,7 +156,7 @@ async def test_a_worker_that_cannot_be_started_tells_why_and_is_gone(monkeypatch
 async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turns: int) -> None:
     client: Any = SimpleNamespace(num_open=0)
     settings, server = ModelSettings(model="x"), ServerSettings()
-    supervisor = Supervisor(settings, server, client, on_ready=cast(Any, None), on_lost=lambda: None, command=())
+    supervisor = Supervisor(settings, server, client, on_ready=cast(Any, None), set_serving=cast(Any, None), command=())
     worker: Any = SimpleNamespace(gone=asyncio.Event(), num_signs=0, num_submitted=0, is_behind=False, link=None)
     watching = asyncio.create_task(supervisor._watch(worker))
     await asyncio.sleep(0.01)
@@ -171,7 +171,7 @@ async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turn
 async def test_a_worker_is_not_to_blame_for_a_time_in_which_we_were_stopped_ourselves_as_it_loaded() -> None:
     supervisor = Supervisor(
         ModelSettings(model="x"), ServerSettings(worker_timeout=0.8), cast(Any, None), on_ready=cast(Any, None),
-        on_lost=lambda: None, command=(),
+        set_serving=cast(Any, None), command=(),
     )  # fmt: skip
     supervisor._info = cast(Any, object())  # an earlier one has loaded
     loop = asyncio.get_running_loop()
