@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from parley.v1 import chat_pb2
-from parleyd.gateway import spare_worker, supervisor, worker_client
+from parleyd.gateway import server, spare_worker, supervisor, worker_client
 from parleyd.gateway.supervisor import State
 from tests.integration.conftest import FOREVER, StartGateway, assert_answers
 from tests.support.eventually import eventually
@@ -322,6 +323,18 @@ def test_a_service_that_has_no_files_for_a_new_worker_is_back_once_it_has(
         assert reason_of(raised.value) == "WORKER_LOST"
     gateway.wait_health(SERVING)
     assert_answers(gateway)
+
+
+def test_what_cannot_be_imported_ahead_of_its_use_is_no_traceback_in_the_log(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(server, "template_utils", fail)
+    start_gateway().stop()
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_no_process_thread_or_task_is_left_over(start_gateway: StartGateway) -> None:

@@ -164,7 +164,7 @@ class Gateway:
         supervision = asyncio.create_task(self.supervisor.run())
         shutdown = asyncio.create_task(self._shutdown.wait())
         freshness = asyncio.create_task(self.guard.keep_fresh())
-        asyncio.get_running_loop().run_in_executor(None, template_utils)  # imported while the model loads
+        asyncio.get_running_loop().run_in_executor(None, _import_template_utils)  # while the model loads
         try:
             await asyncio.wait([supervision, shutdown], return_when=asyncio.FIRST_COMPLETED)
             if supervision.done():
@@ -254,6 +254,11 @@ class Gateway:
         if reflection or (reflection is None and not self.guard.is_on):
             add_reflection(server, [_CHAT_SERVICE, health.SERVICE_NAME])
         return server
+
+
+def _import_template_utils() -> None:
+    with suppress(Exception):  # such as too many open files: told where they are needed, if it lasts
+        template_utils()
 
 
 def _warn_of_gaps(model: ServedModel) -> None:
