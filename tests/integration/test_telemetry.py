@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -224,6 +225,23 @@ def test_threads_that_do_not_start_take_no_place_of_the_admin_port_for_good(
             with open_socket(str(observed.admin)) as refused:
                 assert refused.recv(1) == b""
     assert get(observed, "/healthz")[0] == 200
+
+
+def test_a_connection_that_no_file_is_left_for_takes_no_processor(
+    observed: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+
+    def fail(*args: object) -> None:
+        attempts.append(args)
+        raise OSError("Too many open files")
+
+    assert observed.admin is not None
+    with monkeypatch.context() as all_taken:
+        all_taken.setattr(socketserver.TCPServer, "get_request", fail)
+        with open_socket(observed.admin):
+            time.sleep(0.5)
+    assert 0 < len(attempts) < 10
 
 
 def test_an_admin_connection_that_breaks_leaves_no_trace(

@@ -21,6 +21,7 @@ _logger = logging.getLogger("parleyd.admin")
 _REQUEST_TIMEOUT_S = 10.0
 _MAX_CONNECTIONS = 64  # each has a thread
 _MAKE_ROOM_S = 1.0
+_RETRY_S = 0.1
 
 
 class AdminServer:
@@ -71,6 +72,14 @@ class _Server(ThreadingWSGIServer):
         super().__init__(address, *args, **kwargs)
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
         self._open: dict[socket.socket, float] = {}  # since when, the oldest first
+
+    def get_request(self) -> Any:
+        """A connection that no file is left for stays there, and wakes us again and again."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_RETRY_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
