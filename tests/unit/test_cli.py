@@ -26,7 +26,7 @@ def test_every_setting_is_a_flag_and_a_variable_and_is_explained(option: object)
     value = {"bool": "true", "int": "7", "float": "7", "str": "x"}[kind]
     if choices := option.metadata["choices"]:  # type: ignore[attr-defined]
         value = choices[-1]
-    if name in ("max_message_bytes", "max_batch_tokens"):
+    if name in ("max_message_bytes", "max_batch_tokens", "max_context_tokens"):
         value = "4096"
     flag = [flag_of(name)] if value == "true" else [flag_of(name), value]
     by_flag = vars(build_parser({}).parse_args(["serve", *flag]))
