@@ -113,7 +113,8 @@ def test_a_ctrl_c_while_the_worker_starts_is_the_gateways_alone() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        eventually(lambda: bool(children.read_text()))
+        # A worker has a group of its own a moment after it has begun.
+        eventually(lambda: any(os.getpgid(int(pid)) == int(pid) for pid in children.read_text().split()))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0

@@ -311,7 +311,10 @@ logging.getLogger("parleyd").info("hi")
 def test_logs_tell_no_url_that_a_library_asks_for() -> None:
     script = """
 import http.server, threading
-import httpx2
+try:
+    import httpx2 as httpx
+except ImportError:  # what earlier versions of huggingface_hub use
+    import httpx
 from parleyd.telemetry import logging as telemetry_logging
 telemetry_logging.configure("debug")
 class Redirect(http.server.BaseHTTPRequestHandler):
@@ -323,7 +326,7 @@ class Redirect(http.server.BaseHTTPRequestHandler):
 server = http.server.HTTPServer(("127.0.0.1", 0), Redirect)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 url = f"http://127.0.0.1:{server.server_port}/here?signature=secret"
-print(httpx2.get(url, trust_env=False).headers["location"])
+print(httpx.get(url, trust_env=False).headers["location"])
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "secret" in result.stdout
