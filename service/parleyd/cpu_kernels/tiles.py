@@ -21,9 +21,9 @@ SCALES_BYTES = 2 * 2 * LANES  # of LANES blocks, float16
 UNROLLED_INS = 8
 
 _MAX_ROWS = 8 if has_many_registers() else 4
-# From so many rows on, it is the processor and not memory that takes the time, and two groups of columns side by side
-# keep it busier: eight sums alone would wait for each other's additions.
-_MIN_ROWS_OF_PAIRS = 16
+# From so many rows on, of two tiles or more, it is the processor and not memory that takes the time, and two groups of
+# columns side by side keep it busier: eight sums alone would wait for each other's additions.
+_MIN_ROWS_OF_PAIRS = _MAX_ROWS + 1
 
 
 @njit
@@ -100,14 +100,16 @@ class _Product:
             self._columns([builder.add(group, start.type(index)) for index in range(width)])
 
     def _columns(self, groups: list[Any]) -> None:
-        """Tiles of the most rows, then those that are left, as a sum of powers of two."""
+        """Tiles of the most rows, then one of those that are left."""
         builder, num_rows = self._builder, self._operands.num_rows
-        kind, size = num_rows.type, _MAX_ROWS
-        with cgutils.for_range(builder, builder.udiv(num_rows, kind(size))) as tiles:
-            self._tile(groups, builder.mul(tiles.index, kind(size)), size)
-        while size := size // 2:
-            with builder.if_then(builder.icmp_unsigned("!=", builder.and_(num_rows, kind(size)), kind(0))):
-                self._tile(groups, builder.and_(num_rows, kind(-2 * size)), size)
+        kind = num_rows.type
+        num_tiles = builder.udiv(num_rows, kind(_MAX_ROWS))
+        with cgutils.for_range(builder, num_tiles) as tiles:
+            self._tile(groups, builder.mul(tiles.index, kind(_MAX_ROWS)), _MAX_ROWS)
+        first = builder.mul(num_tiles, kind(_MAX_ROWS))
+        for size in range(1, _MAX_ROWS):
+            with builder.if_then(builder.icmp_unsigned("==", builder.sub(num_rows, first), kind(size))):
+                self._tile(groups, first, size)
 
     def _tile(self, groups: list[Any], first_row: Any, size: int) -> None:
         emit, operands = self._emit, self._operands
