@@ -41,16 +41,18 @@ def can_attend_by_products(head_dim: int) -> bool:
     return has_bfloat16() and head_dim % _NUM_DIMS == 0
 
 
-def _num_queries_at_once(group: int) -> int:
-    """Whose sums are held in registers. Where there are fewer, what lies behind them is multiplied too."""
-    return group if 3 <= group <= 8 else 4
+def _num_queries_at_once(group: int) -> tuple[int, int]:
+    """Whose sums are held in registers: where there are no more than so many, and where there are. Where there are
+    fewer, what lies behind them is multiplied too: so two times four, as three times are no faster."""
+    few = group if 3 <= group <= 8 else 4
+    return few, 8 if few == 4 else few * (12 // few)
 
 
 @cache
 def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
     """As `decode.attend_head`, without room for weights."""
-    at_once = _num_queries_at_once(group)
-    max_queries = -(-max(MAX_QUERIES, group) // at_once) * at_once
+    few, many = _num_queries_at_once(group)
+    max_queries = -(-max(MAX_QUERIES, group) // many) * many
     part_blocks = max(1, _PART_TOKENS // block_size)
     part_tokens, num_pairs = part_blocks * block_size, head_dim // 2
     row_bytes, tile_bytes, block_bytes = 2 * head_dim, 2 * head_dim * LANES, 2 * head_dim * block_size
@@ -95,12 +97,12 @@ def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
                     for tile in range(block_size // LANES):
                         offset, into = tile * tile_bytes, scores_at + 4 * ((block - begin) * block_size + tile * LANES)
                         _score_keys(
-                            head_dim, at_once, address_of(queries), keys + offset, num_queries > at_once, laid_out_at,
+                            head_dim, few, many, address_of(queries), keys + offset, num_queries > few, laid_out_at,
                             float_argument(scale_bits), into, 4 * part_tokens, ahead + offset,
                         )  # fmt: skip
-                        for query in range(at_once, num_queries, at_once):
+                        for query in range(many, num_queries, many):
                             _score(
-                                head_dim, at_once, address_of(queries) + query * row_bytes, laid_out_at,
+                                head_dim, many, address_of(queries) + query * row_bytes, laid_out_at,
                                 float_argument(scale_bits), into + 4 * query * part_tokens, 4 * part_tokens,
                             )  # fmt: skip
                 num_vectors = (after - begin) * block_size // LANES
@@ -127,12 +129,12 @@ def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
                     for part in range(head_dim // _NUM_DIMS):
                         offset, into = 2 * _NUM_DIMS * part, address_of(sums) + 4 * _NUM_DIMS * part
                         _add_values(
-                            at_once, weights, 2 * part_tokens, values + offset, row_bytes, num_seen,
-                            num_queries > at_once, laid_out_at, into, 4 * head_dim, ahead + offset,
+                            few, many, weights, 2 * part_tokens, values + offset, row_bytes, num_seen,
+                            num_queries > few, laid_out_at, into, 4 * head_dim, ahead + offset,
                         )  # fmt: skip
-                        for query in range(at_once, num_queries, at_once):
+                        for query in range(many, num_queries, many):
                             _add_pairs(
-                                at_once, weights + 2 * query * part_tokens, 2 * part_tokens, laid_out_at,
+                                many, weights + 2 * query * part_tokens, 2 * part_tokens, laid_out_at,
                                 (num_seen + 1) // 2, into + 4 * query * head_dim, 4 * head_dim,
                             )  # fmt: skip
             for query in range(num_queries):
@@ -145,17 +147,18 @@ def attend_by_products(group: int, head_dim: int, block_size: int) -> Function:
 
 
 @intrinsic(prefer_literal=True)
-def _score_keys(context, head_dim, num_queries, queries, keys, is_kept, lines, scale, scores, scores_stride, ahead):
-    """Of some queries (`[num_queries, head_dim]`) and LANES tokens, whose keys (`[LANES, head_dim]`) follow each other.
+def _score_keys(context, head_dim, few, many, queries, keys, is_many, lines, scale, scores, scores_stride, ahead):
+    """Of `few` or `many` queries (`[queries, head_dim]`) and LANES tokens, whose keys (`[LANES, head_dim]`) follow each
+    other.
 
-    Constants: `head_dim`, `num_queries`. `is_kept`: whether other queries will `_score` what is then laid out at
-    `lines`, pairs of numbers of all tokens side by side, `[head_dim / 2, LANES, 2]`. `scale`: a float32. Addresses:
-    `scores`, float32, with `scores_stride` bytes to the next query's; `ahead`: of what will be read next.
+    Constants: `head_dim`, `few`, `many`. `is_many`: then other queries may `_score` what is laid out at `lines`, pairs
+    of numbers of all tokens side by side, `[head_dim / 2, LANES, 2]`. `scale`: a float32. Addresses: `scores`, float32,
+    with `scores_stride` bytes to the next query's; `ahead`: of what will be read next.
     """
     num_vectors = 2 * head_dim.literal_value // VECTOR_BYTES
 
     def generate(context, builder, signature, args):
-        _, _, queries, keys, is_kept, lines, scale, scores, stride, ahead = args
+        _, _, _, queries, keys, is_many, lines, scale, scores, stride, ahead = args
         emit = Emitter(builder)
 
         def vectors(index: Any) -> Iterable[Any]:
@@ -172,14 +175,14 @@ def _score_keys(context, head_dim, num_queries, queries, keys, is_kept, lines, s
                 emit.store_ints(emit.at(lines, place, VECTOR_BYTES), vector)
                 yield vector
 
-        with builder.if_else(is_kept) as branches:
-            for branch, make in zip(branches, (vectors_kept, vectors), strict=True):
+        with builder.if_else(is_many) as branches:
+            for branch, num_queries, make in zip(branches, (many, few), (vectors_kept, vectors), strict=True):
                 with branch:
                     _emit_scores(emit, head_dim, num_queries, queries, make, scale, scores, stride)
         return context.get_dummy_value()
 
     kinds = [*[types.int64] * 2, types.boolean, types.int64, types.float32, *[types.int64] * 3]
-    return types.void(head_dim, num_queries, *kinds), generate
+    return types.void(head_dim, few, many, *kinds), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -268,28 +271,29 @@ def _weigh(context, scores, num_vectors, num_tokens, highest, weights):
 @intrinsic(prefer_literal=True)
 def _add_values(
     context,
-    num_queries,
+    few,
+    many,
     weights,
     weights_stride,
     values,
     row_bytes,
     num_tokens,
-    is_kept,
+    is_many,
     pairs,
     sums,
     sums_stride,
     ahead,
 ):
-    """To _NUM_DIMS of the sums of some queries (a constant), those of the values of some tokens.
+    """To _NUM_DIMS of the sums of `few` or `many` queries (constants), those of the values of some tokens.
 
-    `is_kept`: whether other queries will `_add_pairs` of what is then laid out at `pairs`, two tokens' numbers side by
-    side, `[num_tokens / 2, _NUM_DIMS, 2]`. Addresses: `weights`: of the first query, bfloat16, an even number of them;
+    `is_many`: then other queries may `_add_pairs` of what is laid out at `pairs`, two tokens' numbers side by side,
+    `[num_tokens / 2, _NUM_DIMS, 2]`. Addresses: `weights`: of the first query, bfloat16, an even number of them;
     `values`: of the first token; `sums`: of the first query, float32; with the bytes to the next query's, token's,
     query's; `ahead`: of what will be read next.
     """
 
     def generate(context, builder, signature, args):
-        _, weights, weights_stride, values, row_bytes, num_tokens, is_kept, pairs, sums, sums_stride, ahead = args
+        _, _, weights, weights_stride, values, row_bytes, num_tokens, is_many, pairs, sums, sums_stride, ahead = args
         emit, int64 = Emitter(builder), num_tokens.type
 
         def vectors(pair: Any) -> Iterable[Any]:
@@ -308,13 +312,13 @@ def _add_values(
                 yield vector
 
         num_pairs = builder.lshr(builder.add(num_tokens, int64(1)), int64(1))
-        with builder.if_else(is_kept) as branches:
-            for branch, make in zip(branches, (vectors_kept, vectors), strict=True):
+        with builder.if_else(is_many) as branches:
+            for branch, num_queries, make in zip(branches, (many, few), (vectors_kept, vectors), strict=True):
                 with branch:
                     _emit_sums(emit, num_queries, weights, weights_stride, make, num_pairs, sums, sums_stride)
         return context.get_dummy_value()
 
-    return types.void(num_queries, *[types.int64] * 5, types.boolean, *[types.int64] * 4), generate
+    return types.void(few, many, *[types.int64] * 5, types.boolean, *[types.int64] * 4), generate
 
 
 @intrinsic(prefer_literal=True)
