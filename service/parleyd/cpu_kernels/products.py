@@ -26,7 +26,7 @@ from parleyd.cpu_kernels.numbers import (
     widened,
 )
 from parleyd.cpu_kernels.threads import Function, Kernel, barrier, num_threads, thread_index
-from parleyd.cpu_kernels.tiles import BLOCK_SIZE, UNROLLED_INS, block_bytes, multiply_rows
+from parleyd.cpu_kernels.tiles import BLOCK_SIZE, UNROLLED_INS, block_bytes, largest_of_block, multiply_rows
 
 # Of inputs for weights in bfloat16. Where those are widened to multiply them, inputs are too, once for all columns.
 _X_BITS = 16 if has_bfloat16() else 32
@@ -122,14 +122,12 @@ def prepare_inputs() -> Function:
         x, codes = bfloat16_array(x_at, (num_blocks, BLOCK_SIZE)), int8_array(prepared_at, (num_blocks, BLOCK_SIZE))
         scales = float32_array(scales_at, (2, num_blocks))
         for block in range(share, num_blocks, num_shares):
-            largest = np.float32(0)
-            for i in range(BLOCK_SIZE):
-                largest = max(largest, abs(widened(x[block, i])))
+            largest = largest_of_block(x_at + 2 * BLOCK_SIZE * block)
             to_code = np.float32(127) / largest if largest > 0 else np.float32(0)
-            total = 0
+            total = np.int32(0)
             for i in range(BLOCK_SIZE):
                 codes[block, i] = np.int8(bits_of_float(widened(x[block, i]) * to_code + _ROUNDING))
-                total += codes[block, i]
+                total = np.int32(total + codes[block, i])
             scales[0, block] = largest / np.float32(127)
             scales[1, block] = largest / np.float32(127) * np.float32(total)
 

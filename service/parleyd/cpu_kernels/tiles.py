@@ -32,6 +32,22 @@ def block_bytes(num_bits):
     return SCALES_BYTES + LANES * BLOCK_SIZE * num_bits // 8
 
 
+@intrinsic
+def largest_of_block(context, numbers):
+    """The largest magnitude of BLOCK_SIZE bfloat16 at an address, 0 at least. NaN is passed over."""
+
+    def generate(context, builder, signature, args):
+        emit = Emitter(builder)
+        largest = emit.floats(0.0)
+        for part in range(BLOCK_SIZE // LANES):
+            vector = emit.load_bfloat16(emit.at(args[0], part, 2 * LANES))
+            for one in (vector, emit.subtract(emit.floats(0.0), vector)):
+                largest = emit.larger(one, largest)
+        return emit.folded(largest, emit.larger)
+
+    return types.float32(types.int64), generate
+
+
 class _Operands(NamedTuple):
     """Of `multiply_rows`, int64 values of the function that calls it."""
 
