@@ -62,6 +62,7 @@ class AsyncClient:
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._closed = asyncio.Event()
+        self._calls: WeakSet[grpc.aio.Call] = WeakSet()
         self._streams: WeakSet[AsyncStream] = WeakSet()
 
     async def __aenter__(self) -> Self:
@@ -75,6 +76,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends the connection and every call on it."""
         self._closed.set()
+        for call in list(self._calls):
+            call.cancel()  # gRPC before 1.83 would leave some open
         await self._channel.close()
         for stream in self._streams:
             stream._awake.set()  # if it waits to be resumed, it finds the channel closed
@@ -90,7 +93,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """Gives the answer as it is made: `async for piece in client.stream(...)`. As `Client.stream`."""
         message = request.generate("stream", messages, options)
-        stream = AsyncStream(partial(_begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
+        stream = AsyncStream(partial(self._begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
         self._streams.add(stream)
         return stream
 
@@ -111,7 +114,7 @@ class AsyncClient:
         self, batch: chat_pb2.GenerateBatchRequest, args: Mapping[str, Any]
     ) -> AsyncGenerator[BatchResult]:
         reader = BatchReader(batch)
-        call = _begin(self._chat.GenerateBatch, batch, **args)
+        call = self._begin(self._chat.GenerateBatch, batch, **args)
         try:
             with _typed_errors():
                 async for response in call:
@@ -155,7 +158,7 @@ class AsyncClient:
             await self._pause(RETRY_DELAY_S)
 
     async def _watch_until_serving(self, wait: ReadinessWait) -> bool:
-        call = _begin(
+        call = self._begin(
             self._health.Watch,
             health_pb2.HealthCheckRequest(),
             timeout=wait.remaining_s(),
@@ -189,19 +192,20 @@ class AsyncClient:
 
     async def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
         with _typed_errors():
-            return await _begin(method, message, **args)
+            return await self._begin(method, message, **args)
+
+    def _begin(self, method: Callable[..., Any], message: object, **args: Any) -> Any:
+        """As `Client._begin`."""
+        try:
+            call = method(message, **args)
+        except grpc.aio.UsageError as error:
+            raise Cancelled("the client was closed") from error
+        self._calls.add(call)
+        return call
 
     async def _pause(self, delay_s: float) -> None:
         if await _happens_within(delay_s, self._closed):
             raise Cancelled("the client was closed")
-
-
-def _begin(method: Callable[..., Any], message: object, **args: Any) -> Any:
-    """As `Client._begin`."""
-    try:
-        return method(message, **args)
-    except grpc.aio.UsageError as error:
-        raise Cancelled("the client was closed") from error
 
 
 async def _happens_within(delay_s: float, event: asyncio.Event) -> bool:
