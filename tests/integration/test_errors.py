@@ -92,7 +92,7 @@ async def test_every_error_reaches_the_client_with_its_details(service: Any, err
     assert raised.value.code() == CODES[error.reason]
     assert reason_of(raised.value) == error.reason.value
     assert dict(error_info_of(raised.value).metadata) == error.metadata
-    assert dict(raised.value.trailing_metadata())["x-request-id"] == "r1"
+    assert dict([*raised.value.trailing_metadata()])["x-request-id"] == "r1"
     if isinstance(error, errors.InvalidRequest):
         assert violated_fields(raised.value) == ["a.b", "c"]
     if error.retry_after_s is not None:

@@ -26,7 +26,7 @@ def ask(*contents: str, system: str | None = None, **fields: Any) -> chat_pb2.Ge
 
 def status_of(error: grpc.RpcError) -> status_pb2.Status:
     """The rich status in a failed call's trailers."""
-    trailers = {key: value for key, value in error.trailing_metadata() or ()}  # of some gRPC, dict() knows no Metadata
+    trailers = dict([*(error.trailing_metadata() or ())])  # of gRPC 1.71, dict() takes no Metadata itself
     return status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
 
 

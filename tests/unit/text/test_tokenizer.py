@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import transformers
 from transformers import AutoTokenizer
 
 from parleyd.errors import StartupError
@@ -48,7 +49,10 @@ ADDED = {"content": "<img>", "lstrip": False, "rstrip": False, "single_word": Fa
         {"additional_special_tokens": ["<|fim|>", ADDED | {"__type": "AddedToken", "special": True}]},
         {"extra_special_tokens": {"image_token": "<img>"}},
         {"image_token": "<img>"},
-        {"extra_special_tokens": {"image_token": "<img>"}, "additional_special_tokens": ["<|fim|>"]},
+        pytest.param(
+            {"extra_special_tokens": {"image_token": "<img>"}, "additional_special_tokens": ["<|fim|>"]},
+            marks=pytest.mark.skipif(transformers.__version__.startswith("5.17."), reason="ordinary text there"),
+        ),
         {
             "added_tokens_decoder": {
                 "259": ADDED | {"special": True},
