@@ -76,7 +76,8 @@ def check_kernels(kernels: Kernels, block_size: int, shape: AttentionShape) -> N
     """Raises where they fail on a small batch, or attend to something else than is done without them."""
     # Sequences that decode, also of few tokens, among which one too many or too few weighs; a prompt that goes on,
     # beyond a block, and one that begins.
-    decodes = [(0, 1), (3, 1), (2 * block_size + 5, 1), (8 * block_size + 5, 1)]
+    starts = (0, 3, 2 * block_size + 5, 8 * block_size + 5)
+    decodes = [(min(start, shape.max_context_tokens - 1), 1) for start in starts]
     batch = probe_batch([*decodes, (block_size + 3, 40), (0, 9)], block_size, len(decodes))
     num_blocks = 1 + max(max(item.block_ids) for item in batch.scheduled)
     sizes = (1, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)

@@ -164,3 +164,12 @@ def test_a_trial_finds_a_kernel_that_reads_one_token_too_many() -> None:
 
     with pytest.raises(RuntimeError, match="off by"):
         check_kernels(Kernels(decode=wrong), 32, shape())
+
+
+@pytest.mark.parametrize("max_context_tokens", [3, 128, 8192])
+def test_a_trial_asks_for_no_longer_sequence_than_the_kernel_was_made_for(max_context_tokens: int) -> None:
+    def limited(query: Any, keys: Any, values: Any, table: Any, lengths: Any, scale: float) -> torch.Tensor:
+        assert int(lengths.max()) <= max_context_tokens
+        return torch_kernels.decode(query, keys, values, table, lengths, scale)
+
+    check_kernels(Kernels(decode=limited), 32, shape(max_context_tokens=max_context_tokens))
