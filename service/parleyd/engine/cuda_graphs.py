@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -42,7 +43,8 @@ class CudaCapture:
         with torch.cuda.stream(stream):
             run()
             # Found out ahead: in a capture, waiting is an error of the device, after which nothing goes on.
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a prototype, says torch
+                torch.cuda.set_sync_debug_mode("error")
             try:
                 run()
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,8 @@ def test_what_waits_for_the_device_is_found_out_before_it_is_captured(monkeypatc
 
     def set_mode(wanted: str) -> None:
         nonlocal mode
+        if not mode:  # as torch does, once
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
         mode = wanted
 
     def run() -> torch.Tensor:
