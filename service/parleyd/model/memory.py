@@ -58,7 +58,10 @@ def _free(device_map: str) -> tuple[str, int]:
 
 def free_bytes(device: torch.device) -> int:
     """What is free where tensors of `device` live."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_main_memory()
+    if device.type != "cuda":
+        return free_main_memory()
+    torch.cuda.empty_cache()  # what torch keeps of what has been freed, such as weights that are fused, counts as taken
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def free_main_memory(cgroup_root: Path = _CGROUP_ROOT, own_cgroups: str | None = None) -> int:
