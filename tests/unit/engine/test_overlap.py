@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import random
 import warnings
-from array import array
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 
 from parleyd.engine.cuda_graphs import CudaCapture, Replay, graph_sizes
 from parleyd.engine.lean_forward import LeanForward
@@ -24,8 +17,6 @@ from parleyd.engine.model_runner import Launched, _launched
 from parleyd.generation import Output
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.model.lean_model import LeanModel
-from parleyd.sampling.sampler import sample
-from parleyd.sampling.sampling_row import SamplingRow
 from parleyd.worker.build import _graphed
 from tests.support import torch_kernels
 from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
@@ -200,31 +191,3 @@ def test_on_cuda_a_step_that_samples_nothing_is_waited_for_too(monkeypatch: pyte
     launched = _launched(None, torch.device("cuda"))
     assert launched.wait() == ([], {})
     assert calls == ["record", "synchronize"]
-
-
-def test_on_cuda_the_sampler_asks_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without values, which say that they are CUDA's: whatever needs a value on the host raises."""
-    params = [
-        {}, {"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
-        {"do_sample": True, "repetition_penalty": 1.2, "min_new_tokens": 3, "logprobs": True, "top_logprobs": 5},
-    ]  # fmt: skip
-    some = [request(key, (5,) * 10, **one).params for key, one in enumerate(params)]
-
-    def upload(numbers: Any, device: torch.device) -> torch.Tensor:
-        return torch.empty(numbers.shape, dtype=torch.from_numpy(numbers).dtype)
-
-    def sample_some() -> None:
-        for position in range(3):
-            rows = [SamplingRow(one, array("i", [5] * 10), 10, position) for one in some]
-            last_ids = torch.empty(4, dtype=torch.int64)
-            assert sample(torch.empty(4, 1000), rows, last_ids, (3,))[0].shape == (4,)
-
-    monkeypatch.setattr("parleyd.sampling.sampler.upload", upload)
-    monkeypatch.setattr("parleyd.sampling.penalties.upload", upload)
-    with FakeTensorMode():
-        with pytest.raises(
-            (DataDependentOutputException, DynamicOutputShapeException)
-        ):  # as on a CPU, where looking costs nothing
-            sample_some()
-        monkeypatch.setattr(FakeTensor, "is_cuda", property(lambda _: True), raising=False)
-        sample_some()
