@@ -100,7 +100,7 @@ class EmulatedCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_held_bytes = 0
 
     @contextmanager
-    def graph(self, graph: MagicMock, pool: Any) -> Iterator[None]:
+    def graph(self, graph: MagicMock, pool: Any, stream: Any = None) -> Iterator[None]:
         self.empty_cache()
         captured: list[Callable[[], None]] = []
         self._captured = captured

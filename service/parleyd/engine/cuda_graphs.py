@@ -35,12 +35,12 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: on each, cuBLAS keeps memory
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
         """Runs it before, for what is made on first use. Raises RuntimeError where it waits for the device."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             run()
             # Found out ahead: in a capture, waiting is an error of the device, after which nothing goes on.
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a prototype, says torch
@@ -49,9 +49,9 @@ class CudaCapture:
                 run()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             output = run()
 
         def replay() -> Tensor:
