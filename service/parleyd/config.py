@@ -72,7 +72,7 @@ class ModelSettings:
     )
     max_context_tokens: int | None = _option(
         None,
-        "Longest prompt and answer together, where less than the model's own context, as its KV cache takes memory.",
+        "Longest prompt and answer together, if less than the model's own context, whose KV cache takes more memory.",
         minimum=16,
     )
     max_batch_tokens: int = _option(512, "Most tokens that engine batching computes in one step.", minimum=64)
@@ -117,8 +117,8 @@ class ServerSettings:
     )
     stream_interval: int = _option(
         1,
-        "Tokens that each message of a stream waits for, but the first and the last. More of them take less processor "
-        "time, of the server's and of its clients', where many stream fast.",
+        "Tokens that each message of a stream waits for, but the first and the last. More of them save server and "
+        "clients processor time where many stream fast.",
         minimum=1,
         maximum=256,
     )
