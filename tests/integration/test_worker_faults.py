@@ -312,7 +312,7 @@ def test_a_service_that_has_no_files_for_a_new_worker_is_back_once_it_has(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(supervisor, "_MAX_BACKOFF_S", 0.1)
+    monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.05)
     gateway = start_gateway(max_worker_restarts=1)
     with monkeypatch.context() as all_taken:
         all_taken.setattr(asyncio, "create_subprocess_exec", fail)

@@ -20,7 +20,7 @@ from parleyd.ipc.messages import Start
 _logger = logging.getLogger("parleyd.supervisor")
 
 _FIRST_BACKOFF_S = 0.25
-_MAX_BACKOFF_S = 30.0
+_MAX_BACKOFF_DOUBLINGS = 7
 # The watchdog counts quiet stretches, not seconds on the clock: a gateway that was itself stopped blames nobody.
 _NUM_WATCHES = 8
 # A worker that takes so many times as long to load as the slowest before it hangs. The first may take what it needs.
@@ -194,7 +194,7 @@ class Supervisor:
         if self._spare and (spare := self._spare.take()):
             return spare
         await lost.ended()  # its memory is free by then
-        await asyncio.sleep(min(_FIRST_BACKOFF_S * 2 ** (self._losses - 1), _MAX_BACKOFF_S))
+        await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** min(self._losses - 1, _MAX_BACKOFF_DOUBLINGS))
         return self._start_worker()
 
     async def _give_up(self, lost: Worker) -> None:
