@@ -92,7 +92,7 @@ def _check_generation_config(folder: Path) -> None:
 
 
 def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization: Any | None) -> PreTrainedModel:
-    auto_model = _auto_model(checkpoint.config)
+    auto_model = _auto_model(checkpoint.config, settings.trust_remote_code)
     optional = {} if settings.attn_implementation == "auto" else {"attn_implementation": settings.attn_implementation}
     if quantization is not None:
         optional["quantization_config"] = quantization
@@ -117,14 +117,15 @@ def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization:
     return model
 
 
-def _auto_model(config: Mapping[str, Any]) -> Any:
+def _auto_model(config: Mapping[str, Any], trust_remote_code: bool) -> Any:
     """The class that loads it; no annotation of theirs knows output_loading_info."""
     if config.get("is_encoder_decoder"):  # AutoModelForCausalLM would take the decoder alone
         return AutoModelForSeq2SeqLM
     kind = config.get("model_type")
-    # Those that see write text of text alone, too.
+    # Those that see write text of text alone, too; code of their own may do so as a model that does not see.
     sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    has_own = trust_remote_code and AutoModelForCausalLM.__name__ in config.get("auto_map", ())
+    return AutoModelForImageTextToText if sees and not has_own else AutoModelForCausalLM
 
 
 def _reason(error: Exception, settings: ModelSettings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    dynamic_module_utils,
 )
 
 from parleyd.config import ModelSettings
@@ -210,6 +212,23 @@ def test_an_adapter_beside_the_weights_that_is_left_out_is_told(
     edit_json(llama_folder / "adapter_config.json", base_model_name_or_path="org/base")
     load(llama_folder)
     assert "peft" in caplog.text
+
+
+def test_code_of_its_own_counts_also_where_transformers_knows_the_kind_as_one_that_sees(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code = """from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "llava"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+    (llama_folder / "own.py").write_text(code)
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit_json(llama_folder / "config.json", model_type="llava", auto_map=auto_map)
+    assert type(load(llama_folder, trust_remote_code=True).model).__name__ == "OwnModel"
 
 
 def test_sharded_weights_load(tmp_path: Path) -> None:
