@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2.meta
 
-from parleyd.errors import InvalidRequest, ParleyError, StartupError, Unsupported, Violation
+from parleyd.errors import InvalidRequest, StartupError, Unsupported, Violation
 from parleyd.text.tokenizer_config import NAMED_SPECIAL_TOKENS, TokenizerConfig
 
 _MAX_QUOTED_CHARS = 300
@@ -74,20 +74,18 @@ class ChatTemplate:
     @cached_property
     def reads_names(self) -> bool:
         """Whether the template tells the model a message's `name`."""
-        try:
-            return _PROBE in self.render([{"role": "user", "content": "?", "name": _PROBE}])
-        except ParleyError:
-            return False
+        return self._shows(self._message({"role": "user", "content": "?", "name": _PROBE}))
 
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether the template finds a message's text in a list of parts only, as of some models that see: a text that
         is no list would be left out without a word."""
-        return not self._shows(_PROBE) and self._shows(_parts(_PROBE))
+        text, parts = ({"role": "user", "content": content} for content in (_PROBE, _parts(_PROBE)))
+        return not self._shows(text) and self._shows(parts)
 
-    def _shows(self, content: Any) -> bool:
+    def _shows(self, message: Mapping[str, Any]) -> bool:
         try:
-            return _PROBE in self._render([{"role": "user", "content": content}], chat_template=self.source)
+            return _PROBE in self._render([message], chat_template=self.source)
         except Exception:  # whatever a model's template raises
             return False
 
