@@ -228,6 +228,10 @@ def _default_cache_dir(environ: Mapping[str, str]) -> str:
 def _run(settings: Settings) -> None:
     _silence_libraries(settings.server.log_format)
     try:
+        os.getcwd()  # transformers asks for it
+    except FileNotFoundError as error:
+        raise StartupError("the folder that it is started in has been removed: start it in another") from error
+    try:
         from parleyd.gateway.server import serve
     except ModuleNotFoundError as error:
         raise StartupError(

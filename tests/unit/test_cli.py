@@ -163,6 +163,17 @@ def test_without_a_home_folder_one_line_asks_for_a_cache_folder(
     assert error.startswith("parleyd: error: HOME is not set: ") and "--cache" in error
 
 
+def test_a_start_in_a_folder_that_has_been_removed_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["serve", "--port", "0"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("parleyd: error: the folder that it is started in has been removed")
+
+
 @pytest.mark.parametrize("flag", ["--model", "--host", "--served-model-name", "--cache"])
 def test_a_value_that_is_no_utf_8_is_refused_in_one_line(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--port", "0", flag, os.fsdecode(b"caf\xe9")]) == 1
