@@ -5,7 +5,6 @@ It drives whatever architecture transformers can generate with, and is the oracl
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import queue
@@ -25,6 +24,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from parleyd.engine.generate_config import own_config, request_config
 from parleyd.errors import StartupError
 from parleyd.generation import (
     NOT_FINITE,
@@ -40,8 +40,6 @@ from parleyd.grammar.compiler import GrammarError
 from parleyd.grammar.state import GrammarCompiler, GrammarState
 from parleyd.model.explain import one_line
 from parleyd.sampling.grammar_mask import mask_by_grammar
-from parleyd.sampling.penalties import MIN_REPETITION_PENALTY
-from parleyd.sampling.sampler import MIN_TEMPERATURE
 
 _logger = logging.getLogger("parleyd.engine")
 
@@ -79,7 +77,7 @@ class GenerateEngine:
         self._eos_token_ids = eos_token_ids
         self._max_context_tokens = max_context_tokens
         self._grammars = grammars
-        self._base_config = _without_governed_fields(model.generation_config)
+        self._own_config = own_config(model.generation_config)
         self._decoder_start_id = _decoder_start_id(model)
         # LED's decoder has fewer positions than its encoder, which are those of the context.
         self._max_new_tokens = getattr(model.config, "max_decoder_position_embeddings", max_context_tokens)
@@ -188,7 +186,9 @@ class GenerateEngine:
         self._model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
-            generation_config=self._config(params, max_new_tokens, len(request.output_ids), stop_ids),
+            generation_config=request_config(
+                self._own_config, params, max_new_tokens, len(request.output_ids), stop_ids
+            ),
             logits_processor=self._processors(params, num_before, stop_ids, grammar),
             stopping_criteria=[_Ended(sequence)],
             streamer=_TokenStreamer(on_token),
@@ -228,30 +228,6 @@ class GenerateEngine:
         ignores_eos = params.ignore_eos and not params.grammar  # nothing can follow the end of a grammar
         return [*params.stop_token_ids, *(() if ignores_eos else self._eos_token_ids)]
 
-    def _config(
-        self, params: SamplingParams, max_new_tokens: int, num_output_ids: int, stop_ids: list[int]
-    ) -> GenerationConfig:
-        config = copy.deepcopy(self._base_config)
-        config.max_new_tokens = max_new_tokens - num_output_ids
-        config.eos_token_id = stop_ids or None
-        if num_output_ids:  # the beginning is behind
-            config.begin_suppress_tokens = None
-        if decay := config.exponential_decay_length_penalty:
-            start, factor = decay
-            # Without stop ids transformers would look for the end to draw towards.
-            config.exponential_decay_length_penalty = (start - num_output_ids, factor) if stop_ids else None
-        config.pad_token_id = config.pad_token_id or 0  # unused: a batch of one is never padded
-        # As a processor of ours they would come after the repetition penalty.
-        config.sequence_bias = _sequence_bias(config.sequence_bias, params)
-        config.repetition_penalty = max(params.repetition_penalty, MIN_REPETITION_PENALTY)
-        config.do_sample = params.do_sample
-        if params.do_sample:
-            config.temperature = max(params.temperature, MIN_TEMPERATURE)
-            config.top_k = params.top_k
-            config.top_p = params.top_p
-            config.min_p = params.min_p
-        return config
-
     def _processors(
         self, params: SamplingParams, num_before: int, stop_ids: list[int], grammar: GrammarState | None
     ) -> list[LogitsProcessor]:
@@ -290,33 +266,6 @@ def _decoder_start_id(model: PreTrainedModel) -> int | None:
     if start is None:
         raise StartupError("the model names no decoder_start_token_id, and no bos_token_id")
     return int(start[0] if isinstance(start, list) else start)  # a list has one for each sequence of a batch
-
-
-def _without_governed_fields(config: GenerationConfig) -> GenerationConfig:
-    """The model's own configuration less what every request sets, and less the search methods that do not stream
-    an id at a time, or need more than the model and the prompt."""
-    config = copy.deepcopy(config)
-    neutral = GenerationConfig()
-    for name in (
-        "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k",
-        "min_p", "repetition_penalty", "eos_token_id", "num_beams", "num_return_sequences", "stop_strings", "max_time",
-        "forced_eos_token_id",  # would make an answer that is cut off look as if it had ended
-        "constraints", "force_words_ids", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens",
-        "assistant_early_exit", "use_mtp", "token_healing", "guidance_scale",
-    ):  # fmt: skip
-        setattr(config, name, getattr(neutral, name))
-    return config
-
-
-def _sequence_bias(own: Any, params: SamplingParams) -> dict[tuple[int, ...], float] | None:
-    """The request's biases on top of the model's own, which are of sequences; None where there are none at all.
-
-    Not as lists: transformers 5.17 takes none of them with id 0."""
-    pairs = own.items() if isinstance(own, dict) else own or ()
-    biases = {tuple(token_ids): float(bias) for token_ids, bias in pairs}
-    for token_id, bias in params.logit_bias:
-        biases[(token_id,)] = biases.get((token_id,), 0.0) + float(bias)
-    return biases or None
 
 
 class _TokenStreamer(BaseStreamer):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from parleyd.engine.engine import Engine
 from parleyd.engine.generate import GenerateEngine
+from parleyd.engine.generate_config import own_config, request_config
 from parleyd.generation import EngineRequest, SamplingParams, TokenLogprob
 from tests.support.tiny_models import BLOCK_SIZE, CONTEXT, EOS, make_engine, make_model
 from tests.support.tiny_models import run as run_requests
@@ -87,10 +88,8 @@ def test_biases_come_before_the_repetition_penalty_as_in_model_generate(engine: 
 
 
 def test_biases_add_to_those_that_the_model_has_of_itself() -> None:
-    model = make_model("Llama")
-    model.generation_config = GenerationConfig(sequence_bias=[[[7], 2.0], [[8, 9], 1.0]])
-    engine = GenerateEngine(model, (EOS,), CONTEXT)
-    config = engine._config(SamplingParams(max_new_tokens=1, logit_bias=((7, 3.0), (9, 1.5))), 1, 0, [])
+    own = own_config(GenerationConfig(sequence_bias=[[[7], 2.0], [[8, 9], 1.0]]))
+    config = request_config(own, SamplingParams(max_new_tokens=1, logit_bias=((7, 3.0), (9, 1.5))), 1, 0, [])
     assert config.sequence_bias == {(7,): 5.0, (8, 9): 1.0, (9,): 1.5}
 
 
