@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from parleyd.model.cache import cache_key, cache_root, cached_folder
 _logger = logging.getLogger("parleyd.model")
 
 # Part of the cache's key: raise it with every change to what a conversion writes.
-_VERSION = "1"
+_VERSION = "2"
 
 _VOCABULARIES = ("*.model", "*.tiktoken", "tekken.json", "vocab*", "merges.txt")
-_DETAILS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja", "additional_chat_templates/*")
+_PROCESSOR_TEMPLATE = "chat_template.json"  # a processor's, which a tokenizer does not save
+_DETAILS = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", _PROCESSOR_TEMPLATE, "*.jinja",
+    "additional_chat_templates/*",
+)  # fmt: skip
 
 
 def find_tokenizer(folder: Path, settings: ModelSettings) -> Path:
@@ -56,6 +61,8 @@ def _convert(folder: Path, target: Path, settings: ModelSettings) -> None:
             why = "it needs the Python package sentencepiece (tiktoken where that wrote it), which is not installed"
         raise StartupError(f"--model {folder}: its tokenizer cannot be read: {why}") from error
     tokenizer.save_pretrained(target)
+    if (folder / _PROCESSOR_TEMPLATE).is_file():
+        shutil.copy(folder / _PROCESSOR_TEMPLATE, target)
     if not (target / "tokenizer.json").is_file():
         raise StartupError(
             f"--model {folder}: its tokenizer, {type(tokenizer).__name__}, cannot be converted to a tokenizer.json"

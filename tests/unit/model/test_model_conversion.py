@@ -171,7 +171,10 @@ def test_a_tokenizer_in_mistrals_own_file_is_converted_too(tmp_path: Path, cache
         ],
     }
     (tmp_path / "tekken.json").write_text(json.dumps(tekken))
-    tokenizer = Tokenizer.load(find_tokenizer(tmp_path, ModelSettings(cache=str(cache))))
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "a template"}')
+    converted = find_tokenizer(tmp_path, ModelSettings(cache=str(cache)))
+    assert ChatTemplate.load(converted).render([{"role": "user", "content": "a"}]) == "a template"
+    tokenizer = Tokenizer.load(converted)
     assert tokenizer.encode("[INST]hé").ids == [1, *(2 + byte for byte in "hé".encode())]
     assert tokenizer.special_ids == {0, 1}
 
