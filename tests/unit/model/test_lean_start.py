@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from gguf import GGMLQuantizationType
 from transformers import PreTrainedModel
 
@@ -22,9 +21,9 @@ from parleyd.model import lean_start
 from parleyd.model.files import find_files
 from parleyd.model.lean_model import LeanModel, lean_weights
 from parleyd.model.loader import LoadedModel, load_model
+from tests.support.tiny_folder import settings_of, write_model
 from tests.support.tiny_gguf import write_gguf
-from tests.support.tiny_models import FAMILIES, LEAN, SIZES
-from tests.support.tiny_tokenizer import VOCAB_SIZE, write_tiny_tokenizer
+from tests.support.tiny_models import LEAN
 from tests.unit.model.conftest import edit_json, folders
 
 LLAMA_3_ROPE = {
@@ -32,25 +31,6 @@ LLAMA_3_ROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-
-
-def write_model(folder: Path, family: str, **config: Any) -> Path:
-    """Random, biases and norms too."""
-    torch.manual_seed(0)
-    sizes = {**SIZES, **FAMILIES[family], "vocab_size": VOCAB_SIZE, **config}
-    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(
-        getattr(transformers, f"{family}Config")(**sizes)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.randn(parameter.shape))
-    model.save_pretrained(folder, max_shard_size=config.get("shards", "1GB"))
-    return write_tiny_tokenizer(folder)
-
-
-def settings_of(model: Path, cache: Path, **settings: Any) -> ModelSettings:
-    return ModelSettings(**{"model": str(model), "cache": str(cache), "device_map": "cpu", **settings})
 
 
 def first_start(settings: ModelSettings) -> LoadedModel:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from parleyd.config import ModelSettings
 from parleyd.errors import StartupError
 from parleyd.worker.load import load
+from tests.support.tiny_folder import settings_of, write_model
 from tests.support.tiny_models import CONTEXT, SIZES, oracle, prompts, request, run
 from tests.support.tiny_tokenizer import VOCAB_SIZE, write_tiny_tokenizer
-from tests.unit.model.test_lean_start import settings_of, write_model
 
 # What a KV cache of 100 tokens takes, in GiB.
 _KV_CACHE = 100 * 2 * 2 * 2 * 8 * 4 / 2**30
