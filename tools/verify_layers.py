@@ -104,6 +104,7 @@ ROOMS = (
         imports=(
             "torch",
             "transformers",
+            "psutil",
             "parleyd.engine",
             "parleyd.grammar",
             "parleyd.ipc",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil  # type: ignore[import-untyped]
 import torch
 
 from parleyd.errors import StartupError
+from parleyd.model.cgroup import free_memory
 from parleyd.model.explain import gib
 
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -64,41 +62,8 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def free_main_memory(cgroup_root: Path = _CGROUP_ROOT, own_cgroups: str | None = None) -> int:
-    """Bytes that this process can still take: what the machine has free, or less where a container's limit is nearer.
-
-    `own_cgroups` is the text of /proc/self/cgroup, given by tests.
-    """
+def free_main_memory() -> int:
+    """Bytes that this process can still take: what the machine has free, or less where a limit is nearer."""
     free = int(psutil.virtual_memory().available)
-    if own_cgroups is None:
-        own_cgroups = _read(Path("/proc/self/cgroup"))
-    for line in own_cgroups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            names = ("memory.max", "memory.current", "inactive_file")
-            folder = cgroup_root / path.lstrip("/")
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            folder = cgroup_root / "memory" / path.lstrip("/")
-        else:
-            continue
-        for level in (folder, *folder.parents):  # any level above can be the tighter one
-            if cgroup_root in (level, *level.parents):
-                free = min(free, _free_in(level, *names, otherwise=free))
-    return max(free, 0)
-
-
-def _free_in(level: Path, limit_name: str, usage_name: str, cache_name: str, otherwise: int) -> int:
-    limit, usage = _read(level / limit_name).strip(), _read(level / usage_name).strip()
-    if not (limit.isdigit() and usage.isdigit()):  # no limit: "max", or no such file
-        return otherwise
-    # Pages of files count as used, but the kernel drops them as soon as something needs the room.
-    cache = dict(line.split() for line in _read(level / "memory.stat").splitlines()).get(cache_name, "0")
-    return int(limit) - int(usage) + int(cache)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    limited = free_memory()
+    return max(free if limited is None else min(free, limited), 0)

@@ -1,14 +1,18 @@
 """`python -m parleyd.worker FD`: the worker process, started by the gateway's supervisor."""
 
 import gc
+import logging
 import os
 import sys
 
 from parleyd.config import ModelSettings
 from parleyd.engine.engine import Engine
 from parleyd.generation import ModelInfo
+from parleyd.model.cgroup import cpu_quota
 from parleyd.worker.openmp import openmp_variables
 from parleyd.worker.process import run
+
+_logger = logging.getLogger("parleyd.worker")
 
 
 def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
@@ -16,8 +20,11 @@ def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     # Collecting garbage among the million objects that imports make costs a fifth of the start. They stay
     # for good, so later collections need not look at them either.
     gc.disable()
-    variables = openmp_variables(os.environ, settings.bind_threads)
+    quota = cpu_quota()
+    variables = openmp_variables(os.environ, settings.bind_threads, quota)
     os.environ.update(variables)
+    if num_threads := variables.get("OMP_NUM_THREADS"):
+        _logger.info("threads that compute: %s, as a limit leaves %.2f processors' time", num_threads, quota)
     loaded = _load_unbound(settings) if "OMP_PROC_BIND" in variables else _load(settings)
     gc.freeze()
     gc.enable()

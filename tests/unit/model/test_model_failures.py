@@ -19,7 +19,6 @@ from transformers import (
     WhisperConfig,
 )
 
-from parleyd.model import memory
 from parleyd.model.checkpoint import Checkpoint
 from tests.unit.model.conftest import edit_json, startup_error
 
@@ -278,25 +277,3 @@ def test_memory_that_runs_out_while_loading_is_one_line(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     assert "too little memory" in startup_error(llama_folder)
-
-
-def test_a_container_limit_counts_without_its_file_pages(tmp_path: Path) -> None:
-    group = tmp_path / "pod" / "box"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group.parent / "memory.max").write_text("1000\n")
-    (group.parent / "memory.current").write_text("700\n")
-    (group.parent / "memory.stat").write_text("anon 400\ninactive_file 300\n")
-    assert memory.free_main_memory(tmp_path, "0::/pod/box\n") == 600
-
-
-def test_an_old_container_limit_counts(tmp_path: Path) -> None:
-    group = tmp_path / "memory" / "box"
-    group.mkdir(parents=True)
-    (group / "memory.limit_in_bytes").write_text("500")
-    (group / "memory.usage_in_bytes").write_text("100")
-    assert memory.free_main_memory(tmp_path, "5:cpu:/box\n4:memory:/box\n") == 400
-
-
-def test_without_containers_the_machine_is_the_limit(tmp_path: Path) -> None:
-    assert memory.free_main_memory(tmp_path, "0::/\n") > 2**20

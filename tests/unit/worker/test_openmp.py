@@ -47,6 +47,23 @@ def test_with_two_threads_a_core_there_are_more_processors_than_threads(machine:
     assert openmp.openmp_variables({}) == UNBOUND
 
 
+@pytest.mark.parametrize(("quota", "num_threads"), [(0.5, "1"), (1.0, "1"), (2.9, "2"), (3.0, "3")])
+@pytest.mark.usefixtures("machine")
+def test_a_quota_has_no_more_threads_than_it_keeps_busy(
+    quota: float, num_threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openmp, "_num_cores", lambda: 4)
+    assert openmp.openmp_variables({}, cpu_quota=quota) == {**UNBOUND, "OMP_NUM_THREADS": num_threads}
+    assert openmp.openmp_variables({"OMP_NUM_THREADS": "4"}, cpu_quota=quota) == UNBOUND
+
+
+@pytest.mark.parametrize("quota", [4.0, 64.0, None])
+@pytest.mark.usefixtures("machine")
+def test_a_quota_for_all_cores_changes_nothing(quota: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openmp, "_num_cores", lambda: 4)
+    assert openmp.openmp_variables({}, cpu_quota=quota) == BOUND
+
+
 def test_where_the_kernel_does_not_tell_nothing_is_bound(machine: Path) -> None:
     machine.unlink()
     assert openmp.openmp_variables({}) == UNBOUND
