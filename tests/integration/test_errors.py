@@ -12,28 +12,13 @@ import pytest
 from parley.v1 import chat_pb2, chat_pb2_grpc, errors_pb2
 from parleyd import errors
 from parleyd.config import SecuritySettings
-from parleyd.errors import ParleyError, Reason, Violation
+from parleyd.errors import ParleyError, Reason
 from parleyd.rpc.interceptors import CallInterceptor
 from parleyd.rpc.status import CODES
 from parleyd.security.guard import Guard
+from tests.support.errors import EXAMPLES
 from tests.support.requests import ask, error_info_of, reason_of, retry_delay_of, violated_fields
 
-EXAMPLES: dict[type[ParleyError], ParleyError] = {
-    errors.InvalidRequest: errors.InvalidRequest([Violation("a.b", "wrong"), Violation("c", "wrong too")]),
-    errors.PromptTooLong: errors.PromptTooLong(9, 8),
-    errors.ModelNotFound: errors.ModelNotFound("x", ["y"]),
-    errors.Unsupported: errors.Unsupported("tools", "no"),
-    errors.QueueFull: errors.QueueFull("full", 1.5),
-    errors.ClientLimit: errors.ClientLimit("enough", 2.5),
-    errors.Unauthenticated: errors.Unauthenticated("secret"),
-    errors.PermissionDenied: errors.PermissionDenied("no"),
-    errors.DeadlineExceeded: errors.DeadlineExceeded(),
-    errors.NotReady: errors.NotReady(),
-    errors.Draining: errors.Draining(),
-    errors.WorkerLost: errors.WorkerLost(),
-    errors.SlowReader: errors.SlowReader(60.0),
-    errors.EngineFault: errors.EngineFault("secret"),
-}
 OPEN = Guard(SecuritySettings(), ["Generate"])
 
 

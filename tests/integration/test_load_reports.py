@@ -25,7 +25,7 @@ from parleyd.gateway.observer import Observer
 from parleyd.generation import EngineStats
 from parleyd.security.new_key import entry_for, new_key
 from tests.integration.conftest import StartGateway
-from tests.integration.test_errors import EXAMPLES
+from tests.support.errors import EXAMPLES
 from tests.support.gateway import GatewayThread
 from tests.support.orca import OrcaLoadReport
 from tests.support.raw_http2 import RawConnection

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from parleyd.sampling import draws
 from parleyd.sampling.sampling_row import SamplingRow
-from tests.unit.sampling.test_sampler import Params, processed, sample_all
+from tests.support.sampling import Params, processed, sample_all
 
 NUM_DRAWS = 8_000
 
