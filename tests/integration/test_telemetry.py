@@ -106,6 +106,14 @@ def test_a_call_that_ends_as_it_is_refused_counts_by_how_it_ended(
     eventually(lambda: samples(observed).get(("parley_requests_total", ("DEADLINE_EXCEEDED", "Generate"))) == 1)
 
 
+@pytest.mark.parametrize("name", ["parley_serving", "parley_requests_total", "process_open_fds"])
+def test_a_scrape_for_one_metric_gets_that_one(observed: GatewayThread, name: str) -> None:
+    observed.stub.Generate(ask("hello"), timeout=10)
+    observed.wait_idle()
+    _, text = get(observed, f"/metrics?name[]={name}")
+    assert [line.split("{")[0].split()[0] for line in text.splitlines() if not line.startswith("#")] == [name]
+
+
 def test_what_a_dead_worker_told_of_its_engine_is_forgotten(start_gateway: StartGateway) -> None:
     gateway = start_gateway(worker=("--step-delay", "0.001"), admin_port=0, max_worker_restarts=0)
     stream = gateway.stub.GenerateStream(FOREVER, timeout=60)

@@ -51,8 +51,8 @@ class Metrics:
     """Counters and histograms, and what `load` tells when it is asked."""
 
     def __init__(self, load: Callable[[], Load]) -> None:
-        self.registry = CollectorRegistry()
-        registry = self.registry
+        # `/metrics?name[]=…` would else leave out what tells its names only in a scrape, such as the load.
+        self.registry = registry = CollectorRegistry(support_collectors_without_names=True)
         self.calls = Counter("parley_requests", "Calls that ended.", ("method", "code"), registry=registry)
         self.refusals = Counter(
             "parley_rejected_requests", "Calls and items of batches refused or failed.", ("reason",), registry=registry
