@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -183,6 +184,20 @@ def test_a_stdout_that_cannot_be_written_ends_nothing(stdout: str) -> None:
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in log
+
+
+def test_a_stderr_that_nobody_reads_stops_nothing() -> None:
+    reader, writer = os.pipe()
+    filling = b"." * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
+    os.write(writer, filling)
+    with open(reader, "rb") as stderr, ServedProcess("--drain-delay", "0", stderr=writer) as served:
+        os.close(writer)
+        served.wait_health()
+        assert served.stub.Generate(ask("Say hello.", max_new_tokens=4), timeout=60).choices[0].token_ids
+        assert stderr.read(len(filling)) == filling
+        assert served.terminate() == 0
+        log = stderr.read().decode()
+    assert re.search("model ready .* serving .* ended with exit code 0", log, re.DOTALL)
 
 
 def test_a_log_in_json_has_no_other_line_while_a_model_is_converted(tmp_path: Path) -> None:

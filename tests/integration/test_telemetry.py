@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -314,6 +315,47 @@ logging.getLogger("parleyd").info("hi")
     event = json.loads(stderr)
     assert (event["message"], event["request_id"], event["levelname"]) == ("hi", "abc", "INFO")
     assert "request" not in event
+
+
+def test_a_log_that_nobody_reads_stops_nobody_and_tells_how_much_of_it_is_lost() -> None:
+    script = """
+import logging, os, sys
+from parleyd.telemetry import logging as telemetry_logging
+telemetry_logging.configure("info")
+for i in range(20000):
+    logging.info("line %d", i)
+print("on", flush=True)
+sys.stdin.readline()
+telemetry_logging.flush()
+logging.info("the last one")
+telemetry_logging.flush()
+os._exit(0)
+"""
+    command = [sys.executable, "-c", script]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "on\n"
+        lines = process.communicate("read\n", timeout=60)[1].splitlines()
+    told = [int(line.split(" line ")[1]) for line in lines if " line " in line]
+    assert told == list(range(len(told)))
+    assert lines[len(told)].endswith(f"nobody read the log: {20000 - len(told)} lines are lost")
+    assert lines[-1].endswith("the last one")
+
+
+def test_a_process_that_never_rests_loses_no_line(tmp_path: Path) -> None:
+    script = """
+import logging
+from parleyd.telemetry import logging as telemetry_logging
+telemetry_logging.configure("info")
+for i in range(10000):
+    logging.info("line %d", i)
+    sum(range(10000))
+"""
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run([sys.executable, "-c", script], stderr=log, check=True)
+    told = [line.rpartition(" line ")[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert told == [str(i) for i in range(10000)]
 
 
 def test_logs_tell_no_url_that_a_library_asks_for() -> None:

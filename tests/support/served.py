@@ -20,14 +20,14 @@ _START_TIMEOUT_S = 180.0
 
 
 class ServedProcess:
-    """Starts on a free port; `target` is its HOST:PORT, `log` what it wrote on stderr so far."""
+    """Starts on a free port; `target` is its HOST:PORT, `log` what it wrote so far on a stderr of ours."""
 
-    def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None, stderr: int | None = None) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
             [sys.executable, "-m", "parleyd", "serve", "--port", "0", *arguments],
             stdout=subprocess.PIPE,
-            stderr=self._log,
+            stderr=self._log if stderr is None else stderr,
             text=True,
             env={**_environ(), **(environ or {})},
         )

@@ -9,6 +9,7 @@ from parleyd.config import ModelSettings
 from parleyd.engine.engine import Engine
 from parleyd.generation import ModelInfo
 from parleyd.model.cgroup import cpu_quota
+from parleyd.telemetry.logging import flush
 from parleyd.worker.openmp import openmp_variables
 from parleyd.worker.process import run
 
@@ -50,5 +51,7 @@ def _load_unbound(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     return loaded
 
 
+code = run(int(sys.argv[1]), load_engine)
+flush()
 # Libraries leave threads behind, and none of them is worth waiting for: hence not sys.exit.
-os._exit(run(int(sys.argv[1]), load_engine))
+os._exit(code)

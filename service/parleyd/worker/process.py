@@ -38,9 +38,9 @@ def run(fd: int, load: Load) -> int:
         return 0
     message = messages.decode_to_worker(payload)
     assert isinstance(message, messages.Start)
-    telemetry_logging.configure(message.log_level, message.log_format)
     engine: Future[Engine] = Future()
     try:
+        telemetry_logging.configure(message.log_level, message.log_format)
         threading.Thread(target=_receive, args=(stream, engine), name="receive", daemon=True).start()
         loaded, info = load(message.settings)
         threading.Thread(target=_tell_progress, args=(loaded, sender), name="progress", daemon=True).start()
@@ -107,10 +107,12 @@ def _receive(stream: BinaryIO, engine: Future[Engine]) -> None:
     """Takes the gateway's messages; leaves the process when the gateway is gone, whatever the other threads do."""
     try:
         _take_messages(stream, engine)
+        code = 0
     except Exception:
         _logger.exception("the gateway's messages cannot be taken")
-        os._exit(1)
-    os._exit(0)
+        code = 1
+    telemetry_logging.flush()
+    os._exit(code)
 
 
 def _take_messages(stream: BinaryIO, engine: Future[Engine]) -> None:
