@@ -81,6 +81,14 @@ def test_a_worker_that_is_stopped_for_a_moment_is_not_replaced(start_gateway: St
     assert gateway.gateway.supervisor.num_restarts == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_is_the_gateways_alone(start_gateway: StartGateway, number: signal.Signals) -> None:
+    gateway = start_gateway()
+    os.kill(worker_pid(gateway), number)
+    assert_answers(gateway)
+    assert gateway.gateway.supervisor.num_restarts == 0
+
+
 def test_a_request_that_kills_the_worker_twice_fails_alone(start_gateway: StartGateway) -> None:
     gateway = start_gateway(worker=("--step-delay", "0.005"), max_running=2, max_worker_restarts=2)
     running = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=400))

@@ -123,7 +123,35 @@ def test_a_second_sigterm_ends_them_at_once(tokenizer_folder: Path, tmp_path: Pa
         _assert_draining(reader)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_terminal_that_closes_has_streams_finish_however_often_it_says_so(
+    tokenizer_folder: Path, number: signal.Signals
+) -> None:
+    with _streaming(tokenizer_folder) as (replica, reader):
+        for each in (signal.SIGHUP, number, signal.SIGHUP):
+            replica.process.send_signal(each)
+        _worker(replica).resume()
+        assert replica.process.wait(60) == 0
+        reader.join(10)
+        assert (reader.error, len(reader.ids)) == (None, _NUM_TOKENS)
+
+
+def test_nohup_has_the_service_stay(tokenizer_folder: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        replica = Replica(tokenizer_folder, "--drain-delay", "0")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    try:
+        replica.process.send_signal(signal.SIGHUP)
+        with grpc.insecure_channel(replica.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            assert chat_pb2_grpc.ChatServiceStub(channel).Generate(ask("x"), timeout=10).choices
+        replica.terminate()
+    finally:
+        replica.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_that_go_on_to_the_very_end_change_nothing(tokenizer_folder: Path, number: signal.Signals) -> None:
     replica = Replica(tokenizer_folder, "--drain-delay", "0", "--drain-timeout", "0")
     try:

@@ -63,6 +63,7 @@ class Gateway:
         server, model = settings.server, settings.model
         self._settings = settings
         self._on_serving = on_serving
+        self._is_told_to_go = False
         self._shutdown = asyncio.Event()
         self._hurry = asyncio.Event()
         self._prompts = PromptBuilder()
@@ -152,12 +153,17 @@ class Gateway:
             engine=self.supervisor.engine_stats,
         )
 
+    def drain(self) -> None:
+        """Asks `serve` to drain and return."""
+        self._shutdown.set()
+
     def begin_shutdown(self) -> None:
-        """Asks `serve` to drain and return; asked again, to end what is open at once."""
-        if self._shutdown.is_set():
+        """Asks for it too; asked again, to end what is open at once."""
+        if self._is_told_to_go:
             self._hurry.set()
             self._end_calls()
-        self._shutdown.set()
+        self._is_told_to_go = True
+        self.drain()
 
     async def serve(self) -> None:
         """Serves until asked to shut down, then drains. Raises StartupError if the model cannot be loaded."""
@@ -280,11 +286,15 @@ def _bracketed(host: str) -> str:
 async def serve(
     settings: Settings, announce: Callable[[str], None], worker_command: Sequence[str] = WORKER_COMMAND
 ) -> None:
-    """Runs a gateway until SIGTERM or SIGINT; a second one ends open calls. `announce` gets one line for stdout."""
+    """Runs a gateway until SIGTERM, SIGINT or SIGHUP; a second of the first two ends open calls. `announce` gets one
+    line for stdout."""
     gateway = Gateway(settings, worker_command, _freeze)
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:  # before anyone can know that we are here
         loop.add_signal_handler(number, gateway.begin_shutdown)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup has started us
+        # A terminal that closes may say so twice, and a service manager beside its SIGTERM: that is no hurry.
+        loop.add_signal_handler(signal.SIGHUP, gateway.drain)
     address = await gateway.start()
     try:
         admin = gateway.start_admin()
@@ -297,7 +307,7 @@ async def serve(
     try:
         await gateway.serve()
     finally:
-        for number in _SIGNALS:  # one more, as we leave, must not make a failure of it
+        for number in (*_SIGNALS, signal.SIGHUP):  # one more, as we leave, must not make a failure of it
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
 

@@ -34,7 +34,7 @@ _tokenizer: Any = lru_cache(maxsize=1)(load_tokenizer)
 
 def run(fd: int) -> None:
     """Answers one message after the other until the gateway goes away."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a service manager's reach all; the gateway decides when we go
     threading.stack_size(_STACK_BYTES)
     sock = socket.socket(fileno=fd)

@@ -99,7 +99,7 @@ def _tell_progress(engine: Engine, sender: _Sender) -> None:
 def _ignore_signals() -> None:
     # A service manager's SIGTERM reaches every process; streams are to finish first, so the gateway alone decides when
     # the worker goes, by closing the socket.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
