@@ -244,9 +244,9 @@ def _run(settings: Settings) -> None:
         asyncio.run(serve(settings, announce=_announce))
     except StartupError as error:
         if settings.server.log_format == "text":
-            telemetry_logging.flush()  # the lines before it come first
-            raise
-        _logger.error("%s", error)
+            telemetry_logging.tell(f"parleyd: error: {error}")
+        else:
+            _logger.error("%s", error)
         sys.exit(1)
 
 

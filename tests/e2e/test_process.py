@@ -11,7 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import grpc
 import pytest
@@ -187,17 +190,31 @@ def test_a_stdout_that_cannot_be_written_ends_nothing(stdout: str) -> None:
 
 
 def test_a_stderr_that_nobody_reads_stops_nothing() -> None:
-    reader, writer = os.pipe()
-    filling = b"." * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
-    os.write(writer, filling)
-    with open(reader, "rb") as stderr, ServedProcess("--drain-delay", "0", stderr=writer) as served:
+    with _full_pipe() as (stderr, writer, filling), ServedProcess("--drain-delay", "0", stderr=writer) as served:
         os.close(writer)
         served.wait_health()
         assert served.stub.Generate(ask("Say hello.", max_new_tokens=4), timeout=60).choices[0].token_ids
-        assert stderr.read(len(filling)) == filling
+        assert stderr.read(filling) == b"." * filling
         assert served.terminate() == 0
         log = stderr.read().decode()
     assert re.search("model ready .* serving .* ended with exit code 0", log, re.DOTALL)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_start_that_fails_ends_though_nobody_reads_why(log_format: str) -> None:
+    arguments = ("--model", "/no/such/folder", "--log-format", log_format)
+    with _full_pipe() as (_, writer, _), ServedProcess(*arguments, stderr=writer) as served:
+        os.close(writer)
+        assert served.process.wait(60) == 1
+
+
+@contextmanager
+def _full_pipe() -> Iterator[tuple[BinaryIO, int, int]]:
+    """Its two ends, and how many octets are in it."""
+    reader, writer = os.pipe()
+    filling = os.write(writer, b"." * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))
+    with open(reader, "rb") as stderr:
+        yield stderr, writer, filling
 
 
 def test_a_log_in_json_has_no_other_line_while_a_model_is_converted(tmp_path: Path) -> None:

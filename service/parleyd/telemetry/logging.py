@@ -54,9 +54,12 @@ class _Writer(logging.Handler):
             num_lost, self._num_lost = self._num_lost, 0
             _logger.error("nobody read the log: %d lines are lost", num_lost)
         try:
-            self._lines.put(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+            self.put(self.format(record))
         except Exception:
             self.handleError(record)
+
+    def put(self, line: str) -> None:
+        self._lines.put(f"{line}\n".encode(errors="backslashreplace"))
 
     def flush(self) -> None:
         """Returns once all is written, or after a while."""
@@ -81,6 +84,13 @@ class _Writer(logging.Handler):
                 chunk = item
             else:
                 item.set()
+
+
+def tell(line: str) -> None:
+    """Writes a line that is no event, after all that was logged."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Writer):
+            handler.put(line)
 
 
 def flush() -> None:
