@@ -7,6 +7,7 @@ Whatever the tile, a row's sums are taken in the same order: they do not depend 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 from numba import njit, types
@@ -34,16 +35,19 @@ def block_bytes(num_bits):
 
 @intrinsic
 def largest_of_block(context, numbers):
-    """The largest magnitude of BLOCK_SIZE bfloat16 at an address, 0 at least. NaN is passed over."""
+    """The largest magnitude of BLOCK_SIZE bfloat16 at an address; NaN where one of them is."""
 
     def generate(context, builder, signature, args):
         emit = Emitter(builder)
-        largest = emit.floats(0.0)
-        for part in range(BLOCK_SIZE // LANES):
-            vector = emit.load_bfloat16(emit.at(args[0], part, 2 * LANES))
-            for one in (vector, emit.subtract(emit.floats(0.0), vector)):
-                largest = emit.larger(one, largest)
-        return emit.folded(largest, emit.larger)
+
+        def larger(ones, others):  # by their bits, of which those of NaN are the largest
+            return builder.select(builder.icmp_unsigned(">", ones, others), ones, others)
+
+        vectors = [emit.load_bfloat16(emit.at(args[0], part, 2 * LANES)) for part in range(BLOCK_SIZE // LANES)]
+        bits = [builder.bitcast(vector, emit.ints(0).type) for vector in vectors]
+        magnitudes = [builder.and_(one, emit.ints(0x7FFFFFFF)) for one in bits]
+        largest = emit.folded(reduce(larger, magnitudes), larger)
+        return builder.bitcast(largest, context.get_value_type(types.float32))
 
     return types.float32(types.int64), generate
 

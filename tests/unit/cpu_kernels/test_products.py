@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +95,21 @@ def test_inputs_of_zero_give_zero() -> None:
         pytest.skip("this processor has no such instructions")
     packed = products.pack_blocks(*blocks(16, 64, 4)[:3], 4)
     assert not products.multiply(torch.zeros(2, 64).bfloat16(), packed).any()
+
+
+@pytest.mark.parametrize("num_bits", [4, 8, 16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_gives_nothing_that_is(value: float, num_bits: int) -> None:
+    if not (products.can_multiply_blocks(160, 96) and products.can_multiply_bfloat16(160, 96)):
+        pytest.skip("this processor has no such instructions")
+    if num_bits == 16:
+        packed = products.pack_bfloat16(torch.randn(160, 96).bfloat16())
+    else:
+        packed = products.pack_blocks(*blocks(160, 96, num_bits)[:3], num_bits)
+    x = torch.randn(3, 96).bfloat16()
+    x[1, 37], x[2] = value, value
+    are_finite = products.multiply(x, packed).isfinite()
+    assert are_finite[0].all() and not are_finite[1:].any()
 
 
 @pytest.mark.parametrize("num_bits", [4, 8, 16])
