@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from parleyd.engine.generate_config import own_config, request_config
+from parleyd.engine.generate_config import own_config, prompt_processors, request_config
 from parleyd.errors import StartupError
 from parleyd.generation import (
     NOT_FINITE,
@@ -189,7 +189,10 @@ class GenerateEngine:
             generation_config=request_config(
                 self._own_config, params, max_new_tokens, len(request.output_ids), stop_ids
             ),
-            logits_processor=self._processors(params, num_before, stop_ids, grammar),
+            logits_processor=[
+                *prompt_processors(self._own_config, inputs["input_ids"][:, : len(request.prompt_ids)]),
+                *self._processors(params, num_before, stop_ids, grammar),
+            ],
             stopping_criteria=[_Ended(sequence)],
             streamer=_TokenStreamer(on_token),
         )

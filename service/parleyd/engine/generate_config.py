@@ -5,7 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+)
 
 from parleyd.generation import SamplingParams
 from parleyd.sampling.penalties import MIN_REPETITION_PENALTY
@@ -53,6 +59,17 @@ def request_config(
         config.top_p = params.top_p
         config.min_p = params.min_p
     return config
+
+
+def prompt_processors(own: GenerationConfig, prompt_ids: torch.Tensor) -> list[LogitsProcessor]:
+    """What the model's own asks about the prompt: `[1, ids]`. Given to `generate` they take the place of its own,
+    which would count the ids to go on after as prompt."""
+    processors: list[LogitsProcessor] = []
+    if own.encoder_repetition_penalty not in (None, 1.0):
+        processors.append(EncoderRepetitionPenaltyLogitsProcessor(own.encoder_repetition_penalty, prompt_ids))
+    if own.encoder_no_repeat_ngram_size:
+        processors.append(EncoderNoRepeatNGramLogitsProcessor(own.encoder_no_repeat_ngram_size, prompt_ids))
+    return processors
 
 
 def _sequence_bias(own: Any, params: SamplingParams) -> dict[tuple[int, ...], float] | None:

@@ -134,9 +134,12 @@ def test_draws_depend_on_the_position_so_that_a_sequence_can_be_taken_up(engine:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("begin_suppress_tokens", list(range(VOCAB_SIZE // 2))), ("exponential_decay_length_penalty", (2, 1.2))],
-)
-def test_what_a_model_asks_by_position_is_the_same_where_a_sequence_is_taken_up(
+    [
+        ("begin_suppress_tokens", list(range(VOCAB_SIZE // 2))), ("exponential_decay_length_penalty", (2, 1.2)),
+        ("encoder_repetition_penalty", 3.0), ("encoder_no_repeat_ngram_size", 1),
+    ],
+)  # fmt: skip
+def test_what_a_model_asks_by_position_or_prompt_is_the_same_where_a_sequence_is_taken_up(
     make_model: Callable[[], LlamaForCausalLM], name: str, value: object
 ) -> None:
     model = make_model()
