@@ -41,7 +41,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json, tokenizer_config.json and, in older folders, special_tokens_map.json.
+        """Reads tokenizer.json and what `TokenizerConfig` reads beside it.
 
         Raises StartupError where tokenizer.json is missing or a file cannot be used.
         """
@@ -155,11 +155,9 @@ def _add_configured_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfi
     """Adds what the configuration names and tokenizer.json leaves out, as transformers does, so that ids agree."""
     backend.encode_special_tokens = config.split_special_tokens
     present = backend.get_added_tokens_decoder()
-    missing = [
-        token for token_id, token in sorted(config.added_tokens.items()) if repr(present.get(token_id)) != repr(token)
-    ]
-    backend.add_tokens(missing)
-    by_content = {token.content: token for token in (*present.values(), *config.added_tokens.values())}
+    added = {**config.older_added_tokens, **present, **config.added_tokens}
+    backend.add_tokens([token for key, token in sorted(added.items()) if repr(present.get(key)) != repr(token)])
+    by_content = {token.content: token for token in added.values()}
     extra = [token for token in config.extra_special_tokens if token.content not in by_content]
     named = [by_content.get(token.content, token) for token in config.special_tokens.values()]
     backend.add_special_tokens(named + extra)

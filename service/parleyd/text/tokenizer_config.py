@@ -17,16 +17,18 @@ NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """tokenizer_config.json, with special_tokens_map.json and chat_template.json merged in as transformers does it.
+    """tokenizer_config.json, and what older folders say beside it, merged as transformers does it.
 
     `special_tokens` maps names such as `bos_token`, and names of the model's own such as `image_token`; chat templates
-    see the texts of exactly these. `added_tokens` maps ids to the tokens that older tokenizer.json files left out.
+    see the texts of exactly these. `added_tokens` maps ids to the tokens that older tokenizer.json files left out;
+    `older_added_tokens` does too, of added_tokens.json, against which tokenizer.json has the last word about an id.
     `chat_templates` are by name; one that has none is "default".
     """
 
     special_tokens: Mapping[str, AddedToken]
     extra_special_tokens: tuple[AddedToken, ...]
     added_tokens: Mapping[int, AddedToken]
+    older_added_tokens: Mapping[int, AddedToken]
     split_special_tokens: bool
     chat_templates: Mapping[str, str]
 
@@ -38,8 +40,9 @@ class TokenizerConfig:
         """
         config = _read_object(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
-            # Newer folders repeat everything in tokenizer_config.json; transformers ignores the map file there.
+            # Newer folders repeat everything in tokenizer_config.json; transformers ignores these files there.
             config |= _read_object(folder / "special_tokens_map.json")
+            config["older_added_tokens"] = _read_object(folder / "added_tokens.json")
         # Where older folders of models that see have it.
         config.setdefault("chat_template", _read_object(folder / "chat_template.json").get("chat_template"))
         try:
@@ -57,10 +60,17 @@ class TokenizerConfig:
         own |= {name: value for name, value in config.items() if name.endswith("_token")}
         named = {name: own.pop(name, None) for name in NAMED_SPECIAL_TOKENS}
         added = config.get("added_tokens_decoder") or {}
+        special_tokens = {name: token for name, value in (named | own).items() if (token := _special_token(value))}
+        extra_special_tokens = tuple(token for value in extra if (token := _special_token(value)))
+        special = {token.content for token in (*special_tokens.values(), *extra_special_tokens)}
         return cls(
-            special_tokens={name: token for name, value in (named | own).items() if (token := _special_token(value))},
-            extra_special_tokens=tuple(token for value in extra if (token := _special_token(value))),
+            special_tokens=special_tokens,
+            extra_special_tokens=extra_special_tokens,
             added_tokens={int(key): _added_token(value) for key, value in added.items()},
+            older_added_tokens={
+                int(key): AddedToken(text, special=text in special, normalized=text not in special)
+                for text, key in config.get("older_added_tokens", {}).items()
+            },
             split_special_tokens=bool(config.get("split_special_tokens", False)),
             chat_templates=_by_name(config.get("chat_template")),
         )

@@ -82,6 +82,21 @@ def test_special_tokens_map_json_counts_in_older_folders(tmp_path: Path) -> None
     assert 259 in tokenizer.special_ids
 
 
+@pytest.mark.parametrize("changes", [{}, {"added_tokens_decoder": {}}], ids=["older", "newer"])
+def test_added_tokens_json_counts_in_older_folders(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """What tokenizer.json says of a token, here that it is special, counts for more."""
+    folder = configure(tmp_path, additional_special_tokens=["<|fim|>"], **changes)
+    added = {"<|fim|>": 260, "<img>": 259, "<|im_end|>": 258}
+    (folder / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    tokenizer, oracle = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    text = "a<img>b <|fim|>c<|im_end|>"
+    ids = tokenizer.encode(text).ids
+    assert ids == oracle.encode(text, add_special_tokens=False)
+    assert (259 in ids and 260 in ids) == (not changes)
+    assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+    assert tokenizer.special_ids == {token_id for token_id, one in oracle.added_tokens_decoder.items() if one.special}
+
+
 def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
     path = write_tiny_tokenizer(tmp_path) / "tokenizer.json"
     backend = tokenizers.Tokenizer.from_file(str(path))
