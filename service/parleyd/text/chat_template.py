@@ -74,18 +74,19 @@ class ChatTemplate:
     @cached_property
     def reads_names(self) -> bool:
         """Whether the template tells the model a message's `name`."""
-        return self._shows(self._message({"role": "user", "content": "?", "name": _PROBE}))
+        return self._shows(self._message({"role": "user", "content": "?", "name": _PROBE}, self.source), self.source)
 
     @cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template finds a message's text in a list of parts only, as of some models that see: a text that
-        is no list would be left out without a word."""
+    def _taking_parts(self) -> frozenset[str | None]:
+        """Those of the templates that find a message's text in a list of parts only, as of some models that see: a text
+        that is no list would be left out without a word."""
         text, parts = ({"role": "user", "content": content} for content in (_PROBE, _parts(_PROBE)))
-        return not self._shows(text) and self._shows(parts)
+        sources = (self.source, self._tool_use)
+        return frozenset(one for one in sources if not self._shows(text, one) and self._shows(parts, one))
 
-    def _shows(self, message: Mapping[str, Any]) -> bool:
+    def _shows(self, message: Mapping[str, Any], source: str | None) -> bool:
         try:
-            return _PROBE in self._render([message], chat_template=self.source)
+            return _PROBE in self._render([message], chat_template=source)
         except Exception:  # whatever a model's template raises
             return False
 
@@ -121,11 +122,12 @@ class ChatTemplate:
         """
         if self.source is None:
             raise Unsupported("messages", f"this model {self.obstacle}, so it cannot answer conversations")
+        source = self.source if tools is None else self._tool_use
         try:
             prompt = self._render(
-                [self._message(message) for message in messages],
+                [self._message(message, source) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
-                chat_template=self.source if tools is None else self._tool_use,
+                chat_template=source,
                 continue_final_message=continue_final_message,
                 add_generation_prompt=not continue_final_message,
                 **(kwargs or {}),
@@ -141,9 +143,9 @@ class ChatTemplate:
         rendered, _ = template_utils().render_jinja_template([messages], **(self._special_tokens | options))
         return rendered[0]
 
-    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _message(self, message: Mapping[str, Any], source: str | None) -> dict[str, Any]:
         given = {key: value for key, value in message.items() if value is not None}
-        if self._takes_parts and isinstance(given.get("content"), str):
+        if source in self._taking_parts and isinstance(given.get("content"), str):
             given["content"] = _parts(given["content"])
         return given
 

@@ -83,6 +83,15 @@ def test_a_template_that_takes_parts_alone_is_given_them(tmp_path: Path, chat: A
     )
 
 
+@pytest.mark.parametrize("name", ["default", "tool_use"])
+def test_each_template_is_given_texts_as_it_takes_them(name: str) -> None:
+    parts_alone = "{% for tool in tools or () %}{{ tool.function.name }}{% endfor %}" + PARTS_TEMPLATE
+    sources = {"default": CHATML_TEMPLATE, "tool_use": CHATML_TEMPLATE} | {name: parts_alone}
+    template = ChatTemplate(sources["default"], {}, tool_use=sources["tool_use"])
+    for tools in (None, TOOLS):
+        assert ASSISTANT["content"].strip() in template.render([USER, ASSISTANT], tools=tools)
+
+
 @pytest.mark.parametrize("source", [CHATML_TEMPLATE, RICH_TEMPLATE], ids=["chatml", "rich"])
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
