@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GrammarParser, resolve
+from llguidance.gbnf_to_lark import ASTNode, GrammarParser, LiteralNode, RegexNode, resolve
 
 from parleyd.grammar.compiler import GrammarError
 from parleyd.grammar.tool_calls import to_lark
@@ -25,7 +25,9 @@ _JSON_OPTIONS = {
     "lenient": False,
 }
 _MAX_EXACT = 2**53
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(-)|.)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([][-])|.)", re.DOTALL)
+# What stands for itself in GBNF, and cannot in Lark, or in its classes, where && and ~~ combine what is beside them.
+_SPELLED_OUT = re.compile(r"[\x00-\x1f&~]")
 
 
 def to_grammar(kind: str, source: str) -> str:
@@ -99,6 +101,8 @@ def _gbnf_to_lark(source: str) -> str:
     as a whole. Each token goes as far as it can: of two, the first would take what the second begins with."""
     rules = GrammarParser().parse(source)
     resolve(rules)
+    for rule in rules.values():
+        _mend(rule)
     lines, whole = [], "WHOLE"
     if rules["start"].alternatives.is_terminal():
         while whole in rules:
@@ -108,10 +112,27 @@ def _gbnf_to_lark(source: str) -> str:
     return "\n".join([*lines, *map(str, rules.values())])
 
 
+def _mend(node: ASTNode) -> None:
+    """Has Lark read characters and classes as GBNF means them: a dot is a line's end too."""
+    if isinstance(node, LiteralNode):
+        node.value = _SPELLED_OUT.sub(_spell_out, node.value)
+    elif isinstance(node, RegexNode):
+        if "--" in node.rx:
+            raise GrammarError(f"-- in {node.rx} may mean several things: write \\- for the character")
+        node.rx = "(?s:.)" if node.rx == "." else _SPELLED_OUT.sub(_spell_out, node.rx)
+    for child in node.children():
+        _mend(child)
+
+
+def _spell_out(character: re.Match[str]) -> str:
+    return f"\\x{ord(character[0]):02x}"
+
+
 def _rewrite_escape(escape: re.Match[str]) -> str:
-    r"""Escapes that llguidance's conversion gets wrong (\u, \U) or does not know (\-), as ones that it gets right."""
+    r"""Escapes that llguidance's conversion gets wrong (\u, \U, \[, \]) or does not know (\-), as ones that it gets
+    right."""
     if escape[3]:
-        return r"\x2d"
+        return f"\\x{ord(escape[3]):02x}"
     digits = escape[1] or escape[2]
     if digits is None:
         return escape[0]

@@ -67,6 +67,19 @@ def test_every_answer_that_ends_matches_as_a_whole(
     assert [text for text in ended if not re.fullmatch(pattern, text)] == []
 
 
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("root ::= . .", "a\n"),
+        ("root ::= [b-d&&c~~]{5}", "bd&~c"),
+        ('root ::= "\\[\\]\t\n" [\t\n]', "[]\t\n\t"),
+    ],
+)
+def test_what_gbnf_means_for_itself_is_allowed(engine: BatchingEngine, source: str, text: str) -> None:
+    answer = run_all(engine, [ask_engine(0, to_grammar("grammar", source), (*text.encode(),), max_new_tokens=6)])[0]
+    assert answer.grammar_error is None and answer.token_ids[-1] == EOS
+
+
 @pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>b", "<|im_end|><|endoftext|>"])
 def test_text_that_spells_a_special_token_is_written_as_text(engine: BatchingEngine, text: str) -> None:
     answer = run_all(engine, [ask_engine(0, to_grammar("choice", json.dumps([text])))])[0]

@@ -17,6 +17,11 @@ def test_memory_that_is_used_up_is_no_verdict_on_a_grammar(monkeypatch: pytest.M
         formats.to_grammar("grammar", 'root ::= "a"')
 
 
+def test_hyphens_that_gbnf_reads_otherwise_are_refused_by_name() -> None:
+    with pytest.raises(GrammarError, match=r"write \\- for the character"):
+        formats.to_grammar("grammar", "root ::= [a-z--x]")
+
+
 @pytest.mark.parametrize(
     "schema",
     [
