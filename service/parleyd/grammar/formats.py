@@ -25,6 +25,9 @@ _JSON_OPTIONS = {
     "lenient": False,
 }
 _MAX_EXACT = 2**53
+# Their members have names of the schema's own, not keywords.
+_OF_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_CLASS = re.compile(r"\\.|\[\^\]?", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([][-])|.)", re.DOTALL)
 # What stands for itself in GBNF, and cannot in Lark, or in its classes, where && and ~~ combine what is beside them.
 _SPELLED_OUT = re.compile(r"[\x00-\x1f&~]")
@@ -49,6 +52,7 @@ def to_grammar(kind: str, source: str) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(source)))
         case "tool_calls":
             calls = json.loads(source, object_hook=_refuse_inexact)
+            calls["tools"] = {name: (*around, _exact(schema)) for name, (*around, schema) in calls["tools"].items()}
             return LLMatcher.grammar_from_lark(to_lark(**calls, json_options=_JSON_OPTIONS))
         case "grammar":
             return _from_gbnf(source)
@@ -59,14 +63,15 @@ def to_grammar(kind: str, source: str) -> str:
 def _from_json_schema(source: str) -> str:
     try:
         schema = json.loads(source, object_hook=_refuse_inexact)
+        exact = json.dumps(_exact(schema))
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"is not JSON: {error}") from error
     if schema is True:
-        source = "{}"
+        exact = "{}"
     elif not isinstance(schema, dict):
         raise GrammarError("is no JSON Schema that anything could match")
     try:
-        return LLMatcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(exact, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
     except ValueError as error:
         raise GrammarError(str(error)) from error
 
@@ -85,6 +90,33 @@ def _refuse_inexact(schema: dict[str, Any]) -> dict[str, Any]:
                     f"const and enum cannot hold {number}: integers beyond 2**53 are not followed exactly"
                 )
     return schema
+
+
+def _exact(schema: Any, are_names: bool = False) -> Any:
+    """The same, but that what a pattern's [^…] allows has no U+0000: in strings, llguidance takes what has all control
+    characters, or all but a line's end, for what has quotes and backslashes too."""
+    match schema:
+        case list():
+            return [_exact(one) for one in schema]
+        case dict() if are_names:
+            return {name: _exact(one) for name, one in schema.items()}
+        case dict():
+            exact = {
+                key: one if key in ("const", "enum") else _exact(one, key in _OF_NAMES) for key, one in schema.items()
+            }
+            if isinstance(exact.get("pattern"), str):
+                exact["pattern"] = _without_nul(exact["pattern"])
+            if isinstance(named := exact.get("patternProperties"), dict):
+                exact["patternProperties"] = {_without_nul(name): one for name, one in named.items()}
+            return exact
+    return schema
+
+
+def _without_nul(pattern: str) -> str:
+    # A bracket that comes first in a class is a character of it.
+    return _CLASS.sub(
+        lambda found: found[0] if found[0][0] == "\\" else r"[^[\x00]" + found[0][2:].replace("]", r"\]"), pattern
+    )
 
 
 def _from_gbnf(source: str) -> str:

@@ -80,6 +80,29 @@ def test_what_gbnf_means_for_itself_is_allowed(engine: BatchingEngine, source: s
     assert answer.grammar_error is None and answer.token_ids[-1] == EOS
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": '^[^"]x$'},
+        {"type": "string", "pattern": '^[^]"]x$'},
+        {"type": "string", "pattern": '^[^-"]x$'},
+        {"$ref": "#/$defs/const", "$defs": {"const": {"type": "string", "pattern": r'^[^\d"\n]x$'}}},
+    ],
+)
+def test_what_a_class_of_a_pattern_leaves_out_is_not_allowed(engine: BatchingEngine, schema: dict[str, str]) -> None:
+    grammar = to_grammar("json_schema", json.dumps(schema))
+    texts = ['"ax"', '"éx"', '"\\tx"', '"\\"x"']
+    answers = run_all(engine, [ask_engine(key, grammar, (*text.encode(),)) for key, text in enumerate(texts)])
+    assert [answers[key].grammar_error is None for key in range(4)] == [True, True, True, False]
+
+
+def test_what_looks_like_a_pattern_in_a_constant_stays_as_it_is(engine: BatchingEngine) -> None:
+    text = '{"pattern": "[^a]"}'
+    grammar = to_grammar("json_schema", f'{{"enum": [{text}]}}')
+    answer = run_all(engine, [ask_engine(0, grammar, (*text.encode(),))])[0]
+    assert (answer.grammar_error, answer.token_ids) == (None, [EOS])
+
+
 @pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>b", "<|im_end|><|endoftext|>"])
 def test_text_that_spells_a_special_token_is_written_as_text(engine: BatchingEngine, text: str) -> None:
     answer = run_all(engine, [ask_engine(0, to_grammar("choice", json.dumps([text])))])[0]
