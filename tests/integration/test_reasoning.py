@@ -21,6 +21,19 @@ def test_reasoning_comes_apart_from_content(families: Families, family: str, tex
     assert whole(list(families[family].stub.GenerateStream(request, timeout=20))) == message
 
 
+@pytest.mark.parametrize(
+    ("begun", "text", "reasoning"),
+    [("<think>\nI add", " four.\n</think>\n\n8", " four."), ("<think>hm</thi", "nk>8", "")],
+)
+def test_reasoning_goes_on_where_the_message_to_continue_ends(
+    families: Families, begun: str, text: str, reasoning: str
+) -> None:
+    request = ask(saying("thinking", text), begun, continue_final_message=True)
+    message = families["thinking"].stub.Generate(request, timeout=20).choices[0].message
+    assert (message.reasoning_content, message.content) == (reasoning, "8")
+    assert whole(list(families["thinking"].stub.GenerateStream(request, timeout=20))) == message
+
+
 def test_reasoning_may_be_turned_off_by_the_template(families: Families) -> None:
     request = ask(saying("thinking", "Yes."))
     request.chat_template_kwargs.update({"enable_thinking": False})

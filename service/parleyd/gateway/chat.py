@@ -186,6 +186,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             tool_names,
             lambda index: call_id(params.seed, choice, len(earlier_ids) + index, taken_ids),
             opens_reasoning=prompt.opens_reasoning,
+            continued=convert.continued(request),
         )
         return Answer(self._served.tokenizer, text, AnswerParser() if is_all_content else parser, hidden_ids)
 

@@ -57,11 +57,12 @@ class AnswerFormat:
         return begun or prompt.rstrip().endswith(reasoning.OPENING)
 
     def parser(
-        self, tool_names: Collection[str], call_id: Callable[[int], str], *, opens_reasoning: bool
+        self, tool_names: Collection[str], call_id: Callable[[int], str], *, opens_reasoning: bool, continued: str
     ) -> AnswerParser:
-        """For one answer, in which these tools may be called."""
+        """For one answer, in which these tools may be called. `continued` is the message to continue, if any."""
+        begun = continued.partition(reasoning.OPENING)[2] if opens_reasoning else ""
         return AnswerParser(
-            ReasoningParser(is_open=opens_reasoning) if self.has_reasoning else None,
+            ReasoningParser(is_open=opens_reasoning, begun=begun) if self.has_reasoning else None,
             ToolCallParser(self.tool_format, tool_names, call_id) if self.tool_format and tool_names else None,
         )
 

@@ -21,13 +21,14 @@ class ReasoningParser:
     """Splits text into reasoning, which only an answer's beginning can be, and content. White space around reasoning is
     left out; other text comes as it is. What has been returned after some text depends on that text alone.
 
-    `is_open`: the opening is part of the prompt.
+    `is_open`: the opening is part of the prompt, and so is what has `begun` of the reasoning.
     """
 
-    def __init__(self, *, is_open: bool = False) -> None:
+    def __init__(self, *, is_open: bool = False, begun: str = "") -> None:
         self._at = _At.REASONING if is_open else _At.START
-        self._has_begun = False  # there is reasoning other than white space
-        self._held = ""
+        self._has_begun = bool(begun.strip())  # there is reasoning other than white space
+        self._num_told = num_matched(begun, CLOSING)  # of what is held back: it is in the prompt
+        self._held = begun[len(begun) - self._num_told :]
 
     def push(self, text: str) -> ParsedText:
         """What the text adds. Text that may be part of a marker, or white space around one, is held back."""
@@ -80,4 +81,5 @@ class ReasoningParser:
         if not self._has_begun:
             text = text.lstrip()
         self._has_begun = self._has_begun or bool(text)
-        parsed.reasoning_content += text
+        parsed.reasoning_content += text[self._num_told :]
+        self._num_told = max(0, self._num_told - len(text))

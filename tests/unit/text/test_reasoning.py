@@ -13,9 +13,9 @@ from parleyd.text.tool_format.hermes import HERMES
 from parleyd.text.tool_format.parser import ToolCallParser
 
 
-def parse(*pieces: str, is_open: bool = False) -> tuple[str, str]:
+def parse(*pieces: str, is_open: bool = False, begun: str = "") -> tuple[str, str]:
     """Reasoning and content."""
-    parser = ReasoningParser(is_open=is_open)
+    parser = ReasoningParser(is_open=is_open, begun=begun)
     parsed = ParsedText.join([*(parser.push(piece) for piece in pieces), parser.finish()])
     return parsed.reasoning_content, parsed.content
 
@@ -36,6 +36,20 @@ def parse(*pieces: str, is_open: bool = False) -> tuple[str, str]:
 )
 def test_reasoning_is_told_from_content(text: str, is_open: bool, expected: tuple[str, str]) -> None:
     assert parse(text, is_open=is_open) == parse(*text, is_open=is_open) == expected
+
+
+@pytest.mark.parametrize(
+    ("begun", "text", "expected"),
+    [
+        ("\nI add", " four.\n</think>\n\n8", (" four.", "8")),
+        ("\nI add.\n</thi", "nk>\n\n8", ("", "8")),
+        ("\nI write </thi", "s, </think>8", ("s,", "8")),
+        ("\nI write </thi", "", ("", "")),
+        ("\n", "\nI add", ("I add", "")),
+    ],
+)
+def test_reasoning_goes_on_where_the_prompt_leaves_it(begun: str, text: str, expected: tuple[str, str]) -> None:
+    assert parse(text, is_open=True, begun=begun) == parse(*text, is_open=True, begun=begun) == expected
 
 
 def test_reasoning_goes_out_as_it_is_written() -> None:
