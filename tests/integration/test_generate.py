@@ -161,6 +161,12 @@ def test_special_tokens_can_be_kept(gateway: GatewayThread) -> None:
     assert choice.message.content == "hello<|im_end|>"
 
 
+def test_a_stop_ids_text_is_kept_with_special_tokens(gateway: GatewayThread) -> None:
+    request = ask("hello", stop_token_ids=[ord("l")], skip_special_tokens=False)
+    (choice,) = gateway.stub.Generate(request, timeout=20).choices
+    assert choice.message.content == "hel"
+
+
 def test_ignore_eos_goes_past_the_end_token(gateway: GatewayThread) -> None:
     (choice,) = gateway.stub.Generate(ask("hi", ignore_eos=True, max_new_tokens=5), timeout=20).choices
     assert list(choice.token_ids) == [*b"hi", *[tiny_tokenizer.IM_END_ID] * 3]
