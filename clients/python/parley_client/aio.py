@@ -34,8 +34,8 @@ from parley_client.resumption import Resumption
 class AsyncClient:
     """As `Client`, for asyncio: the same arguments, methods, answers and errors.
 
-    Make it and use it inside one running event loop (RuntimeError without one). Cancelling a task cancels the call it
-    waits for.
+    Make it and use it inside one running event loop (RuntimeError without one, and in another). Cancelling a task
+    cancels the call it waits for.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class AsyncClient:
         max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
         check_target(target)
-        asyncio.get_running_loop()  # or RuntimeError: gRPC would take some loop, and the first call fail in another
+        self._loop = asyncio.get_running_loop()  # or RuntimeError: gRPC would take some loop, and calls fail in another
         options = channel_options(target, max_attempts)
         credentials = channel_credentials(target, credentials, api_key, insecure)
         self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)
@@ -195,7 +195,9 @@ class AsyncClient:
             return await self._begin(method, message, **args)
 
     def _begin(self, method: Callable[..., Any], message: object, **args: Any) -> Any:
-        """As `Client._begin`."""
+        """As `Client._begin`. Raises RuntimeError in another event loop than the client's."""
+        if asyncio.get_running_loop() is not self._loop:  # gRPC's own errors would not say so
+            raise RuntimeError("this client was made in another event loop: each loop, or asyncio.run, needs its own")
         try:
             call = method(message, **args)
         except grpc.aio.UsageError as error:

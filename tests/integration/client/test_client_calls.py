@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 
@@ -321,6 +322,28 @@ def test_credentials_secure_the_channel(connect):
 def test_an_asyncio_client_that_would_belong_to_no_running_loop_is_not_made(server):
     with pytest.raises(RuntimeError, match="no running event loop"):
         AsyncClient(server.target)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.chat(QUESTION),
+        lambda client: anext(client.stream(QUESTION)),
+        lambda client: anext(client.generate_batch([QUESTION])),
+        lambda client: client.wait_until_ready(),
+    ],
+    ids=["chat", "stream", "generate_batch", "wait_until_ready"],
+)
+def test_an_asyncio_client_in_another_loop_than_its_own_says_so(server, call):
+    async def make():
+        return AsyncClient(server.target)
+
+    async def use(client):
+        await call(client)
+
+    client = asyncio.run(make())
+    with pytest.raises(RuntimeError, match=r"^this client was made in another event loop"):
+        asyncio.run(use(client))
 
 
 def test_threads_may_share_a_client(connect, server):
