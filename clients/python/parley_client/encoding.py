@@ -9,8 +9,8 @@ from google.protobuf.message import Message
 
 from parley_client.errors import InvalidRequest
 
-# What the protobuf runtimes raise for values of a wrong type, out of range, or not encodable.
-_REFUSALS = (TypeError, ValueError, OverflowError)
+# What the protobuf runtimes raise for values of a wrong type, out of range, not encodable, or nested without end.
+_REFUSALS = (TypeError, ValueError, OverflowError, RecursionError)
 _KIND_NAMES: dict[type, str] = {Iterable: "a list", Mapping: "a dict"}
 
 

@@ -10,6 +10,8 @@ from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parley_client import ChatOptions, GenerationOptions, InvalidRequest, Reply, Tool, assistant, request, user
 
 QUESTION = [user("Hi")]
+LOOP: dict[str, object] = {}
+LOOP["again"] = LOOP
 
 
 def build(**options):
@@ -83,6 +85,8 @@ def test_a_lone_stop_string_is_not_taken_apart():
         ({"stop_token_ids": 5}, "generation_config.stop_token_ids"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {1: "x"}}, "chat_template_kwargs[1]"),
+        ({"chat_template_kwargs": {"a": LOOP}}, "chat_template_kwargs['a']"),
+        ({"response_format": {"json_schema": LOOP}}, "response_format.json_schema"),
         ({"resume": 5}, "resume.token_ids"),
     ],
 )
