@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 from parley.v1 import message_pb2
-from parley_client.encoding import check_kind, set_field
+from parley_client.encoding import check_kind, join, refused, set_field
 
 
 class Role(StrEnum):
@@ -75,7 +75,10 @@ class Message:
 
     def to_proto(self, path: str) -> message_pb2.Message:
         """As `proto`; errors name the field as below `path`."""
-        proto = message_pb2.Message(role=f"ROLE_{self.role.upper()}")
+        try:
+            proto = message_pb2.Message(role=f"ROLE_{str(self.role).upper()}")
+        except ValueError as error:
+            raise refused(join(path, "role"), self.role, error) from error
         for field in ("content", "reasoning_content", "tool_call_id", "name"):
             set_field(proto, field, getattr(self, field), path)
         for i, call in enumerate(self.tool_calls):

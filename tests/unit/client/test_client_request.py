@@ -7,7 +7,7 @@ import re
 import pytest
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
-from parley_client import ChatOptions, GenerationOptions, InvalidRequest, Reply, Tool, assistant, request, user
+from parley_client import ChatOptions, GenerationOptions, InvalidRequest, Message, Reply, Tool, assistant, request, user
 
 QUESTION = [user("Hi")]
 LOOP: dict[str, object] = {}
@@ -102,6 +102,8 @@ def test_values_that_do_not_fit_are_refused_with_the_field(options, field):
     [
         (user(None), "messages[0].content: must be text, not NoneType"),
         (assistant("", tool_calls=[{"name": "a"}]), "messages[0].tool_calls[0]: must be a ToolCall, not dict"),
+        (Message("narrator", "Once"), 'messages[0].role: unknown enum label "ROLE_NARRATOR"'),
+        (Message(5, "Once"), 'messages[0].role: unknown enum label "ROLE_5"'),
     ],
 )
 def test_what_stands_in_a_message_and_does_not_belong_there_is_named(message, said):
