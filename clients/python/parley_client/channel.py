@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parley_client.credentials import ApiKey, authorization, is_local
+from parley_client.errors import Unauthenticated
 from parley_client.patience import Contact, Patience, time_limit
 
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
@@ -109,15 +110,26 @@ class CallDefaults:
         return cls(timeout, _lowered(metadata or {}), max_resumes, api_key, Contact())
 
     def args(self, timeout: float | None) -> dict[str, Any]:
-        """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own)."""
+        """Keyword arguments of a gRPC call that may take `timeout` seconds (None: the client's own).
+
+        Raises:
+            Unauthenticated: the function that gives the API key failed.
+        """
         limit = time_limit(self.timeout if timeout is None else timeout)
-        metadata = self.metadata if self.api_key is None else (*self.metadata, authorization(self.api_key))
+        metadata = self.metadata if self.api_key is None else (*self.metadata, _asked_for(self.api_key))
         return {"timeout": None if limit == math.inf else limit, "metadata": metadata}
 
     def patience(self, timeout: float | None) -> Patience:
         """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together."""
         limit = self.timeout if timeout is None else timeout
         return Patience(self.args, limit, self.max_resumes, self.contact)
+
+
+def _asked_for(api_key: ApiKey) -> tuple[str, str]:
+    try:
+        return authorization(api_key)
+    except Exception as error:  # as status.py has it where gRPC asks
+        raise Unauthenticated(f"no credentials: {error}") from error
 
 
 def _lowered(metadata: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

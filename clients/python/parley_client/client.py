@@ -117,7 +117,7 @@ class Client:
         """As `chat`, but gives the answer as it is made: `for piece in client.stream(...)`.
 
         The call starts at once; what `chat` raises, the iteration raises (except for requests that cannot be built, and
-        where the client was closed).
+        where the client was closed, or has no key to show with `insecure`).
         """
         message = request.generate("stream", messages, options)
         stream = Stream(partial(self._begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))

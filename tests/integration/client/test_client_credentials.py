@@ -115,7 +115,7 @@ def test_a_function_that_gives_no_key_is_told_as_such(
 ) -> None:
     with (
         connect(start_gateway().target, api_key=api_key, insecure=insecure, max_attempts=1) as client,
-        pytest.raises((Unauthenticated, ValueError, ZeroDivisionError), match=said),
+        pytest.raises(Unauthenticated, match=said),
     ):
         client.chat([user("Hi")])
 
