@@ -16,9 +16,11 @@ from parley_client.patience import Contact, Patience, time_limit
 MAX_ATTEMPTS_LIMIT = 5  # gRPC itself makes no more
 DEFAULT_MAX_RESUMES = 8  # over some 16 s: longer than a server takes to come back
 DEFAULT_TARGET = "localhost:50051"
+_MAX_PORT = 65_535  # gRPC would leave out the higher bits of a larger number
 # Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
 _TARGET = re.compile(
-    r"([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):\w+|(dns|unix|unix-abstract|vsock|ipv4|ipv6|xds|google-c2p):\S+"
+    r"([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):(?P<port>\w+)|dns:\S*[^\s/]|ipv[46]:\S+:\d+|unix:(?!//[^/])\S+"
+    r"|(unix-abstract|vsock|xds|google-c2p):\S+"
 )
 _METADATA_KEY = re.compile("[a-z0-9_.-]+")
 _METADATA_VALUE = re.compile("[ -~]*")
@@ -26,7 +28,9 @@ _METADATA_VALUE = re.compile("[ -~]*")
 
 def check_target(target: str) -> None:
     """Raises ValueError for a target that gRPC would take for something else than what was meant."""
-    if not _TARGET.fullmatch(target) or not target.isprintable():
+    match = _TARGET.fullmatch(target)
+    port = match["port"] if match else None
+    if not match or not target.isprintable() or (port and port.isdecimal() and int(port) > _MAX_PORT):
         raise ValueError(
             f"{target!r} is no HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor another target of gRPC's, such "
             "as dns:///HOST:PORT or unix:/PATH"

@@ -69,6 +69,7 @@ def test_a_value_that_does_not_fit_is_one_line_and_exit_code_1(capsys):
         "dns:///parley.example:50051",
         "dns:parley.example",
         "unix:/run/parley.sock",
+        "unix:///run/parley.sock",
         "unix-abstract:parley",
         "ipv4:10.0.0.1:50051,10.0.0.2:50051",
         "ipv6:[::1]:50051",
@@ -82,7 +83,23 @@ def test_every_kind_of_target_that_grpc_knows_is_taken(target):
 
 @pytest.mark.parametrize(
     "target",
-    ["", "localhost", "http://localhost:50051", "::1:50051", "localhost:", "a b:1", "a:1/", "caf\udce9:1", "dns:\0"],
+    [
+        "",
+        "localhost",
+        "http://localhost:50051",
+        "::1:50051",
+        "localhost:",
+        "localhost:65536",
+        "a b:1",
+        "a:1/",
+        "caf\udce9:1",
+        "dns:\0",
+        "dns:///",
+        "dns:///a:1/",
+        "ipv4:10.0.0.1",
+        "ipv6:[::1]",
+        "unix://run/parley.sock",
+    ],
 )
 def test_what_grpc_would_take_for_something_else_is_no_target(target, monkeypatch, capsys):
     for client in Client, AsyncClient:
