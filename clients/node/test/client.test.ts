@@ -397,6 +397,12 @@ test("what no request has is refused at the call, by its path", async () => {
     [{ ...QUESTION, toolChoice: 5n }, /^toolChoice: 5n is no object$/],
     [{ messages: [user("a 🙂".slice(0, 3))] }, /^messages\[0\]\.content: has half of a surrogate pair at 2, which is no text$/],
     [{ ...QUESTION, generationConfig: { stopStrings: ["🙂", "\udc00"] } }, /^generationConfig\.stopStrings\[1\]: has half /],
+    [{ ...QUESTION, chatTemplateKwargs: { role: ["\ud800"] } }, /^chatTemplateKwargs\.role\[0\]: has half of a surrogate pair at 0, /],
+    [{ ...QUESTION, generationConfig: { maxNewTokens: "64" } }, /^generationConfig\.maxNewTokens: takes no '64'$/],
+    [{ ...QUESTION, generationConfig: { stopTokenIds: [1, "2"] } }, /^generationConfig\.stopTokenIds\[1\]: takes no '2'$/],
+    [{ ...QUESTION, generationConfig: { doSample: "false" } }, /^generationConfig\.doSample: takes no 'false'$/],
+    [{ ...QUESTION, generationConfig: { seed: 2 ** 53 } }, /^generationConfig\.seed: takes no 9007199254740992$/],
+    [{ messages: [user(5 as never)] }, /^messages\[0\]\.content: takes no 5$/],
   ];
   for (const [request, message] of refused) {
     const error = { name: "TypeError", message };
@@ -420,13 +426,14 @@ test("names of enum values may be spelled out, and left out fields undefined", a
   const request = {
     messages: [{ role: "ROLE_USER", content: "Hi", name: undefined }],
     toolChoice: { mode: "MODE_NONE" },
-    generationConfig: { logitBias: { 7: 1 } },
-    chatTemplateKwargs: { role: "user", deep: { mode: [1] } },
+    generationConfig: { logitBias: { 7: 0.1 }, seed: 7 },
+    chatTemplateKwargs: { role: "user", mode: { role: [1, true, null] }, responseFormat: { text: {}, regex: "" } },
     unknown: undefined,
   };
   await connect(target).generate(request as unknown as GenerateInput);
   assert.equal(seen[0]?.messages[0]?.role, Role.USER);
   assert.equal(seen[0].toolChoice?.mode, ToolChoice_Mode.NONE);
+  assert.equal(seen[0].generationConfig?.seed, 7n);
   assert.deepEqual(seen[0].chatTemplateKwargs, request.chatTemplateKwargs);
 });
 
