@@ -312,10 +312,12 @@ def test_chat_on_a_terminal_goes_on_after_an_error_and_after_ctrl_c(server, monk
     assert [message.content for message in server.requests[-1].messages] == ["Two"]
 
 
-def test_an_output_that_cannot_be_written_is_one_line(server):
+@pytest.mark.parametrize("arguments", [["generate", "Hi"], ["--help"], ["--version"]], ids=" ".join)
+def test_an_output_that_cannot_be_written_is_one_line(server, monkeypatch, arguments):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     server.says("Hello")
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "parley_client", "generate", "Hi", "--target", server.target]
+        command = [sys.executable, "-m", "parley_client", *arguments]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("parley: error: the output cannot be written")
