@@ -248,6 +248,7 @@ class AsyncStream(AsyncIterator[Piece]):
         self._accumulator = Accumulator(message)
         self._resumption = Resumption(self._accumulator, patience)
         self._is_cancelled = False
+        self._failure: ParleyError | None = None
         self._awake = asyncio.Event()  # as that of `Stream`
         self._begin = begin
         self._call_for(message, patience.call_args())
@@ -262,6 +263,8 @@ class AsyncStream(AsyncIterator[Piece]):
 
     async def __anext__(self) -> Piece:
         """The next piece. Raises as `Stream.__next__`."""
+        if self._failure is not None:
+            raise self._failure  # gRPC's iterator tells it once, and then seems to have ended well
         try:
             while not self._is_cancelled:
                 try:
@@ -288,6 +291,7 @@ class AsyncStream(AsyncIterator[Piece]):
         try:
             delay_s = self._resumption.delay_after(status.from_rpc_error(error))
         except ParleyError as final:
+            self._failure = final
             raise final from error
         await _happens_within(delay_s, self._awake)
         if self._is_cancelled:

@@ -209,6 +209,16 @@ def test_an_error_in_mid_stream_follows_the_pieces_before_it(client, server):
     assert (stream.reply.content, stream.reply.finish_reason) == ("Hel", None)
 
 
+def test_a_failed_stream_tells_the_same_error_to_whoever_goes_on(client, server):
+    server.script["GenerateStream"] = lambda request, context: server.fails(
+        context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"
+    )
+    stream = client.stream(QUESTION)
+    for _ in range(3):
+        with pytest.raises(InvalidRequest, match="as scripted"):
+            next(stream)
+
+
 @pytest.mark.parametrize("num_finished", [0, 1])
 def test_a_stream_that_ends_without_finish_reason_is_an_error(client, server, num_finished):
     def end_early(request, context):
