@@ -86,6 +86,7 @@ type Streaming<Request, Response> = (
 const TARGET = /^(([^\s:/,[\]]+|\[[^\s/,[\]]+\]):\d+|(dns|unix|ipv4|ipv6|xds):\S+)$/;
 const LOCAL_TARGET = /^(dns:\/{0,3}|ipv[46]:)?(localhost|127(\.\d+){3}|\[::1\]):\d+$|^unix:/;
 const KEY = /^[!-~]+$/;
+const METADATA_VALUE = /^[ -~]*$/;
 const ENDLESS_MS = 1e14; // gRPC's timeouts have eight digits, of hours at most
 const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back
 
@@ -117,7 +118,12 @@ export class Client {
       ? credentials.createSsl(tls.rootCertificates, tls.privateKey, tls.certificateChain)
       : credentials.createInsecure();
     this.#stub = new ChatServiceClient(target, channel, channelOptions(target, tls?.serverName));
-    for (const [key, value] of Object.entries(options.metadata ?? {})) this.#metadata.set(key, value);
+    for (const [key, value] of Object.entries(options.metadata ?? {})) {
+      // gRPC's own error would tell the value, which may be a key.
+      if (typeof value === "string" && !METADATA_VALUE.test(value))
+        throw new TypeError(`metadata: ${key}: is no text in printable ASCII`);
+      this.#metadata.set(key, value);
+    }
     if (apiKey !== undefined) this.#metadata.set("authorization", `Bearer ${apiKey}`);
     this.#timeoutMs = options.timeoutMs;
     this.#maxResumes = options.maxResumes ?? DEFAULT_MAX_RESUMES;

@@ -499,6 +499,12 @@ test("what can be no API key is refused, and told to nobody", async () => {
   assert.deepEqual(seen, []);
 });
 
+test("metadata that cannot be sent is refused by its key, and its value told to nobody", () => {
+  const message = "metadata: authorization: is no text in printable ASCII";
+  for (const value of ["Bearer secret\n", "Bearer sécret"])
+    assert.throws(() => new Client("localhost:1", { metadata: { authorization: value } }), { name: "TypeError", message });
+});
+
 test("no proxy stands between a client and its own machine", async () => {
   const target = await serve({ getModel: (_, callback) => callback(null, GetModelResponse.fromPartial({ model: "scripted" })) });
   process.env.http_proxy = "http://127.0.0.1:1";
