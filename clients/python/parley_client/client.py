@@ -258,8 +258,8 @@ class Client:
 class Stream(Iterator[Piece]):
     """An answer being made: iterate over its pieces.
 
-    Leaving the iteration early (`break`, an exception, Ctrl-C), `cancel()`, leaving a `with` block, or dropping the
-    stream cancels the call, which frees the model. Only the iteration itself must stay in one thread.
+    Leaving the iteration early and dropping the stream, Ctrl-C while it waits, `cancel()`, or leaving a `with` block
+    cancels the call, which frees the model. Only the iteration itself must stay in one thread.
 
     A program that goes on after Ctrl-C, such as a notebook, better iterates in another thread than the main one:
     KeyboardInterrupt within gRPC can leave a lock held that every later call of the client waits for.
