@@ -40,10 +40,12 @@ class BatchReader:
     """Turns the messages of one call into results and knows which items still lack theirs."""
 
     def __init__(self, request: chat_pb2.GenerateBatchRequest) -> None:
+        self.has_begun = False
         self._open = {index: item.request_id for index, item in enumerate(request.requests)}
 
     def read(self, response: chat_pb2.GenerateBatchResponse) -> BatchResult:
         """The result in the call's next message."""
+        self.has_begun = True
         request_id = self._open.pop(response.index, None)
         if response.WhichOneof("result") == "error":
             return BatchResult(response.index, status.from_proto(response.error, request_id or None))

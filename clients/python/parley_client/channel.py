@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,12 @@ def check_target(target: str) -> None:
         )
 
 
-def channel_options(target: str, max_attempts: int) -> list[tuple[str, str | int]]:
+def channel_options(
+    target: str, max_attempts: int, methods: Collection[str] | None = None
+) -> list[tuple[str, str | int]]:
     """Options of a channel to `target`, on which a call is tried `max_attempts` times (1 to 5; 1 is no retry).
+
+    `methods`: those of the chat service that gRPC tries again; None is all.
 
     Raises:
         ValueError: `max_attempts` is out of range.
@@ -59,11 +63,11 @@ def channel_options(target: str, max_attempts: int) -> list[tuple[str, str | int
         # The proxy that $http_proxy names cannot know what this machine calls localhost.
         ("grpc.enable_http_proxy", int(not is_local(target))),
         ("grpc.enable_retries", int(max_attempts > 1)),
-        ("grpc.service_config", service_config(max_attempts)),
+        ("grpc.service_config", service_config(max_attempts, methods)),
     ]
 
 
-def service_config(max_attempts: int) -> str:
+def service_config(max_attempts: int, methods: Collection[str] | None = None) -> str:
     """The gRPC service config, as JSON: calls take turns among a target's addresses; which are tried again, and when.
 
     gRPC tries again only until the answer's headers arrive, and a Parley server sends these with the first message: so
@@ -82,7 +86,9 @@ def service_config(max_attempts: int) -> str:
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
     # Not the health service: its answer is about now.
-    config["methodConfig"] = [{"name": [{"service": "parley.v1.ChatService"}], "retryPolicy": retry_policy}]
+    service = {"service": "parley.v1.ChatService"}
+    names = [service] if methods is None else [service | {"method": method} for method in methods]
+    config["methodConfig"] = [{"name": names, "retryPolicy": retry_policy}]
     config["retryThrottling"] = {"maxTokens": 1000, "tokenRatio": 0.5}
     return json.dumps(config)
 
@@ -123,10 +129,13 @@ class CallDefaults:
         metadata = self.metadata if self.api_key is None else (*self.metadata, _asked_for(self.api_key))
         return {"timeout": None if limit == math.inf else limit, "metadata": metadata}
 
-    def patience(self, timeout: float | None) -> Patience:
-        """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together."""
+    def patience(self, timeout: float | None, num_retries: int = 0, is_resumed: bool = True) -> Patience:
+        """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together.
+
+        `num_retries`: see Patience. `is_resumed`: whether it is one of those of `max_resumes`.
+        """
         limit = self.timeout if timeout is None else timeout
-        return Patience(self.args, limit, self.max_resumes, self.contact)
+        return Patience(self.args, limit, self.max_resumes if is_resumed else 0, self.contact, num_retries)
 
 
 def _asked_for(api_key: ApiKey) -> tuple[str, str]:

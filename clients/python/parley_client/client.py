@@ -29,6 +29,10 @@ from parley_client.reply import Reply
 from parley_client.request import AnyMessage
 from parley_client.resumption import Resumption
 
+# With grpcio a blocking stream whose server dies before its first message would never end, not at its deadline either,
+# once gRPC's own tries are used up (seen from 1.71 to 1.85): those of streams are made here.
+_RETRIED_BY_GRPC = ("Generate", "CountTokens", "GetModel")
+
 
 class Client:
     """A connection to a Parley server; threads may share it. Close it, or use it as a context manager.
@@ -66,7 +70,8 @@ class Client:
         max_resumes: int = DEFAULT_MAX_RESUMES,
     ) -> None:
         check_target(target)
-        options = channel_options(target, max_attempts)
+        options = channel_options(target, max_attempts, _RETRIED_BY_GRPC)
+        self._num_retries = max_attempts - 1  # of streams
         credentials = channel_credentials(target, credentials, api_key, insecure)
         self._defaults = CallDefaults.create(timeout, metadata, max_resumes, api_key if credentials is None else None)
         if credentials is None:
@@ -120,7 +125,8 @@ class Client:
         where the client was closed, or has no key to show with `insecure`).
         """
         message = request.generate("stream", messages, options)
-        stream = Stream(partial(self._begin, self._chat.GenerateStream), message, self._defaults.patience(timeout))
+        patience = self._defaults.patience(timeout, self._num_retries)
+        stream = Stream(partial(self._begin, self._chat.GenerateStream), message, patience)
         with self._streams_lock:
             self._streams.add(stream)
         if self._closed.is_set():  # in the meantime, by another thread
@@ -147,18 +153,29 @@ class Client:
             ParleyError: the call as a whole failed; what finished before has been told by then. IncompleteStream if it
                 ended with items left over.
         """
-        return self._results(request.generate_batch(requests, options), self._defaults.args(timeout))
+        batch = request.generate_batch(requests, options)
+        patience = self._defaults.patience(timeout, self._num_retries, is_resumed=False)
+        return self._results(batch, patience, patience.call_args())
 
-    def _results(self, batch: chat_pb2.GenerateBatchRequest, args: Mapping[str, Any]) -> Generator[BatchResult]:
+    def _results(
+        self, batch: chat_pb2.GenerateBatchRequest, patience: Patience, args: Mapping[str, Any]
+    ) -> Generator[BatchResult]:
         reader = BatchReader(batch)
-        call = self._begin(self._chat.GenerateBatch, batch, **args)
-        try:
-            for response in call:
-                yield reader.read(response)
-        except grpc.RpcError as error:
-            raise status.from_rpc_error(error) from error
-        finally:
-            call.cancel()
+        while True:
+            call = self._begin(self._chat.GenerateBatch, batch, **args)
+            try:
+                for response in call:
+                    yield reader.read(response)
+                break
+            except grpc.RpcError as error:
+                failed = status.from_rpc_error(error)
+                delay_s = None if reader.has_begun else patience.delay_before_again(failed)
+                if delay_s is None:
+                    raise failed from error
+            finally:
+                call.cancel()
+            self._pause(delay_s)
+            args = patience.call_args()
         reader.check_ended()
 
     def count_tokens(

@@ -39,14 +39,17 @@ class Patience:
         timeout: float | None,
         max_failures: int,
         contact: Contact,
+        num_retries: int = 0,
     ) -> None:
         """`args`: makes those of a call with a timeout. `timeout`: of all together, in seconds; None is no limit.
 
-        `max_failures`: in a row.
+        `max_failures`: in a row. `num_retries`: before these, of a call that gRPC does not try again itself.
         """
         self._args = args
         self._max_failures = max_failures
         self._contact = contact
+        self._num_retries = num_retries
+        self._retries = 0
         self._failures = 0
         self._last: ParleyError | None = None
         self._deadline = time.monotonic() + time_limit(timeout)
@@ -68,12 +71,7 @@ class Patience:
         if not is_passing or self._failures == self._max_failures:
             return None
         self._failures += 1
-        self._last = error
-        num_doublings = min(self._failures - 1, _MAX_DOUBLINGS)
-        backoff_s: float = min(_FIRST_DELAY_S * 2**num_doublings, _MAX_DELAY_S)
-        jitter = random.uniform(0.8, 1.2)  # nosec B311
-        delay_s = max(backoff_s * jitter, error.retry_after_s or 0.0)
-        return min(delay_s, self._remaining_s())
+        return self._delay_s(self._failures, error)
 
     def delay_before_again(self, error: ParleyError) -> float | None:
         """As `delay_after`, for a call that is to be made once more from its beginning.
@@ -82,11 +80,22 @@ class Patience:
         """
         if error.request_id is not None:
             self._contact.is_made = True
+        if self._retries < self._num_retries and isinstance(error, Unavailable):
+            self._retries += 1
+            return self._delay_s(self._retries, error)
         return self.delay_after(error) if self._contact.is_made else None
 
     def call_args(self) -> dict[str, Any]:
         """Keyword arguments of the next call."""
         return self._args(self._remaining_s())
+
+    def _delay_s(self, num_tries: int, error: ParleyError) -> float:
+        self._last = error
+        num_doublings = min(num_tries - 1, _MAX_DOUBLINGS)
+        backoff_s: float = min(_FIRST_DELAY_S * 2**num_doublings, _MAX_DELAY_S)
+        jitter = random.uniform(0.8, 1.2)  # nosec B311
+        delay_s = max(backoff_s * jitter, error.retry_after_s or 0.0)
+        return min(delay_s, self._remaining_s())
 
     def _remaining_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())

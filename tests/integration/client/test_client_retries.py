@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 
@@ -22,6 +23,7 @@ from parley_client import (
     patience,
     user,
 )
+from tests.integration.client.conftest import PATIENCE_S
 
 QUESTION = [user("Hello?")]
 METHODS = pytest.mark.parametrize("method", ["chat", "stream"])
@@ -84,6 +86,32 @@ def test_one_attempt_is_no_retry(connect, server, refuse_first, method):
     assert len(server.requests) == 1
 
 
+@pytest.fixture
+def dying_target():
+    """Of a server that takes one call's connection and is gone, and nobody listens after it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        connection, _ = listener.accept()
+        connection.sendall(b"\0\0\0\4\0\0\0\0\0")  # HTTP/2's settings, of which there are none
+        received = b""
+        while b"parley.v1.ChatService" not in received:
+            received += connection.recv(4096)
+        listener.close()
+        connection.close()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    server.join(PATIENCE_S)
+
+
+@pytest.mark.parametrize("method", ["chat", "stream", "generate_batch"])
+def test_a_call_whose_server_dies_before_it_says_a_word_ends(connect, dying_target, method):
+    with connect(dying_target, max_attempts=3) as client, pytest.raises(ConnectionFailed):
+        list(client.generate_batch([QUESTION])) if method == "generate_batch" else ask(client, method)
+
+
 @METHODS
 def test_retries_keep_the_reason(connect, server, method):
     server.script["Generate"] = server.script["GenerateStream"] = lambda request, context: server.fails(
@@ -96,10 +124,10 @@ def test_retries_keep_the_reason(connect, server, method):
 
 @METHODS
 def test_a_call_outlasts_a_server_that_takes_longer_to_be_ready(connect, server, refuse_first, without_delays, method):
-    refuse_first(12, refuse=lambda context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY"))
+    refuse_first(8, refuse=lambda context: server.fails(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY"))
     with connect(server.target) as client:
         assert ask(client, method) == "Hello there"
-    assert len(server.requests) == 13
+    assert len(server.requests) == 9
 
 
 @METHODS
