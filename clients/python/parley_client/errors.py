@@ -130,7 +130,7 @@ class Draining(Unavailable):
 
 
 class WorkerLost(Unavailable):
-    """The process that held the model died."""
+    """The process that held the model died, and the server has given up replacing it."""
 
     default_reason = "WORKER_LOST"
 
