@@ -72,7 +72,7 @@ class ModelSettings:
     )
     max_context_tokens: int | None = _option(
         None,
-        "Longest prompt and answer together, if less than the model's own context, whose KV cache takes more memory.",
+        "Longest prompt and answer together. Default: the model's own context; less than that takes less memory.",
         minimum=16,
     )
     max_batch_tokens: int = _option(512, "Most tokens that engine batching computes in one step.", minimum=64)
@@ -113,12 +113,12 @@ class ServerSettings:
         1_000_000, "Most tokens, of prompts and resumed output, that waiting requests have together.", minimum=1
     )
     refuse_late: bool = _option(
-        True, "Refuse at once what cannot have a first token by its deadline, as queue and prompts went of late."
+        True, "Refuse at once what cannot have a first token by its deadline, judged by how long recent requests took."
     )
     stream_interval: int = _option(
         1,
-        "Tokens that each message of a stream waits for, but the first and the last. More of them save server and "
-        "clients processor time where many stream fast.",
+        "Tokens that each message of a stream waits for, except the first and the last message. Larger values save "
+        "server and clients processor time where many answers stream fast.",
         minimum=1,
         maximum=256,
     )
