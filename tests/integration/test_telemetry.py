@@ -182,6 +182,14 @@ def test_probes_follow_the_service(start_gateway: StartGateway) -> None:
     assert get(gateway, "/readyz")[0] == 200
 
 
+def test_a_service_that_has_given_up_is_no_longer_alive(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(max_worker_restarts=0, admin_port=0)
+    assert get(gateway, "/healthz")[0] == 200
+    os.kill(gateway.gateway.supervisor.worker_pid or 0, signal.SIGKILL)
+    gateway.wait_health(NOT_SERVING)
+    eventually(lambda: get(gateway, "/healthz")[0] == 503)
+
+
 def test_a_model_that_is_ready_only_after_sigterm_brings_no_traffic(start_gateway: StartGateway) -> None:
     gateway = start_gateway(worker=("--load-delay", "1"), wait_ready=False, drain_delay=60, admin_port=0)
     gateway.loop.call_soon_threadsafe(gateway.gateway.begin_shutdown)
@@ -299,7 +307,7 @@ def test_an_admin_port_in_use_stops_the_start(observed: GatewayThread) -> None:
 
     host, port = observed.admin.split(":")
     with pytest.raises(StartupError, match=f"{host}:{port}"):
-        AdminServer(host, int(port), observed.gateway.observer.metrics.registry, lambda: True)
+        AdminServer(host, int(port), observed.gateway.observer.metrics.registry, lambda: True, lambda: True)
 
 
 def test_logs_can_be_json() -> None:

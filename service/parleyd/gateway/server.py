@@ -135,7 +135,11 @@ class Gateway:
         if server.admin_port is None:
             return None
         self._admin = AdminServer(
-            server.admin_host, server.admin_port, self.observer.metrics.registry, lambda: self.health.is_serving
+            server.admin_host,
+            server.admin_port,
+            self.observer.metrics.registry,
+            is_alive=lambda: not self.supervisor.has_given_up,
+            is_serving=lambda: self.health.is_serving,
         )
         return f"{_bracketed(server.admin_host)}:{self._admin.port}"
 

@@ -64,6 +64,7 @@ class Supervisor:
         self._slowest_load_s = 0.0
         self._losses = 0  # workers lost since one last made a token
         self.num_restarts = 0
+        self.has_given_up = False  # for good
         self._refusal: ParleyError | None = None
 
     @property
@@ -207,6 +208,7 @@ class Supervisor:
         self._client.fail_all(WorkerLost())
         self._set_serving(False)
         if lost.link is not None:
+            self.has_given_up = True
             await asyncio.Event().wait()
 
     def _start_worker(self) -> Worker:

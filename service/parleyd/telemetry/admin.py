@@ -27,9 +27,17 @@ _RETRY_S = 0.1
 class AdminServer:
     """Plain HTTP in threads of its own, so that it answers whatever the event loop does."""
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, is_serving: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        is_alive: Callable[[], bool],
+        is_serving: Callable[[], bool],
+    ) -> None:
         """Listens at once. Raises StartupError if the port cannot be bound."""
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
+        self._is_alive = is_alive
         self._is_serving = is_serving
         try:
             self._server = make_server(host, port, self._answer, _Server, _Handler)
@@ -52,7 +60,7 @@ class AdminServer:
                     _logger.warning("/metrics failed: %r", error)
                     status = "500 Internal Server Error"
             case "/healthz":
-                status = "200 OK"
+                status = "200 OK" if self._is_alive() else "503 Service Unavailable"
             case "/readyz":
                 status = "200 OK" if self._is_serving() else "503 Service Unavailable"
             case _:
