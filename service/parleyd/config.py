@@ -52,7 +52,11 @@ class ModelSettings:
         "also AWQ, GPTQ and compressed-tensors.",
         choices=("auto", "torchao-int8", "torchao-int4", "bitsandbytes-8bit", "bitsandbytes-4bit"),
     )
-    device_map: str = _option("auto", "Where accelerate places the model, such as auto, cpu or cuda:0.", metavar="MAP")
+    device_map: str = _option(
+        "auto",
+        "Where accelerate places the model, such as cpu or cuda:0; auto: on one GPU, or on all if none has the room.",
+        metavar="MAP",
+    )
     attn_implementation: str = _option(
         "auto",
         "Attention of transformers under engine generate; auto lets it choose. Engine batching has its own.",

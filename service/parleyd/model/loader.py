@@ -30,6 +30,7 @@ from parleyd.model import explain, generation_config
 from parleyd.model.checkpoint import ADAPTER, Checkpoint
 from parleyd.model.files import ModelFiles, find_files
 from parleyd.model.gguf_blocks import GgufBlocks, open_blocks
+from parleyd.model.memory import placement
 from parleyd.model.quantization import quantization_config, unpack
 from parleyd.model.quiet import silence_transformers
 
@@ -100,7 +101,7 @@ def _load_weights(checkpoint: Checkpoint, settings: ModelSettings, quantization:
         model, report = auto_model.from_pretrained(
             str(checkpoint.folder),
             dtype=settings.dtype,
-            device_map=settings.device_map,
+            device_map=placement(settings.device_map, checkpoint.num_bytes(settings.dtype)),
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=not checkpoint.is_pickled,
             output_loading_info=True,

@@ -9,6 +9,8 @@ from parleyd.errors import StartupError
 from parleyd.model.cgroup import free_memory
 from parleyd.model.explain import gib
 
+# Of a GPU's free memory, what weights may take that are put onto it alone: a KV cache must fit beside them.
+_WEIGHTS_SHARE = 0.8
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -31,6 +33,16 @@ def check_device_map(device_map: str) -> None:
 def is_on_cpu(device_map: str) -> bool:
     """Whether that is where `device_map` puts a model here."""
     return device_map == "cpu" or not torch.cuda.is_available()
+
+
+def placement(device_map: str, num_bytes: int) -> str:
+    """Where weights of `num_bytes` go. Of several GPUs "auto" takes the one with the most room, if that is enough:
+    transformers would spread them over all, and engine `batching` drives one."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device_map != "auto" or num_gpus < 2:
+        return device_map
+    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(num_gpus)]
+    return f"cuda:{free.index(max(free))}" if num_bytes <= max(free) * _WEIGHTS_SHARE else device_map
 
 
 def check_fits(model: str, num_bytes: int, device_map: str) -> None:
