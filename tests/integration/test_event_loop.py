@@ -12,7 +12,7 @@ import grpc
 import pytest
 from google.protobuf import struct_pb2
 
-from parley.v1 import chat_pb2, chat_pb2_grpc, message_pb2
+from parley.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, message_pb2
 from tests.support.requests import ask
 from tests.support.tools import REQUIRED
 from tests.support.watched_gateway import watched_gateway
@@ -34,6 +34,11 @@ def test_no_callback_computes_for_more_than_10_ms(tokenizer_folder: Path) -> Non
 @pytest.mark.alone
 def test_nor_for_many_small_things_in_one_message(tokenizer_folder: Path) -> None:
     assert_never_held_up(tokenizer_folder, many_small_things)
+
+
+@pytest.mark.alone
+def test_nor_for_many_answers_to_one_large_grammar(tokenizer_folder: Path) -> None:
+    assert_never_held_up(tokenizer_folder, many_answers)
 
 
 def assert_never_held_up(folder: Path, load: Callable[[str], Coroutine[Any, Any, None]]) -> None:
@@ -85,6 +90,16 @@ async def many_small_things(target: str) -> None:
         request = ask("!forever", max_new_tokens=400, num_return_sequences=2, do_sample=True, top_logprobs=20)
         answer = await stub.Generate(request)
         assert [len(choice.logprobs) for choice in answer.choices] == [400] * 2
+
+
+async def many_answers(target: str) -> None:
+    """Each takes the grammar to the worker; JSON has three times the letters."""
+    choices = [f"{i:04}" + "é" * (_LARGE_BYTES // 2048) for i in range(1024)]
+    response_format = generation_pb2.ResponseFormat(choice=generation_pb2.ChoiceFormat(choices=choices))
+    async with grpc.aio.insecure_channel(target) as channel:
+        request = ask("x", response_format=response_format, num_return_sequences=16, temperature=1, max_new_tokens=4)
+        answer = await chat_pb2_grpc.ChatServiceStub(channel).Generate(request)
+        assert len(answer.choices) == 16
 
 
 def large_requests() -> list[chat_pb2.GenerateRequest]:

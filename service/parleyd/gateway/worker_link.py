@@ -18,6 +18,8 @@ WORKER_COMMAND = (sys.executable, "-P", "-m", "parleyd.worker")
 
 _STOP_TIMEOUT_S = 5.0
 _STDERR_FD = 2
+# Ids and characters after which a message takes no further request: it is made in one go, while the event loop waits.
+_MAX_LENGTH = 256 * 1024
 
 
 class WorkerLink:
@@ -74,7 +76,7 @@ class WorkerLink:
 
     def submit(self, request: EngineRequest) -> None:
         """Has a request generated: told in one message with all that changes before the loop's next turn, or for as
-        long as the worker takes nothing."""
+        long as the worker takes nothing; after that one, where the message is long already."""
         self._send_changes_soon()
         self._submitted[request.key] = request
 
@@ -97,11 +99,23 @@ class WorkerLink:
         with suppress(OSError):  # it is gone
             # What clients submit and give up would pile up before a worker that stands still.
             await self._writer.drain()
-        changes = messages.Changes([*self._submitted.values()], self._aborted)
-        self._submitted, self._aborted, self._sending = {}, [], None
+        changes = messages.Changes(self._take_submitted(), self._aborted)
+        self._aborted, self._sending = [], None
+        if self._submitted:
+            self._send_changes_soon()
         self.num_submitted += len(changes.submitted)
         if changes.submitted or changes.aborted:
             self.send(changes)
+
+    def _take_submitted(self) -> list[EngineRequest]:
+        """Those of the next message."""
+        taken: list[EngineRequest] = []
+        length = 0
+        while self._submitted and length < _MAX_LENGTH:
+            request = self._submitted.pop(next(iter(self._submitted)))
+            taken.append(request)
+            length += len(request.prompt_ids) + len(request.output_ids) + len(request.params.grammar)
+        return taken
 
     def kill(self) -> None:
         """Ends the process without a word, also one that is stopped, and the connection, whoever else holds it."""

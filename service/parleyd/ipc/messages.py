@@ -1,5 +1,5 @@
 """The messages between the processes, in MessagePack: for all requests together, one a step back, and there one for all
-that changes in a turn of the event loop.
+that changes in a turn of the event loop, unless that is long.
 """
 
 from __future__ import annotations

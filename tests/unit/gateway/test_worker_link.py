@@ -39,6 +39,32 @@ async def test_what_changes_in_a_turn_of_the_loop_goes_in_one_message() -> None:
     await writer.wait_closed()
 
 
+async def test_large_requests_go_one_by_one_as_the_worker_takes_them() -> None:
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    link = WorkerLink(cast(asyncio.subprocess.Process, None), reader, writer)
+    params = SamplingParams(max_new_tokens=1, grammar="x" * 2**20)
+    large = [EngineRequest(key=key, prompt_ids=(1,), params=params) for key in range(3)]
+    small = [EngineRequest(key=key, prompt_ids=(1,), params=SamplingParams(max_new_tokens=1)) for key in range(3, 6)]
+    with theirs, theirs.makefile("rb") as stream:
+
+        async def received() -> messages.ToWorker:
+            payload = await asyncio.to_thread(read_frame, stream)
+            assert payload is not None
+            return messages.decode_to_worker(payload)
+
+        for request in (*large, *small):
+            link.submit(request)
+        link.abort(7)
+        assert await received() == messages.Changes(large[:1], [7])
+        link.abort(2)  # before its turn
+        assert await received() == messages.Changes(large[1:2], [])
+        assert await received() == messages.Changes(small, [])
+        assert link.num_submitted == 5
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_a_request_that_no_message_can_hold_keeps_no_other_from_the_worker() -> None:
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=ours)
