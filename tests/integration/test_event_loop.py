@@ -14,6 +14,7 @@ from google.protobuf import struct_pb2
 
 from parley.v1 import chat_pb2, chat_pb2_grpc, generation_pb2, message_pb2
 from tests.support.requests import ask
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
 from tests.support.tools import REQUIRED
 from tests.support.watched_gateway import watched_gateway
 
@@ -23,6 +24,8 @@ _NUM_STREAMS = 48
 _NUM_WAITING = 500
 # Far beyond any context. gRPC's own copying and decoding of the 4 MiB that a message may have takes 10 ms and more.
 _LARGE_BYTES = 512 * 1024
+# Thousands of messages are in no context but of a template that leaves most out.
+_FORGETFUL_TEMPLATE = "{{ '<|im_start|>user\n' + messages[-1]['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
 
 
 @pytest.mark.alone
@@ -34,6 +37,12 @@ def test_no_callback_computes_for_more_than_10_ms(tokenizer_folder: Path) -> Non
 @pytest.mark.alone
 def test_nor_for_many_small_things_in_one_message(tokenizer_folder: Path) -> None:
     assert_never_held_up(tokenizer_folder, many_small_things)
+
+
+@pytest.mark.alone
+def test_nor_for_many_answers_to_a_long_conversation(tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path, chat_template=_FORGETFUL_TEMPLATE)
+    assert_never_held_up(folder, a_long_conversation)
 
 
 @pytest.mark.alone
@@ -90,6 +99,13 @@ async def many_small_things(target: str) -> None:
         request = ask("!forever", max_new_tokens=400, num_return_sequences=2, do_sample=True, top_logprobs=20)
         answer = await stub.Generate(request)
         assert [len(choice.logprobs) for choice in answer.choices] == [400] * 2
+
+
+async def a_long_conversation(target: str) -> None:
+    conversation = ask(*["x"] * 4095, num_return_sequences=16, temperature=1, max_new_tokens=4)
+    async with grpc.aio.insecure_channel(target) as channel:
+        answer = await chat_pb2_grpc.ChatServiceStub(channel).Generate(conversation)
+        assert len(answer.choices) == 16
 
 
 async def many_answers(target: str) -> None:

@@ -139,11 +139,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         deadline = current_call.get().deadline
         if deadline is not None and deadline <= time.monotonic():
             raise DeadlineExceeded
-        num_choices = served.num_choices(request, params)
         generation = Generation(
             prompt_ids=tuple(prompt.token_ids),
             params=params,
-            answers=[self._answer(request, params, prompt, index) for index in range(num_choices)],
+            answers=self._answers(request, params, prompt),
             priority=request.priority,
             deadline=deadline,
             grammar_field="tools" if tools.is_required(request.tool_choice) else "response_format",
@@ -162,7 +161,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     def _stop_strings(self, request: chat_pb2.GenerateRequest) -> Sequence[str]:
         return request.generation_config.stop_strings or self._served.info.defaults.stop_strings
 
-    def _answer(self, request: chat_pb2.GenerateRequest, params: SamplingParams, prompt: Prompt, choice: int) -> Answer:
+    def _answers(self, request: chat_pb2.GenerateRequest, params: SamplingParams, prompt: Prompt) -> list[Answer]:
+        """One for each choice. What there may be thousands of in a request is looked through once for all."""
         config, answer_format = request.generation_config, self._served.answer_format
         tool_names = [tool.name for tool in tools.offered(request)]
         earlier_ids = [call.id for message in request.messages for call in message.tool_calls]
@@ -171,24 +171,28 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         # What has the form of response_format is content from its first token to its last.
         is_all_content = convert.has_format(request.response_format)
         markers = () if is_all_content else answer_format.markers(with_tools=bool(tool_names))
-        text = SequenceText(
-            self._served.tokenizer,
-            skip_special_tokens=skip_special_tokens,
-            shown_ids=self._served.tokenizer.special_ids_of(markers),
-            stop_strings=self._stop_strings(request),
-            include_stop_string=config.include_stop_string,
-            min_new_tokens=params.min_new_tokens,
-            # What continues a text, or follows a grammar, is told to its first space.
-            id_before=prompt.token_ids[-1] if request.continue_final_message or params.grammar else None,
-        )
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
-        parser = answer_format.parser(
-            tool_names,
-            lambda index: call_id(params.seed, choice, len(earlier_ids) + index, taken_ids),
-            opens_reasoning=prompt.opens_reasoning,
-            continued=convert.continued(request),
-        )
-        return Answer(self._served.tokenizer, text, AnswerParser() if is_all_content else parser, hidden_ids)
+
+        def answer(choice: int) -> Answer:
+            text = SequenceText(
+                self._served.tokenizer,
+                skip_special_tokens=skip_special_tokens,
+                shown_ids=self._served.tokenizer.special_ids_of(markers),
+                stop_strings=self._stop_strings(request),
+                include_stop_string=config.include_stop_string,
+                min_new_tokens=params.min_new_tokens,
+                # What continues a text, or follows a grammar, is told to its first space.
+                id_before=prompt.token_ids[-1] if request.continue_final_message or params.grammar else None,
+            )
+            parser = answer_format.parser(
+                tool_names,
+                lambda index: call_id(params.seed, choice, len(earlier_ids) + index, taken_ids),
+                opens_reasoning=prompt.opens_reasoning,
+                continued=convert.continued(request),
+            )
+            return Answer(self._served.tokenizer, text, AnswerParser() if is_all_content else parser, hidden_ids)
+
+        return [answer(choice) for choice in range(self._served.num_choices(request, params))]
 
     async def _respond(self, generation: Generation) -> chat_pb2.GenerateResponse:
         """The whole answer."""
