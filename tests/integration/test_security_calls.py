@@ -192,6 +192,14 @@ def test_in_a_batch_a_priority_without_permission_fails_its_item_alone(start: St
     assert {outcome.WhichOneof("result") for outcome in outcomes.values()} == {"response"}
 
 
+def test_a_batch_of_too_many_counts_as_one_call(start: Start) -> None:
+    gateway = start("requests_per_minute = 2\n")
+    batch = chat_pb2.GenerateBatchRequest(requests=[ask("Hi")] * 1025)
+    error: Any = refusal(lambda: list(gateway.stub.GenerateBatch(batch, metadata=bearer(LIMITED))))
+    assert reason_of(error) == "INVALID_REQUEST"
+    gateway.stub.Generate(ask("Hi"), metadata=bearer(LIMITED))
+
+
 def test_limits_are_each_clients_own(start: Start) -> None:
     gateway = start("max_open_calls = 1\nrequests_per_minute = 3\n")
     stream = gateway.stub.GenerateStream(ask("!forever", max_new_tokens=4000), timeout=30, metadata=bearer(LIMITED))

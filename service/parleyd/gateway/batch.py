@@ -10,10 +10,9 @@ from typing import TypeVar
 from parley.v1 import chat_pb2
 from parleyd.errors import InvalidRequest, Violation
 from parleyd.rpc import status
-from parleyd.rpc.interceptors import named_error, request_id_of
+from parleyd.rpc.interceptors import MAX_BATCH_REQUESTS, named_error, request_id_of
 from parleyd.telemetry.call import Call, current_call
 
-MAX_REQUESTS = 1024
 # Beside as many as can run. They wait in the server's queue, so that a slot that gets free is taken at once.
 _NUM_SPARE = 16
 
@@ -34,8 +33,8 @@ async def answer_batch(
     While nobody takes outcomes, no more items begin than `max_running` and some: what waits for the reader is bounded.
     Raises InvalidRequest if the number of items is wrong.
     """
-    if not 1 <= len(requests) <= MAX_REQUESTS:
-        raise InvalidRequest([Violation("requests", f"must hold 1 to {MAX_REQUESTS:,}, not {len(requests):,}")])
+    if not 1 <= len(requests) <= MAX_BATCH_REQUESTS:
+        raise InvalidRequest([Violation("requests", f"must hold 1 to {MAX_BATCH_REQUESTS:,}, not {len(requests):,}")])
     batch = current_call.get()
     # One item after the other: they join the queue in their order, other calls' prompts do not wait behind a thousand,
     # and what has not begun costs nothing.

@@ -28,6 +28,7 @@ from parleyd.telemetry.call import Call, current_call
 REQUEST_ID_KEY = "x-request-id"
 TRACE_CONTEXT_KEYS = ("traceparent", "tracestate")
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_BATCH_REQUESTS = 1024
 
 # gRPC's own limit, which binds only clients that have acknowledged our settings; and what RFC 9113 adds for each entry.
 _MAX_METADATA_OCTETS = 16 * 1024
@@ -181,14 +182,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         num_bytes = 0 if isinstance(request, Undecodable) else request.ByteSize()
         self._enter(caller.identity, num_bytes)
         try:
-            # Of a batch, each request counts.
-            self._guard.enter(caller, method, len(getattr(request, "requests", ())) or 1)
+            self._guard.enter(caller, method, _num_requests(request))
             try:
                 yield
             finally:
                 self._guard.leave(caller)
         finally:
             self._leave(caller.identity, num_bytes)
+
+
+def _num_requests(request: Any) -> int:
+    """Of a batch, each request counts; of one that is refused for their number, none does but the call."""
+    num_requests = len(getattr(request, "requests", ()))
+    return num_requests if 1 <= num_requests <= MAX_BATCH_REQUESTS else 1
 
 
 def _check_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> None:
