@@ -156,7 +156,7 @@ def test_a_deadline_that_the_queue_makes_impossible_is_an_error(start_gateway: S
     for _ in range(8):
         gateway.stub.Generate(ask("0123456789"), timeout=20)
     with held(gateway, 1):
-        waiting = [gateway.stub.Generate.future(ask("x")) for _ in range(6)]
+        waiting = [gateway.stub.Generate.future(ask("x", priority=1)) for _ in range(6)]
         deadline = time.monotonic() + 10
         while gateway.gateway.admission.num_waiting < len(waiting):
             assert time.monotonic() < deadline

@@ -126,8 +126,7 @@ class Admission:
     def _expected_wait_s(self, ticket: Ticket) -> float:
         if self._num_durations < _MIN_SAMPLES or (self._running < self.max_running and not self._queue):
             return 0.0
-        # A higher priority passes all that wait, and then waits for no more than one slot.
-        num_ahead = 0 if ticket.priority > 0 else self._queue.num_ahead(ticket.client)
+        num_ahead = self._queue.num_ahead(ticket)
         until_next_s = self._duration_s() - self._age_s()
         return (self._duration_s() * num_ahead + until_next_s) / self.max_running
 

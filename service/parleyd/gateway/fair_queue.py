@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 import time
-from bisect import insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -66,8 +66,7 @@ class FairQueue:
 
     def push(self, ticket: Ticket) -> Waiter:
         """Takes a ticket into the queue."""
-        deadline = time.monotonic() + _PATIENCE_S if ticket.deadline is None else ticket.deadline
-        rank = (-ticket.priority, deadline, next(self._arrivals))
+        rank = (*_rank_but_for_arrival(ticket), next(self._arrivals))
         waiter = Waiter(ticket, asyncio.get_running_loop().create_future(), rank)
         client = self._clients.setdefault(ticket.client, _Client())
         insort(client.waiters, waiter, key=attrgetter("rank"))
@@ -123,11 +122,18 @@ class FairQueue:
             found.append(last)
         return found if max_waiters else None
 
-    def num_ahead(self, client: str) -> int:
-        """At least how many get their turn before another one of `client`'s, all of equal priority."""
-        has = len(self._clients[client].waiters) if client in self._clients else 0
-        others = (len(one.waiters) for name, one in self._clients.items() if name != client)
-        return has + sum(min(number, has) for number in others)
+    def num_ahead(self, ticket: Ticket) -> int:
+        """At least how many get their turn before `ticket` would: its client's own of no lower rank, and as many of
+        each other client as those of them that have its priority, which take turns."""
+        own = self._clients.get(ticket.client, _Client())
+        has = bisect_right(own.waiters, _rank_but_for_arrival(ticket), key=lambda waiter: waiter.rank[:2])
+        has_equal = has - bisect_left(own.waiters, -ticket.priority, key=_negative_priority)
+        numbers = (
+            bisect_right(one.waiters, -ticket.priority, key=_negative_priority)
+            for one in self._clients.values()
+            if one is not own
+        )
+        return has + sum(min(number, has_equal) for number in numbers)
 
     def clear(self) -> Iterator[Waiter]:
         """Takes all out."""
@@ -154,6 +160,14 @@ class FairQueue:
         }
         remembered = set(heapq.nlargest(_MAX_IDLE, ahead, key=ahead.__getitem__))
         self._clients = {name: client for name, client in self._clients.items() if client.waiters or name in remembered}
+
+
+def _rank_but_for_arrival(ticket: Ticket) -> tuple[int, float]:
+    return -ticket.priority, time.monotonic() + _PATIENCE_S if ticket.deadline is None else ticket.deadline
+
+
+def _negative_priority(waiter: Waiter) -> int:
+    return waiter.rank[0]
 
 
 def _num_tokens(waiters: list[Waiter]) -> int:

@@ -244,7 +244,7 @@ async def test_what_would_certainly_come_too_late_is_refused_at_once() -> None:
         (await admission.acquire(Ticket())).release()  # so that it knows a mean duration: a fifth of a second
     running = Holder(admission)
     await settle()
-    waiting = [Holder(admission) for _ in range(50)]
+    waiting = [Holder(admission, priority=1) for _ in range(50)]
     await settle()
     late = time.monotonic() + 1.0
     with pytest.raises(DeadlineExceeded):
@@ -258,6 +258,24 @@ async def test_what_would_certainly_come_too_late_is_refused_at_once() -> None:
     await running.release()
     await settle()
     assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("priority", [0, -1])
+async def test_who_passes_its_clients_other_requests_is_not_too_late_for_them(
+    priority: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admission = await after_durations_of(1.0, monkeypatch)
+    running = Holder(admission)
+    waiting = [Holder(admission, priority=priority) for _ in range(50)]
+    await settle()
+    urgent = Holder(admission, deadline=time.monotonic() + 5.0)
+    await settle()
+    await running.release()
+    await settle()
+    assert urgent.entered.is_set()
+    for holder in waiting:
+        holder.task.cancel()
+    await urgent.release()
 
 
 async def after_durations_of(seconds: float, monkeypatch: pytest.MonkeyPatch, max_running: int = 1) -> Admission:

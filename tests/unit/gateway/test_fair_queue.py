@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import time
+
+import pytest
+
 from parleyd.gateway.fair_queue import FairQueue, Ticket
 
 _NUM_CLIENTS = 5000
@@ -36,3 +41,19 @@ async def test_who_waits_is_not_forgotten() -> None:
     await serve_strangers(queue)
     assert queue.pop() is patient
     assert len(queue) == queue.num_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(50))
+async def test_no_fewer_are_ahead_than_it_says(seed: int) -> None:
+    numbers, queue = random.Random(seed), FairQueue()
+
+    def ticket() -> Ticket:
+        deadline = numbers.choice([None, time.monotonic() + numbers.random() * 100])
+        return Ticket(client=numbers.choice("abc"), priority=numbers.choice([-1, 0, 0, 0, 1]), deadline=deadline)
+
+    for _ in range(numbers.randrange(30)):
+        queue.push(ticket())
+    last = ticket()
+    num_ahead = queue.num_ahead(last)
+    waiter = queue.push(last)
+    assert [queue.pop() for _ in range(len(queue))].index(waiter) >= num_ahead
