@@ -55,7 +55,8 @@ def channel_options(
         # A connection that died without a word (a pulled cable, a forgetful NAT) is noticed within 40 s, also while a
         # long prompt keeps the stream silent. Idle connections are not pinged: servers count that as abuse.
         ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        # Not grpc.keepalive_timeout_ms: with grpcio 1.85 that one alone changes nothing, and it takes 90 s.
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
         # The default backs off up to two minutes, far longer than a server takes to come back.
         ("grpc.initial_reconnect_backoff_ms", 200),

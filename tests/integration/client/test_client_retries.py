@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -23,9 +24,11 @@ from parley_client import (
     patience,
     user,
 )
+from parley_client.channel import channel_options
 from tests.integration.client.conftest import PATIENCE_S
 
 QUESTION = [user("Hello?")]
+NO_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # HTTP/2's frame of them, with which a server begins
 METHODS = pytest.mark.parametrize("method", ["chat", "stream"])
 
 
@@ -93,7 +96,7 @@ def dying_target():
 
     def serve():
         connection, _ = listener.accept()
-        connection.sendall(b"\0\0\0\4\0\0\0\0\0")  # HTTP/2's settings, of which there are none
+        connection.sendall(NO_SETTINGS)
         received = b""
         while b"parley.v1.ChatService" not in received:
             received += connection.recv(4096)
@@ -110,6 +113,34 @@ def dying_target():
 def test_a_call_whose_server_dies_before_it_says_a_word_ends(connect, dying_target, method):
     with connect(dying_target, max_attempts=3) as client, pytest.raises(ConnectionFailed):
         list(client.generate_batch([QUESTION])) if method == "generate_batch" else ask(client, method)
+
+
+@pytest.fixture
+def mute_target():
+    """Of a server that takes connections and calls, and says nothing, to pings neither."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as connections:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    connections.enter_context(connection).sendall(NO_SETTINGS)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        server.join(PATIENCE_S)
+
+
+def test_a_call_whose_connection_has_died_without_a_word_ends(connect, mute_target, monkeypatch):
+    def sooner(*args):
+        return [(name, value // 30 if name.endswith("_ms") else value) for name, value in channel_options(*args)]
+
+    for module in "client", "aio":
+        monkeypatch.setattr(f"parley_client.{module}.channel_options", sooner)
+    with connect(mute_target, max_attempts=1, timeout=PATIENCE_S) as client, pytest.raises(ConnectionFailed):
+        client.chat(QUESTION)
 
 
 @METHODS
