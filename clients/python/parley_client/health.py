@@ -9,7 +9,7 @@ from enum import StrEnum
 import grpc
 from grpc_health.v1 import health_pb2
 
-from parley_client.errors import DeadlineExceeded, ParleyError
+from parley_client.errors import DeadlineExceeded, ParleyError, Unavailable
 from parley_client.patience import time_limit
 
 RETRY_DELAY_S = 0.1  # between two watches, should a server end them at once
@@ -70,6 +70,6 @@ class ReadinessWait:
         if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             self.remaining_s()  # raises where it is ours; else a proxy has ended a watch that lasted
             return
-        if error.code is not grpc.StatusCode.UNAVAILABLE:
+        if not isinstance(error, Unavailable):  # those that a proxy resets have another code
             raise error
         self.last_seen = error.message

@@ -235,14 +235,19 @@ def test_waiting_for_readiness_outlasts_restarts_and_loading(client, server):
 
 
 @pytest.mark.parametrize("timeout", [None, 20])
-def test_waiting_for_readiness_outlasts_proxies_that_end_long_watches(client, server, timeout):
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [(grpc.StatusCode.DEADLINE_EXCEEDED, "stream timeout"), (grpc.StatusCode.INTERNAL, "RST_STREAM with error code 2")],
+    ids=["long", "lost"],
+)
+def test_waiting_for_readiness_outlasts_proxies_that_end_watches(client, server, code, details, timeout):
     watches = []
 
     def watch(request, context):
         watches.append(request)
         if len(watches) == 1:
             yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
-            context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "stream timeout")
+            context.abort(code, details)
         yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     server.script["Watch"] = watch
