@@ -156,15 +156,17 @@ export class Client {
     const batch = build(GenerateBatchRequest, { requests });
     const open = new Set(batch.requests.keys());
     const deadline = this.#deadline(options);
-    for await (const { index, response, error } of this.#streaming(
-      this.#stub.generateBatch,
-      batch,
-      deadline,
-      options.signal,
-    )) {
-      open.delete(index);
-      if (response) yield { index, response };
-      else yield { index, error: ParleyError.fromStatus(error!, batch.requests[index]?.requestId || undefined) };
+    const messages = this.#streaming(this.#stub.generateBatch, batch, deadline, options.signal);
+    let isBegun = false;
+    try {
+      for await (const { index, response, error } of messages) {
+        isBegun = true;
+        open.delete(index);
+        if (response) yield { index, response };
+        else yield { index, error: ParleyError.fromStatus(error!, batch.requests[index]?.requestId || undefined) };
+      }
+    } catch (error) {
+      if (!isBegun || open.size > 0) throw error; // else every result is here: how the call ends says nothing more
     }
     if (open.size > 0) throw new ParleyError(`the batch ended without ${open.size} of its results`, status.INTERNAL);
   }

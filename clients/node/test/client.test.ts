@@ -51,6 +51,18 @@ test("a server that is not there has no reason", async () => {
   await assert.rejects(connect("localhost:1").generate(QUESTION), { code: status.UNAVAILABLE, reason: undefined });
 });
 
+test("a batch that breaks after its last result has ended well", async () => {
+  const target = await serve({
+    generateBatch: (call) => {
+      call.write(GenerateBatchResponse.fromPartial({ index: 0, response: {} }));
+      call.emit("error", failure(status.UNAVAILABLE, "WORKER_LOST"));
+    },
+  });
+  const client = connect(target);
+  assert.equal((await Array.fromAsync(client.batch([QUESTION]))).length, 1);
+  await assert.rejects(Array.fromAsync(client.batch([QUESTION, QUESTION])), { reason: "WORKER_LOST" });
+});
+
 test("a batch tells each item's answer or error", async () => {
   const target = await serve({
     generateBatch: (call) => {

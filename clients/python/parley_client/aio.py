@@ -119,6 +119,9 @@ class AsyncClient:
             with _typed_errors():
                 async for response in call:
                     yield reader.read(response)
+        except ParleyError:
+            if not reader.is_whole:
+                raise
         finally:
             call.cancel()
         reader.check_ended()

@@ -51,6 +51,11 @@ class BatchReader:
             return BatchResult(response.index, status.from_proto(response.error, request_id or None))
         return BatchResult(response.index, Reply(response.response))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every item has its result: how the call ends then says nothing more."""
+        return self.has_begun and not self._open
+
     def check_ended(self) -> None:
         """To be called when the call has ended well.
 

@@ -168,6 +168,8 @@ class Client:
                     yield reader.read(response)
                 break
             except grpc.RpcError as error:
+                if reader.is_whole:
+                    return
                 failed = status.from_rpc_error(error)
                 delay_s = None if reader.has_begun else patience.delay_before_again(failed)
                 if delay_s is None:

@@ -54,6 +54,15 @@ def test_a_batch_that_ends_too_soon_is_an_error(server, client):
         next(results)
 
 
+def test_a_batch_that_breaks_after_its_last_result_has_ended_well(server, client):
+    def break_late(request, context):
+        yield answered(0)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "too late")
+
+    server.script["GenerateBatch"] = break_late
+    assert [result.index for result in client.generate_batch([[user("a")]])] == [0]
+
+
 def test_a_call_that_fails_as_a_whole_raises(server, client):
     def fail(request, context):
         server.fails(context, grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED")
