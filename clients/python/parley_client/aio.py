@@ -19,7 +19,7 @@ from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import DEFAULT_MAX_RESUMES, DEFAULT_TARGET, CallDefaults, channel_options, check_target
 from parley_client.credentials import ApiKey, channel_credentials
-from parley_client.errors import Cancelled, ParleyError
+from parley_client.errors import Cancelled, Internal, ParleyError
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.messages import AnyTool
 from parley_client.model_info import ModelInfo
@@ -118,7 +118,7 @@ class AsyncClient:
         try:
             with _typed_errors():
                 async for response in call:
-                    yield reader.read(response)
+                    yield reader.read(status.readable(response))
         except ParleyError:
             if not reader.is_whole:
                 raise
@@ -171,7 +171,7 @@ class AsyncClient:
         try:
             with _typed_errors():
                 async for response in call:
-                    if wait.saw(HealthStatus.from_proto(response)):
+                    if wait.saw(HealthStatus.from_proto(status.readable(response))):
                         return True
         except ParleyError as error:
             wait.saw_error(error)
@@ -195,7 +195,7 @@ class AsyncClient:
 
     async def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
         with _typed_errors():
-            return await self._begin(method, message, **args)
+            return status.readable(await self._begin(method, message, **args))
 
     def _begin(self, method: Callable[..., Any], message: object, **args: Any) -> Any:
         """As `Client._begin`. Raises RuntimeError in another event loop than the client's."""
@@ -271,7 +271,7 @@ class AsyncStream(AsyncIterator[Piece]):
         try:
             while not self._is_cancelled:
                 try:
-                    piece = self._accumulator.add(await anext(self._responses))
+                    piece = self._accumulator.add(status.readable(await anext(self._responses)))
                     self._resumption.note_progress()
                     return piece
                 except StopAsyncIteration:
@@ -281,6 +281,10 @@ class AsyncStream(AsyncIterator[Piece]):
                     if self._accumulator.is_whole:
                         break
                     await self._resume(error)
+                except Internal as error:  # the message cannot be read
+                    self._call.cancel()
+                    self._failure = error
+                    raise
         except asyncio.CancelledError:
             self.cancel()
             if not _is_about_this_task():

@@ -257,7 +257,7 @@ class Client:
     def _call_once(self, method: Any, message: object, args: Mapping[str, Any]) -> Any:
         future = self._begin(method.future, message, **args)
         try:
-            return future.result()
+            return status.readable(future.result())
         except grpc.RpcError as error:
             raise status.from_rpc_error(error) from error
         finally:

@@ -29,6 +29,7 @@ BY_CODE: dict[grpc.StatusCode, type[errors.ParleyError]] = {
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
+_Response = TypeVar("_Response")
 _Detail = TypeVar("_Detail", bound=Message)
 _Metadata = Iterable[tuple[str, str | bytes]] | None
 
@@ -50,6 +51,15 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ParleyError:
     request_id = trailers.get(REQUEST_ID_KEY) or headers.get(REQUEST_ID_KEY)
     details = _decode_status(trailers.get(DETAILS_KEY))
     return _build(call.code(), details.message or call.details() or "", details, _text(request_id))
+
+
+def readable(message: _Response | None) -> _Response:
+    """The message of an answer. Raises Internal for None: of a unary call gRPC gives that where it ended well without
+    any, and of an asyncio one for what cannot be decoded."""
+    if message is None:
+        text = "the server's answer is missing, or none that this client can read"
+        raise _build_from_code(grpc.StatusCode.INTERNAL, text, {})
+    return message
 
 
 def from_proto(proto: status_pb2.Status, request_id: str | None) -> errors.ParleyError:

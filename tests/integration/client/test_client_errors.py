@@ -194,6 +194,26 @@ def test_a_server_of_another_kind_is_unimplemented(connect, method):
         other.stop(None).wait()
 
 
+@pytest.mark.parametrize("answers", [[], [b"\xff"]], ids=["none", "unreadable"])
+@pytest.mark.parametrize("method", ["chat", "stream", "generate_batch", "count_tokens", "model_info", "health"])
+def test_an_answer_that_is_missing_or_cannot_be_read_is_internal(connect, method, answers):
+    class Strange(grpc.GenericRpcHandler):
+        def service(self, handler_call_details):
+            return grpc.unary_stream_rpc_method_handler(lambda request, context: iter(answers))
+
+    arguments = {"generate_batch": [[QUESTION]], "model_info": [], "health": []}.get(method, [QUESTION])
+    with futures.ThreadPoolExecutor() as pool:
+        strange = grpc.server(pool, [Strange()])
+        port = strange.add_insecure_port("127.0.0.1:0")
+        strange.start()
+        with connect(f"127.0.0.1:{port}") as client, pytest.raises(ParleyError) as caught:
+            answer = getattr(client, method)(*arguments)
+            if method in ("stream", "generate_batch"):
+                list(answer)
+        strange.stop(None).wait()
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.INTERNAL, None)
+
+
 def test_an_error_in_mid_stream_follows_the_pieces_before_it(client, server):
     def break_off(request, context):
         context.send_initial_metadata((("x-request-id", "request-2"),))
