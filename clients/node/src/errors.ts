@@ -45,14 +45,16 @@ export class ParleyError extends Error {
 
   /** The error of a failed call. `headers`: of its response; a server that died in between sent no trailers. */
   static fromCall(error: ServiceError, headers?: Metadata): ParleyError {
+    // Of a message that is marked as compressed and must not be, gRPC tells neither.
+    const { code = status.INTERNAL, details: text = "the server's answer cannot be read" } = error as Partial<ServiceError>;
     const details = decode(Status, first(error.metadata, "grpc-status-details-bin"));
-    if (error.details === CLOSED) return new ParleyError("the client was closed", status.CANCELLED);
-    if (error.details.startsWith(NOT_ENCODED)) {
-      const message = `invalid request: ${error.details.slice(NOT_ENCODED.length)}`;
+    if (text === CLOSED) return new ParleyError("the client was closed", status.CANCELLED);
+    if (text.startsWith(NOT_ENCODED)) {
+      const message = `invalid request: ${text.slice(NOT_ENCODED.length)}`;
       return new ParleyError(message, status.INVALID_ARGUMENT, "INVALID_REQUEST", {}, [], undefined, undefined, { cause: error });
     }
     const requestId = (first(error.metadata, "x-request-id") ?? first(headers, "x-request-id"))?.toString();
-    return build(error.code, details?.message || error.details, details, requestId, { cause: error });
+    return build(code, details?.message || text, details, requestId, { cause: error });
   }
 
   /** The error of an item of a batch. */

@@ -2,6 +2,8 @@
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { createServer } from "node:http2";
+import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, test } from "node:test";
@@ -49,6 +51,19 @@ test("an error tells reason, metadata, delay and request id", async () => {
 
 test("a server that is not there has no reason", async () => {
   await assert.rejects(connect("localhost:1").generate(QUESTION), { code: status.UNAVAILABLE, reason: undefined });
+});
+
+test("an answer that is marked as compressed and must not be is an error of its call", async () => {
+  const server = createServer().on("stream", (stream) => {
+    stream.respond({ ":status": 200, "content-type": "application/grpc" });
+    stream.write(Buffer.from([1, 0, 0, 0, 1, 0]));
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  after(() => server.close());
+  const client = connect(`127.0.0.1:${(server.address() as AddressInfo).port}`);
+  const unreadable = { code: status.INTERNAL, reason: undefined, message: /cannot be read/ };
+  await assert.rejects(client.generate(QUESTION), unreadable);
+  await assert.rejects(Array.fromAsync(client.stream(QUESTION)), unreadable);
 });
 
 test("a batch that breaks after its last result has ended well", async () => {
