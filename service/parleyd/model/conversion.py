@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import gc
 import importlib.metadata
 import logging
 import shutil
@@ -43,7 +45,12 @@ def converted(gguf_file: Path, cache: str | None) -> Path:
     # transformers does most of the work, and a newer one may do it better.
     key = cache_key(f"{_VERSION} {importlib.metadata.version('transformers')}", gguf_file)
     name = f"{gguf_file.stem}-{key}"
-    return cached_folder(root, name, lambda folder: _convert(gguf_file, folder))
+
+    def build(folder: Path) -> None:
+        _convert(gguf_file, folder)
+        _return_memory()
+
+    return cached_folder(root, name, build)
 
 
 def _check_magic(gguf_file: Path) -> None:
@@ -78,6 +85,14 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)  # safetensors makes files that only their owner can read
     _logger.info("converted in %.1f s", time.monotonic() - started)
+
+
+def _return_memory() -> None:
+    """Twice the weights would else stay taken for as long as the worker lives: while it loads it collects no garbage,
+    and what is freed between other things the allocator keeps."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def _read(gguf_file: Path) -> tuple[Any, Any]:

@@ -27,6 +27,19 @@ pytestmark = pytest.mark.timeout(120)
 
 IM_END_ID = 2
 
+# As the worker does it: what has been imported stays, and no garbage is collected.
+_KEPT = """
+import gc, sys
+import psutil, transformers.models.llama.modeling_llama
+from parleyd.model.conversion import converted
+from parleyd.model.embedded import find_embedded_model
+gc.disable()
+def taken(): return psutil.Process().memory_info().rss - psutil.Process().memory_info().shared
+before = taken()
+converted(find_embedded_model(), sys.argv[1])
+print(taken() - before)
+"""
+
 
 def start(cache: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -104,6 +117,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     last = stderr.splitlines()[-1]
     assert last.startswith(f"StartupError: cannot write the cache folder {tmp_path}: File too large; make room there")
     assert contents(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no way to ask for it")
+def test_a_worker_keeps_less_of_a_conversions_memory_than_the_weights_take(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _KEPT, str(tmp_path)], stdout=subprocess.PIPE, text=True, timeout=90, check=True
+    )
+    [weights] = tmp_path.glob("*/model.safetensors")
+    assert int(done.stdout) < weights.stat().st_size
 
 
 def test_every_tensor_equals_what_transformers_reads(loaded: LoadedModel) -> None:
