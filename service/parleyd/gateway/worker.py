@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -90,4 +91,7 @@ class Worker:
             self.ready.exception()  # seen, also where nobody waits for it
             code = await link.stop()
             level = logging.INFO if code == 0 else logging.ERROR
-            _logger.log(level, "worker %d ended with exit code %d", link.pid, code)
+            cause = ""
+            if code == -signal.SIGKILL and not link.is_killed:
+                cause = ": it was killed, as by the kernel where memory runs out"
+            _logger.log(level, "worker %d ended with exit code %d%s", link.pid, code, cause)

@@ -35,6 +35,7 @@ class WorkerLink:
         self._aborted: list[int] = []
         self._sending: asyncio.Task[None] | None = None
         self.num_submitted = 0  # requests that it has been sent
+        self.is_killed = False  # by us
 
     @classmethod
     async def start(cls, command: Sequence[str]) -> WorkerLink:
@@ -119,6 +120,7 @@ class WorkerLink:
 
     def kill(self) -> None:
         """Ends the process without a word, also one that is stopped, and the connection, whoever else holds it."""
+        self.is_killed = True
         self._writer.transport.abort()
         with suppress(ProcessLookupError):  # it has ended by itself
             self._process.kill()

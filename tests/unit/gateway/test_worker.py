@@ -105,6 +105,21 @@ async def test_a_worker_that_can_begin_no_threads_says_so(num_threads: int) -> N
         await worker.ended()
 
 
+@pytest.mark.parametrize("by_us", [False, True])
+async def test_a_worker_that_the_kernel_may_have_killed_for_its_memory_is_told_of(
+    by_us: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = start(_LINGERER if by_us else "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    async with asyncio.timeout(_TIMEOUT_S):
+        await worker.gone.wait()
+        if by_us:
+            assert worker.link
+            worker.link.kill()
+        await worker.ended()
+    assert f"ended with exit code {-signal.SIGKILL}" in caplog.text
+    assert ("memory" in caplog.text) is not by_us
+
+
 async def test_a_worker_that_has_ended_can_be_killed_though_another_process_holds_its_socket() -> None:
     worker = start(_PAIR)
     async with asyncio.timeout(_TIMEOUT_S):
