@@ -227,6 +227,9 @@ def _default_cache_dir(environ: Mapping[str, str]) -> str:
 
 def _run(settings: Settings) -> None:
     _silence_libraries(settings.server.log_format)
+    # The tokenizers library would begin a thread for each processor, for batches of one, and panic where it gets none:
+    # no `except Exception` sees that, and the call would never end.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         os.getcwd()  # transformers asks for it
     except FileNotFoundError as error:

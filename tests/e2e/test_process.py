@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -187,6 +188,13 @@ def test_a_stdout_that_cannot_be_written_ends_nothing(stdout: str) -> None:
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in log
+
+
+def test_a_prompt_is_tokenized_without_a_thread_for_each_processor() -> None:
+    with ServedProcess("--drain-delay", "0", environ={"RAYON_NUM_THREADS": "200"}) as served:
+        served.wait_health()
+        assert served.stub.Generate(ask("Say hello.", max_new_tokens=4), timeout=60).choices[0].token_ids
+        assert psutil.Process(served.process.pid).num_threads() < 200
 
 
 def test_a_stderr_that_nobody_reads_stops_nothing() -> None:
