@@ -173,7 +173,7 @@ def _build_cache(settings: ModelSettings, shape: AttentionShape, compiled: Compi
         raise StartupError(
             f"--kv-cache-memory: one full context of {shape.max_context_tokens} tokens takes "
             f"{blocks_of_context * block_bytes / 2**30:.3f} GiB, and the KV cache has {budget / 2**30:.3f} GiB: "
-            "--max-context-tokens asks for less"
+            "--max-context-tokens asks for less, --kv-cache-memory gives more"
         )
     if num_blocks * block_bytes > free:  # main memory would be promised all the same, and run out as requests fill it
         raise StartupError(
