@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -16,6 +17,14 @@ _CHECKS_PER_TIMEOUT = 8
 _MIN_BYTES_PER_S = 16 * 1024
 
 
+@dataclass
+class _Write:
+    """`response`: what it writes, as long as its length has not been counted into the deadline."""
+
+    deadline: float
+    response: Any | None
+
+
 class ReaderWatch:
     """Writes messages, and ends the waiting for a client whose window stays full.
 
@@ -27,7 +36,7 @@ class ReaderWatch:
         A time in which this process was stopped does not count."""
         self._timeout_s = timeout_s
         self._interval_s = timeout_s / _CHECKS_PER_TIMEOUT
-        self._deadlines: dict[asyncio.Task[Any], float] = {}  # of writes, by the handlers that wait for them
+        self._writes: dict[asyncio.Task[Any], _Write] = {}  # by the handlers that wait for them
         self._cut: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -35,7 +44,7 @@ class ReaderWatch:
         """As `context.write`. Raises SlowReader."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        self._deadlines[task] = loop.time() + self._timeout_s + response.ByteSize() / _MIN_BYTES_PER_S
+        self._writes[task] = _Write(loop.time() + self._timeout_s, response)
         if self._timer is None:
             self._check_later(loop)
         try:
@@ -46,7 +55,7 @@ class ReaderWatch:
                 raise SlowReader(self._timeout_s) from error
             raise
         finally:
-            del self._deadlines[task]
+            del self._writes[task]
             self._cut.discard(task)
 
     def _check_later(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -56,11 +65,15 @@ class ReaderWatch:
     def _check(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         self._timer = None
         late_s = loop.time() - due
-        if late_s > self._interval_s:  # we were stopped, and cannot tell who has read meanwhile
-            self._deadlines = {task: deadline + late_s for task, deadline in self._deadlines.items()}
-        for task, deadline in self._deadlines.items():
-            if loop.time() >= deadline and task not in self._cut:
+        for task, write in self._writes.items():
+            if late_s > self._interval_s:  # we were stopped, and cannot tell who has read meanwhile
+                write.deadline += late_s
+            if loop.time() >= write.deadline and write.response is not None:
+                # Only now: to tell its length, protobuf makes all of its bytes.
+                write.deadline += write.response.ByteSize() / _MIN_BYTES_PER_S
+                write.response = None
+            if loop.time() >= write.deadline and task not in self._cut:
                 self._cut.add(task)
                 task.cancel()
-        if self._deadlines:
+        if self._writes:
             self._check_later(loop)
