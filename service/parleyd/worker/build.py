@@ -39,6 +39,7 @@ _DEFAULT_MAX_RUNNING = 64
 _MAX_GRAPH_ROWS = 256
 # Of what is free once the weights are loaded. Main memory is shared with everything else on the machine.
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85
+_SHARE_FOR_ONE_CONTEXT = 0.5  # if that is what it takes
 _BLOCKS_SHARE = 0.25
 
 
@@ -167,7 +168,8 @@ def _build_cache(settings: ModelSettings, shape: AttentionShape, compiled: Compi
     blocks_of_context = -(-shape.max_context_tokens // block_size)
     free = free_bytes(shape.device)
     share = _GPU_SHARE if shape.device.type == "cuda" else _CPU_SHARE
-    budget = free * share if settings.kv_cache_memory is None else settings.kv_cache_memory * 2**30
+    default = max(free * share, min(blocks_of_context * block_bytes, free * _SHARE_FOR_ONE_CONTEXT))
+    budget = default if settings.kv_cache_memory is None else settings.kv_cache_memory * 2**30
     num_blocks = min(int(budget // block_bytes), blocks_of_context * _max_running(settings))
     if num_blocks < blocks_of_context:
         raise StartupError(

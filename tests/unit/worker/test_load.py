@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ def test_a_kv_cache_that_is_too_small_is_refused_with_what_asks_for_less(tmp_pat
     folder = write_model(tmp_path / "model", "Llama")
     with pytest.raises(StartupError, match="--max-context-tokens asks for less"):
         load(settings_of(folder, tmp_path / "cache", kv_cache_memory=_KV_CACHE))
+
+
+@pytest.mark.parametrize(("num_contexts_free", "is_served"), [(2.1, True), (1.9, False)])
+def test_by_default_one_context_may_take_half_of_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_contexts_free: float, is_served: bool
+) -> None:
+    settings = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache")
+    context = CONTEXT * _KV_CACHE / 100 * 2**30
+    monkeypatch.setattr("parleyd.worker.build.free_bytes", lambda device: int(context * num_contexts_free))
+    with nullcontext() if is_served else pytest.raises(StartupError, match="one full context"):
+        load(settings)
 
 
 def test_no_context_is_longer_than_the_models_own(tmp_path: Path) -> None:
