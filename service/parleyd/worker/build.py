@@ -129,6 +129,8 @@ def _max_running(settings: ModelSettings) -> int:
 
 
 def _compiled(settings: ModelSettings, shape: AttentionShape) -> CompiledKernels | None:
+    if shape.device.type == "cpu" and shape.dtype == torch.float16:
+        _logger.warning("there are no kernels for float16 on a CPU: --dtype bfloat16 is faster")
     if not (settings.cpu_kernels and shape.device.type == "cpu" and shape.dtype == torch.bfloat16):
         return None
     return compiled_kernels(cache_root(settings.cache), shape.head_dim)

@@ -39,6 +39,14 @@ def test_a_kv_cache_that_is_too_small_is_refused_with_what_asks_for_less(tmp_pat
         load(settings_of(folder, tmp_path / "cache", kv_cache_memory=_KV_CACHE))
 
 
+def test_the_log_says_that_a_cpu_is_slow_in_float16(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_model(tmp_path / "model", "Llama")
+    for dtype in ("bfloat16", "float16"):
+        assert "--dtype bfloat16 is faster" not in caplog.text
+        load(settings_of(folder, tmp_path / "cache", dtype=dtype))
+    assert "--dtype bfloat16 is faster" in caplog.text
+
+
 @pytest.mark.parametrize(("num_contexts_free", "is_served"), [(2.1, True), (1.9, False)])
 def test_by_default_one_context_may_take_half_of_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_contexts_free: float, is_served: bool
