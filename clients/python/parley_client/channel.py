@@ -19,9 +19,10 @@ DEFAULT_TARGET = "localhost:50051"
 _MAX_PORT = 65_535  # gRPC would leave out the higher bits of a larger number
 # Without a port gRPC would try that of HTTPS, and take what else begins like a URL for a host's name.
 _TARGET = re.compile(
-    r"([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):(?P<port>\w+)|dns:\S*[^\s/]|ipv[46]:\S+:\d+|unix:(?!//[^/])\S+"
-    r"|(unix-abstract|vsock|xds|google-c2p):\S+"
+    r"(?P<portless>unix:(?!//[^/])\S+|(unix-abstract|vsock):\S+)|dns:\S*[^\s/]|ipv[46]:\S+:\d+|(xds|google-c2p):\S+"
+    r"|([^\s:/,\[\]]+|\[[^\s/,\[\]]+\]):\w+"
 )
+_PORT = re.compile(r":(\d+)(?=,|$)")
 _METADATA_KEY = re.compile("[a-z0-9_.-]+")
 _METADATA_VALUE = re.compile("[ -~]*")
 
@@ -29,8 +30,8 @@ _METADATA_VALUE = re.compile("[ -~]*")
 def check_target(target: str) -> None:
     """Raises ValueError for a target that gRPC would take for something else than what was meant."""
     match = _TARGET.fullmatch(target)
-    port = match["port"] if match else None
-    if not match or not target.isprintable() or (port and port.isdecimal() and int(port) > _MAX_PORT):
+    ports = [] if match and match["portless"] else _PORT.findall(target)
+    if not match or not target.isprintable() or any(int(port) > _MAX_PORT for port in ports):
         raise ValueError(
             f"{target!r} is no HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor another target of gRPC's, such "
             "as dns:///HOST:PORT or unix:/PATH"
@@ -133,7 +134,7 @@ class CallDefaults:
     def patience(self, timeout: float | None, num_retries: int = 0, is_resumed: bool = True) -> Patience:
         """For a call that may take `timeout` seconds (None: the client's own), tries and pauses together.
 
-        `num_retries`: see Patience. `is_resumed`: whether it is one of those of `max_resumes`.
+        `num_retries`: see Patience. `is_resumed`: whether it is made again up to `max_resumes` times after these.
         """
         limit = self.timeout if timeout is None else timeout
         return Patience(self.args, limit, self.max_resumes if is_resumed else 0, self.contact, num_retries)
