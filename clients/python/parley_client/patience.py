@@ -83,7 +83,8 @@ class Patience:
         if self._retries < self._num_retries and isinstance(error, Unavailable):
             self._retries += 1
             return self._delay_s(self._retries, error)
-        return self.delay_after(error) if self._contact.is_made else None
+        delay_s = self.delay_after(error)
+        return delay_s if self._contact.is_made else None
 
     def call_args(self) -> dict[str, Any]:
         """Keyword arguments of the next call."""

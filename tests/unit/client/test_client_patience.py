@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parley_client import Unavailable
+from parley_client import ConnectionFailed, DeadlineExceeded, Unavailable
 from parley_client.patience import Contact, Patience
 
 
@@ -12,3 +12,11 @@ def test_delays_are_bounded_however_many_calls_have_failed():
     assert 0 < delays[0] < 0.2
     assert all(4 <= delay <= 6 for delay in delays[6:-1])
     assert delays[-1] is None
+
+
+def test_an_expired_try_tells_why_it_was_not_the_first_also_where_no_server_has_ever_answered():
+    patience = Patience(lambda timeout: {}, 1, 0, Contact(), num_retries=2)
+    assert patience.delay_before_again(ConnectionFailed("nobody there")) is not None
+    expired = DeadlineExceeded("too late")
+    assert patience.delay_before_again(expired) is None
+    assert expired.__notes__ == ["before that: nobody there"]
