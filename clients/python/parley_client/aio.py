@@ -19,7 +19,7 @@ from parley_client.accumulator import Accumulator
 from parley_client.batch import BatchReader, BatchResult
 from parley_client.channel import DEFAULT_MAX_RESUMES, DEFAULT_TARGET, CallDefaults, channel_options, check_target
 from parley_client.credentials import ApiKey, channel_credentials
-from parley_client.errors import Cancelled, Internal, ParleyError
+from parley_client.errors import Cancelled, ParleyError
 from parley_client.health import RETRY_DELAY_S, HealthStatus, ReadinessWait
 from parley_client.messages import AnyTool
 from parley_client.model_info import ModelInfo
@@ -281,10 +281,10 @@ class AsyncStream(AsyncIterator[Piece]):
                     if self._accumulator.is_whole:
                         break
                     await self._resume(error)
-                except Internal as error:  # the message cannot be read
-                    self._call.cancel()
-                    self._failure = error
-                    raise
+        except ParleyError as error:
+            self._call.cancel()
+            self._failure = error
+            raise
         except asyncio.CancelledError:
             self.cancel()
             if not _is_about_this_task():
@@ -298,7 +298,6 @@ class AsyncStream(AsyncIterator[Piece]):
         try:
             delay_s = self._resumption.delay_after(status.from_rpc_error(error))
         except ParleyError as final:
-            self._failure = final
             raise final from error
         await _happens_within(delay_s, self._awake)
         if self._is_cancelled:

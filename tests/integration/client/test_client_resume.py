@@ -20,6 +20,7 @@ from parley_client import (
     FinishReason,
     Internal,
     QueueFull,
+    Unauthenticated,
     Usage,
     WorkerLost,
     patience,
@@ -74,6 +75,17 @@ def test_each_part_of_a_stream_shows_the_key_of_its_time(connect, server, breaks
         assert server.metadata["authorization"] == "Bearer first"
         assert len(list(stream)) == len(TEXTS) - 1
         assert server.metadata["authorization"] == "Bearer second"
+
+
+def test_a_key_that_fails_as_a_stream_is_taken_up_again_does_not_pass_for_an_answer_cut_short(connect, server, breaks):
+    keys = iter(["first"])
+    breaks(1)
+    with connect(server.target, max_attempts=1, api_key=lambda: next(keys), insecure=True) as client:
+        stream = client.stream(QUESTION)
+        with pytest.raises(Unauthenticated):
+            list(stream)
+        with pytest.raises((Unauthenticated, Cancelled)):
+            next(stream)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3,), (1, 1, 1), (1, 0, 0, 2)])
