@@ -98,12 +98,12 @@ def dying_target():
         connection, _ = listener.accept()
         connection.sendall(NO_SETTINGS)
         received = b""
-        while b"parley.v1.ChatService" not in received:
-            received += connection.recv(4096)
+        while b"parley.v1.ChatService" not in received and (part := connection.recv(4096)):
+            received += part
         listener.close()
         connection.close()
 
-    server = threading.Thread(target=serve)
+    server = threading.Thread(target=serve, daemon=True)
     server.start()
     yield f"127.0.0.1:{listener.getsockname()[1]}"
     server.join(PATIENCE_S)
