@@ -153,14 +153,13 @@ class Client:
             ParleyError: the call as a whole failed; what finished before has been told by then. IncompleteStream if it
                 ended with items left over.
         """
-        batch = request.generate_batch(requests, options)
-        patience = self._defaults.patience(timeout, self._num_retries, is_resumed=False)
-        return self._results(batch, patience, patience.call_args())
+        return self._results(request.generate_batch(requests, options), timeout, self._defaults.args(timeout))
 
     def _results(
-        self, batch: chat_pb2.GenerateBatchRequest, patience: Patience, args: Mapping[str, Any]
+        self, batch: chat_pb2.GenerateBatchRequest, timeout: float | None, args: Mapping[str, Any]
     ) -> Generator[BatchResult]:
         reader = BatchReader(batch)
+        patience = self._defaults.patience(timeout, self._num_retries, is_resumed=False)
         while True:
             call = self._begin(self._chat.GenerateBatch, batch, **args)
             try:

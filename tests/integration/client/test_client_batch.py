@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -14,8 +16,10 @@ from parley_client import (
     QueueFull,
     Unsupported,
     chat_request,
+    patience,
     user,
 )
+from tests.integration.client.conftest import PATIENCE_S
 from tests.support.batch_answers import answered, failed
 
 
@@ -61,6 +65,24 @@ def test_a_batch_that_breaks_after_its_last_result_has_ended_well(server, client
 
     server.script["GenerateBatch"] = break_late
     assert [result.index for result in client.generate_batch([[user("a")]])] == [0]
+
+
+def test_a_batch_outlasts_refusals_and_has_its_time_from_when_it_is_begun(server, client, monkeypatch):
+    left = []
+
+    def refuse_twice(request, context):
+        left.append(context.time_remaining())
+        if len(server.requests) < 3:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+        return iter([answered(0)])
+
+    clock = SimpleNamespace(monotonic=time.monotonic)
+    monkeypatch.setattr(patience, "time", clock)
+    server.script["GenerateBatch"] = refuse_twice
+    results = client.generate_batch([[user("a")]], timeout=PATIENCE_S)
+    clock.monotonic = lambda: time.monotonic() + PATIENCE_S
+    assert [result.index for result in results] == [0]
+    assert len(left) == 3 and min(left) > 1
 
 
 def test_a_call_that_fails_as_a_whole_raises(server, client):
