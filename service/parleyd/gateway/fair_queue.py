@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 import time
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -83,7 +83,7 @@ class FairQueue:
         """Takes the next in turn out."""
         waiter = self.first()
         client = self._clients[waiter.ticket.client]
-        self._virtual_time = max(client.finished, self._virtual_time)
+        self._virtual_time = self._start(client)
         client.finished = self._virtual_time + waiter.ticket.num_sequences
         self.remove(waiter)
         return waiter
@@ -123,17 +123,22 @@ class FairQueue:
         return found if max_waiters else None
 
     def num_ahead(self, ticket: Ticket) -> int:
-        """At least how many get their turn before `ticket` would: its client's own of no lower rank, and as many of
-        each other client as those of them that have its priority, which take turns."""
+        """At least how many get their turn before `ticket` would: its client's own of no lower rank, and of each other
+        client those that have a turn while those of them that have its priority have theirs."""
         own = self._clients.get(ticket.client, _Client())
-        has = bisect_right(own.waiters, _rank_but_for_arrival(ticket), key=lambda waiter: waiter.rank[:2])
-        has_equal = has - bisect_left(own.waiters, -ticket.priority, key=_negative_priority)
-        numbers = (
-            bisect_right(one.waiters, -ticket.priority, key=_negative_priority)
-            for one in self._clients.values()
-            if one is not own
-        )
-        return has + sum(min(number, has_equal) for number in numbers)
+        num_own = bisect_right(own.waiters, _rank_but_for_arrival(ticket), key=lambda waiter: waiter.rank[:2])
+        equal = [one.ticket for one in own.waiters[:num_own] if one.ticket.priority == ticket.priority]
+        begin = self._start(own)
+        end = begin + sum(one.num_sequences for one in equal)
+        num_ahead = num_own
+        for client in self._clients.values():
+            virtual_time = max(begin, self._start(client))
+            for waiter in client.waiters if client is not own else ():
+                if waiter.ticket.priority < ticket.priority or virtual_time >= end:
+                    break
+                num_ahead += 1
+                virtual_time += waiter.ticket.num_sequences
+        return num_ahead
 
     def clear(self) -> Iterator[Waiter]:
         """Takes all out."""
@@ -144,7 +149,11 @@ class FairQueue:
 
     def _turn(self, client: _Client) -> tuple[int, float, tuple[int, float, int]]:
         rank = client.waiters[0].rank
-        return rank[0], max(client.finished, self._virtual_time), rank
+        return rank[0], self._start(client), rank
+
+    def _start(self, client: _Client) -> float:
+        """The virtual time of the client's next turn."""
+        return max(client.finished, self._virtual_time)
 
     def _forget_idle_clients(self) -> None:
         """All that have nothing here, but for those that have had most, and more than the others.
@@ -164,10 +173,6 @@ class FairQueue:
 
 def _rank_but_for_arrival(ticket: Ticket) -> tuple[int, float]:
     return -ticket.priority, time.monotonic() + _PATIENCE_S if ticket.deadline is None else ticket.deadline
-
-
-def _negative_priority(waiter: Waiter) -> int:
-    return waiter.rank[0]
 
 
 def _num_tokens(waiters: list[Waiter]) -> int:

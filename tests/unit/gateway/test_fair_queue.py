@@ -49,10 +49,18 @@ async def test_no_fewer_are_ahead_than_it_says(seed: int) -> None:
 
     def ticket() -> Ticket:
         deadline = numbers.choice([None, time.monotonic() + numbers.random() * 100])
-        return Ticket(client=numbers.choice("abc"), priority=numbers.choice([-1, 0, 0, 0, 1]), deadline=deadline)
+        return Ticket(
+            client=numbers.choice("abc"),
+            priority=numbers.choice([-1, 0, 0, 0, 1]),
+            num_sequences=numbers.choice([1, 1, 1, 16]),
+            deadline=deadline,
+        )
 
-    for _ in range(numbers.randrange(30)):
-        queue.push(ticket())
+    for _ in range(numbers.randrange(60)):
+        if len(queue) and numbers.random() < 0.3:
+            queue.pop()
+        else:
+            queue.push(ticket())
     last = ticket()
     num_ahead = queue.num_ahead(last)
     waiter = queue.push(last)
