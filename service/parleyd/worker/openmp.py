@@ -24,10 +24,9 @@ def openmp_variables(
     if "OMP_WAIT_POLICY" not in environ:
         variables["GOMP_SPINCOUNT"] = "1000"
     if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}.isdisjoint(environ):
-        num_threads = _num_cores()
         # With more threads than the quota keeps busy, all of them stand still for the rest of each period of 100 ms
         # once it is used up, and some for those that wait for others.
-        if cpu_quota is not None and cpu_quota < num_threads:
+        if cpu_quota is not None and cpu_quota < _num_cores():
             variables["OMP_NUM_THREADS"] = str(max(int(cpu_quota), 1))
         # Whatever wakes up, such as the gateway at each token, has the kernel move threads about: two of them on one
         # processor then wait for each other at every barrier, for as long as the kernel lets one run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def test_a_quota_has_no_more_threads_than_it_keeps_busy(
 def test_a_quota_for_all_cores_changes_nothing(quota: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openmp, "_num_cores", lambda: 4)
     assert openmp.openmp_variables({}, cpu_quota=quota) == BOUND
+
+
+def test_without_a_quota_nobody_asks_for_what_linux_alone_tells(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.unlink()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert openmp.openmp_variables({}) == UNBOUND
 
 
 def test_where_the_kernel_does_not_tell_nothing_is_bound(machine: Path) -> None:
