@@ -27,7 +27,7 @@ _JSON_OPTIONS = {
 _MAX_EXACT = 2**53
 # Their members have names of the schema's own, not keywords.
 _OF_NAMES = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_CLASS = re.compile(r"\\.|\[\^\]?", re.DOTALL)
+_CLASS = re.compile(r"\\.|\[\^([]-]?)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([][-])|.)", re.DOTALL)
 # What stands for itself in GBNF, and cannot in Lark, or in its classes, where && and ~~ combine what is beside them.
 _SPELLED_OUT = re.compile(r"[\x00-\x1f&~]")
@@ -113,9 +113,9 @@ def _exact(schema: Any, are_names: bool = False) -> Any:
 
 
 def _without_nul(pattern: str) -> str:
-    # A bracket that comes first in a class is a character of it.
+    # A bracket or a hyphen that comes first in a class is a character of it.
     return _CLASS.sub(
-        lambda found: found[0] if found[0][0] == "\\" else r"[^[\x00]" + found[0][2:].replace("]", r"\]"), pattern
+        lambda found: found[0] if found[1] is None else r"[^[\x00]" + (found[1] and f"\\{found[1]}"), pattern
     )
 
 

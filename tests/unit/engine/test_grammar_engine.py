@@ -86,6 +86,7 @@ def test_what_gbnf_means_for_itself_is_allowed(engine: BatchingEngine, source: s
         {"type": "string", "pattern": '^[^"]x$'},
         {"type": "string", "pattern": '^[^]"]x$'},
         {"type": "string", "pattern": '^[^-"]x$'},
+        {"type": "string", "pattern": '^[^--/"]x$'},
         {"$ref": "#/$defs/const", "$defs": {"const": {"type": "string", "pattern": r'^[^\d"\n]x$'}}},
     ],
 )
