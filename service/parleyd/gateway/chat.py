@@ -172,6 +172,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         is_all_content = convert.has_format(request.response_format)
         markers = () if is_all_content else answer_format.markers(with_tools=bool(tool_names))
         hidden_ids = self._served.ending_ids(params) if skip_special_tokens else frozenset[int]()
+        continued = convert.continued(request)
 
         def answer(choice: int) -> Answer:
             text = SequenceText(
@@ -188,7 +189,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 tool_names,
                 lambda index: call_id(params.seed, choice, len(earlier_ids) + index, taken_ids),
                 opens_reasoning=prompt.opens_reasoning,
-                continued=convert.continued(request),
+                continued=continued,
             )
             return Answer(self._served.tokenizer, text, AnswerParser() if is_all_content else parser, hidden_ids)
 
