@@ -78,17 +78,28 @@ def test_refused_calls_cost_nothing() -> None:
     counted.enter(client, 1)
 
 
-def test_clients_that_went_away_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_went_away_are_forgotten_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_SWEEP_AT", 10)
     clock = Clock()
     counted = Limits(clock)
     open_one = caller("key:open", max_open_calls=1)
     counted.enter(open_one, 1)
+    in_debt = caller("key:in_debt", requests_per_minute=1)
+    counted.enter(in_debt, 100)
+    counted.leave(in_debt)
     for i in range(1000):
         client = caller(f"ipv4:10.0.0.{i}", requests_per_minute=60)
         counted.enter(client, 1)
         counted.leave(client)
         clock.now += 1
     assert len(counted._usage) < 30
-    with pytest.raises(ClientLimit):
-        counted.enter(open_one, 1)
+    for kept in (open_one, in_debt):
+        with pytest.raises(ClientLimit):
+            counted.enter(kept, 1)
+
+
+def test_calls_from_before_a_client_had_limits_are_not_counted() -> None:
+    counted = Limits()
+    counted.enter(caller(), 1)
+    counted.leave(caller())
+    counted.enter(caller(max_open_calls=1), 1)
