@@ -41,7 +41,7 @@ class ApiKeys:
         """
         try:
             entries = msgspec.toml.decode(read_file(_FLAG, path), type=_File).key
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise StartupError(f"{_FLAG} {path}: {error}") from error
         callers: dict[bytes, Caller] = {}
         for entry in entries:

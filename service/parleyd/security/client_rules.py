@@ -41,7 +41,7 @@ class ClientRules:
         """
         try:
             entries = msgspec.toml.decode(read_file(_FLAG, path), type=_File).client
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise StartupError(f"{_FLAG} {path}: {error}") from error
         return cls([_parse(path, entry, rpcs, defaults) for entry in entries], defaults)
 

@@ -19,7 +19,7 @@ RPCS = ("Generate", "GetModel")
 
 def read(folder: Path, content: str, defaults: Rules = Rules()) -> ApiKeys:  # noqa: B008 - frozen
     path = folder / "keys.toml"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     return ApiKeys.read(str(path), RPCS, defaults)
 
 
@@ -89,6 +89,8 @@ HASH = "0" * 64
         (f'[[key]]\nname = "a"\nsha256 = "{"z" * 64}"', "64 hexadecimal"),
         (f'[[key]]\nname = "a"\nsha256 = "{HASH}"\n[[key]]\nname = "b"\nsha256 = "{HASH}"', "twice"),
         ("[[key", "array declaration"),
+        ("key = " + "[" * 10_000, "recursion"),
+        ("# \xe9", "can't decode"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(tmp_path: Path, content: str, what: str) -> None:

@@ -17,7 +17,7 @@ DEFAULTS = Rules(max_open_calls=9, requests_per_minute=60)
 
 def read(folder: Path, content: str) -> ClientRules:
     path = folder / "rules.toml"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     return ClientRules.read(str(path), RPCS, DEFAULTS)
 
 
@@ -60,6 +60,7 @@ def test_an_identity_made_for_a_pattern_of_many_stars_takes_no_time(tmp_path: Pa
         ("", "missing required field `client`"),
         ("[[client", "array declaration"),
         ("client = " + "[" * 10_000, "recursion"),
+        ("# \xe9", "can't decode"),
         ("[[client]]\nrpcs = []", "missing required field `identity`"),
         ('[[client]]\nidentity = "jwt:a"\npriority = true', "unknown field `priority`"),
         ('[[client]]\nidentity = "jwt:a"\nrpcs = ["Genrate"]', "Genrate"),
