@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from parley.v1 import generation_pb2
+from parley.v1.chat_pb2 import CountTokensRequest
 from parley.v1.message_pb2 import ROLE_ASSISTANT, ROLE_TOOL, ROLE_USER, Message, ToolCall
-from parleyd.gateway.convert import effective_defaults, to_sampling_params, to_template_messages
+from parleyd.gateway.convert import effective_defaults, to_sampling_params, to_template_kwargs, to_template_messages
 from parleyd.generation import ModelInfo, SamplingDefaults, SamplingParams
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -67,3 +68,9 @@ def test_a_result_has_the_name_of_the_call_before_it_also_where_ids_are_used_aga
 def test_a_call_without_an_id_names_nobody() -> None:
     messages = [Message(role=ROLE_USER), call("get_time", ""), Message(role=ROLE_TOOL), Message(role=ROLE_USER)]
     assert names_told(*messages) == [None] * 4
+
+
+def test_whole_numbers_of_template_variables_are_ints_at_any_depth() -> None:
+    request = CountTokensRequest()
+    request.chat_template_kwargs.update({"a": [1, 2.5, {"b": -4}]})
+    assert repr(to_template_kwargs(request)) == "{'a': [1, 2.5, {'b': -4}]}"
