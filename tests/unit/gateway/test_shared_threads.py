@@ -104,16 +104,18 @@ async def test_who_stops_waiting_is_passed_over(threads: SharedThreads) -> None:
     await assert_runs(threads, "mine")
 
 
+@pytest.mark.parametrize("before_it", [False, True])
 async def test_who_is_cancelled_just_as_the_turn_comes_gives_it_away(
-    threads: SharedThreads, monkeypatch: pytest.MonkeyPatch
+    threads: SharedThreads, monkeypatch: pytest.MonkeyPatch, before_it: bool
 ) -> None:
     first, second, third = (Work(threads, "mine") for _ in range(3))
     await until(first.begun.is_set)
     pass_on = Turns.pass_on
 
     def pass_on_and_cancel(turns: Turns, client: str) -> None:
-        pass_on(turns, client)
-        second.task.cancel()
+        steps = [lambda: pass_on(turns, client), second.task.cancel]
+        for step in reversed(steps) if before_it else steps:
+            step()
 
     monkeypatch.setattr(Turns, "pass_on", pass_on_and_cancel)
     first.end.set()
