@@ -59,7 +59,16 @@ BAD_PATTERN = tool(parameters='{"properties": {"a": {"type": "string", "pattern"
         ({"tools": TOOLS, "tool_choice": REQUIRED, "response_format": JSON_OBJECT}, "response_format"),
         ({"tools": TOOLS, "tool_choice": REQUIRED, "resume": chat_pb2.Resume(token_ids=b"No")}, "resume.token_ids"),
         ({"tools": TOOLS, "tool_choice": message_pb2.ToolChoice(name="f")}, "tool_choice.name"),
+        (
+            {"tools": TOOLS, "tool_choice": message_pb2.ToolChoice(name=CLOCK.name, mode=MODE.MODE_NONE)},
+            "tool_choice.name",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": message_pb2.ToolChoice(name=CLOCK.name, mode=MODE.MODE_AUTO)},
+            "tool_choice.name",
+        ),
         ({"tool_choice": REQUIRED}, "tool_choice.mode"),
+        ({"tool_choice": message_pb2.ToolChoice(mode=99)}, "tool_choice.mode"),  # type: ignore[arg-type]
     ],
 )
 def test_calls_can_only_be_demanded_where_they_can_be_made(

@@ -346,6 +346,12 @@ def test_a_bad_line_is_told_with_its_number_before_anything_is_asked(server, fil
     assert not files[1].exists()
 
 
+def test_of_many_bad_lines_the_first_are_told(files, capsys):
+    files[0].write_text("{\n" * 1000)
+    assert run(files) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 20
+
+
 def test_files_that_are_not_there_or_not_ours_are_told(server, files, capsys):
     assert run(files) == 1
     assert capsys.readouterr().err == f"parley: error: {files[0]}: No such file or directory\n"
@@ -362,6 +368,10 @@ def test_files_that_are_not_there_or_not_ours_are_told(server, files, capsys):
         files[0].write_text(line)
         assert run((files[0], files[0])) == 1  # the input itself
         assert files[0].read_text() == line
+    capsys.readouterr()
+    output = files[0].parent / "nowhere" / "out.jsonl"
+    assert run((files[0], output)) == 1
+    assert capsys.readouterr().err == f"parley: error: {output}: No such file or directory\n"
 
 
 def test_a_pipe_is_refused_as_input_since_it_can_be_read_but_once(server, files, capsys):

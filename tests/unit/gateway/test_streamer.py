@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -72,17 +74,28 @@ async def test_a_reader_waits_for_the_next_ids() -> None:
 
 
 @pytest.mark.parametrize("fail", [lambda s: s.fail(WorkerLost()), lambda s: s.put(Output(key=1, error="broken"))])
-async def test_ids_already_here_come_before_the_error(fail: object) -> None:
-    streamer = Streamer()
+async def test_ids_already_here_come_before_the_error_and_the_worker_is_done_before_they_are_taken(
+    fail: Callable[[Streamer], None],
+) -> None:
+    ends: list[str] = []
+    streamer = Streamer(lambda: ends.append("end"))
     streamer.put(Output(key=1, token_ids=(1, 2)))
-    fail(streamer)  # type: ignore[operator]
+    assert not ends
+    fail(streamer)
+    assert ends == ["end"]
     assert (await streamer.take()).token_ids == [1, 2]
     with pytest.raises((WorkerLost, EngineFault)):
         await streamer.take()
 
 
-async def test_an_answer_that_is_finished_cannot_fail_any_more() -> None:
-    streamer = Streamer()
-    streamer.put(Output(key=1, token_ids=(1,), finish_reason=FinishReason.LENGTH))
+@pytest.mark.parametrize("last", [{"finish_reason": FinishReason.LENGTH}, {"error": "broken"}])
+async def test_an_answer_that_has_ended_cannot_fail_any_more(last: dict[str, Any]) -> None:
+    ends: list[str] = []
+    streamer = Streamer(lambda: ends.append("end"))
+    streamer.put(Output(key=1, token_ids=(1,), **last))
     streamer.fail(WorkerLost())
-    assert (await streamer.take()).finish_reason is FinishReason.LENGTH
+    assert ends == ["end"]
+    assert (await streamer.take()).finish_reason is last.get("finish_reason")
+    if "error" in last:
+        with pytest.raises(EngineFault):
+            await streamer.take()
