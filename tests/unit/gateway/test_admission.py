@@ -81,10 +81,11 @@ async def test_waiting_requests_can_be_refused_together() -> None:
     admission = new_admission(max_running=1, max_queue=5)
     running, *waiting = (Holder(admission) for _ in range(4))
     await settle()
-    waiting[0].task.cancel()  # in the same moment
+    waiting[0].task.cancel()  # in the same moment, as is the next
     admission.refuse_waiting(Draining())
+    waiting[1].task.cancel()
     results = await asyncio.gather(*(holder.task for holder in waiting), return_exceptions=True)
-    assert [type(result) for result in results] == [asyncio.CancelledError, Draining, Draining]
+    assert [type(result) for result in results] == [asyncio.CancelledError, asyncio.CancelledError, Draining]
     await running.release()
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 

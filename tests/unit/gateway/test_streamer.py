@@ -99,3 +99,10 @@ async def test_an_answer_that_has_ended_cannot_fail_any_more(last: dict[str, Any
     if "error" in last:
         with pytest.raises(EngineFault):
             await streamer.take()
+
+
+async def test_an_answer_may_end_without_another_id() -> None:
+    streamer = Streamer()
+    streamer.put(Output(key=1, finish_reason=FinishReason.LENGTH))
+    delta = await streamer.take()
+    assert (delta.token_ids, delta.finish_reason) == ([], FinishReason.LENGTH)
