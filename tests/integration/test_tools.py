@@ -72,6 +72,10 @@ def test_a_call_that_is_cut_off_is_no_reason_to_call(families: Families) -> None
     choice = families["qwen"].stub.Generate(request, timeout=20).choices[0]
     assert choice.message.tool_calls[0].arguments == '{"city": "Be'
     assert choice.finish_reason == generation_pb2.FINISH_REASON_LENGTH
+    request = ask(saying("qwen", text), tools=TOOLS, max_new_tokens=len(text) - 1)
+    choice = families["qwen"].stub.Generate(request, timeout=20).choices[0]
+    assert choice.message.tool_calls[0].arguments == BERN  # whole, but another call might have followed
+    assert choice.finish_reason == generation_pb2.FINISH_REASON_LENGTH
     choice = (
         families["qwen"]
         .stub.Generate(ask(saying("qwen", text), tools=TOOLS, stop_strings=["rn"]), timeout=20)
