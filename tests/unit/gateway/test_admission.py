@@ -293,16 +293,28 @@ async def after_durations_of(seconds: float, monkeypatch: pytest.MonkeyPatch, ma
 
 
 async def test_the_slot_that_comes_free_next_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    admission = await after_durations_of(1.0, monkeypatch)
+    admission = await after_durations_of(2.0, monkeypatch)
     running = Holder(admission)
     await settle()
     with pytest.raises(DeadlineExceeded):
-        await Holder(admission, deadline=time.monotonic() + 0.3).task
-    hopeful = Holder(admission, deadline=time.monotonic() + 0.8)
+        await Holder(admission, deadline=time.monotonic() + 0.6).task
+    hopeful = Holder(admission, deadline=time.monotonic() + 1.6)
     await settle()
     assert admission.num_waiting == 1
     await running.release()
     await hopeful.release()
+
+
+async def test_nothing_is_too_late_where_a_slot_is_free_or_little_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, fresh = await after_durations_of(60.0, monkeypatch), new_admission(max_running=1, max_queue=1)
+    running = [Holder(known, deadline=time.monotonic() + 10.0), Holder(fresh)]
+    await settle()
+    assert all(holder.entered.is_set() for holder in running)
+    waiting = Holder(fresh, deadline=time.monotonic() + 0.1)
+    await settle()
+    assert fresh.num_waiting == 1
+    for holder in (*running, waiting):
+        await holder.release()
 
 
 async def test_where_slots_are_free_a_first_token_still_takes_its_time() -> None:
