@@ -73,7 +73,7 @@ class KVLedger:
             block_ids.append(block_id)
         num_tokens, num_prompt_tokens = len(block_ids) * self.block_size, sequence.num_prompt_tokens
         num_with_copy = min(num_prompt_tokens, len(sequence.token_ids) - 1)
-        if len(block_ids) == (num_prompt_tokens - 1) // self.block_size and num_with_copy > num_tokens:
+        if len(block_ids) == (num_prompt_tokens - 1) // self.block_size:
             copied = self._registered.get(self._digest(sequence, num_prompt_tokens))
             if copied is not None:
                 return CachedPrefix(block_ids, num_with_copy, copied)

@@ -60,6 +60,7 @@ def test_a_sequence_grows_by_a_block_when_its_last_is_full() -> None:
     assert ledger.can_append(one)
     ledger.append(one)
     assert len(one.block_ids) == 2
+    assert ledger.can_append(one), "its own last block has room, though no other is free"
     one.num_computed_tokens = 8
     assert not ledger.can_append(one)
 
