@@ -49,8 +49,7 @@ def _levels(controller: str, root: Path, own: str | None) -> Iterator[tuple[Path
         if is_unified or controller in controllers.split(","):
             folder = (root if is_unified else root / controller) / path.lstrip("/")
             for level in (folder, *folder.parents):
-                if root in (level, *level.parents):
-                    yield level, is_unified
+                yield level, is_unified
 
 
 def _read(path: Path) -> str:
