@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import pytest
 
 from parleyd.errors import StartupError
+from parleyd.generation import FinishReason
 from parleyd.scheduling.kv_cache import IntegrityError
+from parleyd.scheduling.request import Sequence
 from parleyd.scheduling.scheduler import Scheduler
 from tests.support.scheduling import request, scheduler, start, step
 
@@ -60,15 +63,43 @@ def test_ten_thousand_waiting_requests_cost_a_step_nothing() -> None:
     assert num_calls(crowded) <= num_calls(quiet) + 5
 
 
-def test_a_request_lost_from_the_books_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda one, _: vars(one).update(num_computed_tokens=12), "request 1 has 12 of 4 tokens computed"),
+        (lambda one, _: one.token_ids.extend(range(9)) or vars(one).update(num_computed_tokens=12), "into 1 blocks"),
+        (lambda one, _: one.token_ids.extend(range(20)), "request 1 has 24 tokens of at most 23"),
+        (lambda one, _: vars(one).update(num_pending=1), "request 1 awaits 1 ids from 0 batches"),
+        (lambda one, _: vars(one).update(finish_reason=FinishReason.STOP), "request 1 has finished"),
+        (lambda _, waiting: vars(waiting).update(num_computed_tokens=1), "request 3 waits, but holds 0 blocks for 1"),
+    ],
+)
+def test_a_request_that_contradicts_itself_is_noticed(
+    damage: Callable[[Sequence, Sequence], None], message: str
+) -> None:
+    engine = scheduler(running=2)
+    start(engine, request(1), request(2), request(3))
+    step(engine)
+    engine.check_integrity()
+    damage(engine._running[0], engine._waiting[0])
+    with pytest.raises(IntegrityError, match=message):
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda engine: engine._running[0].block_ids.pop(), "held 0 times but counted 1"),
+        (lambda engine: engine._sequences.pop(2), "2 running \\+ 0 waiting requests are not 1"),
+        (lambda engine: engine._running.reverse(), "by rank"),
+        (lambda engine: vars(engine).update(_max_running=1), "2 sequences run, above the limit of 1"),
+    ],
+)
+def test_a_request_lost_from_the_books_is_noticed(damage: Callable[[Scheduler], object], message: str) -> None:
     engine = scheduler()
     start(engine, request(1), request(2))
     step(engine)
     engine.check_integrity()
-    engine._running[0].num_computed_tokens += 9
-    with pytest.raises(IntegrityError, match="request 1 has 12 of 4 tokens computed"):
-        engine.check_integrity()
-    engine._running[0].num_computed_tokens -= 9
-    del engine._sequences[2]
-    with pytest.raises(IntegrityError, match="are not 1"):
+    damage(engine)
+    with pytest.raises(IntegrityError, match=message):
         engine.check_integrity()
