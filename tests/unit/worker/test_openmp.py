@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from parleyd.worker import openmp
@@ -48,20 +49,24 @@ def test_with_two_threads_a_core_there_are_more_processors_than_threads(machine:
     assert openmp.openmp_variables({}) == UNBOUND
 
 
+@pytest.fixture(params=[(4, 8), (8, 4), (None, 4)])
+def four_cores(machine: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """With hyperthreads, on some of the machine's, and where the kernel does not tell."""
+    num_cores, num_processors = request.param
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: num_processors if logical else num_cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_processors)))
+
+
 @pytest.mark.parametrize(("quota", "num_threads"), [(0.5, "1"), (1.0, "1"), (2.9, "2"), (3.0, "3")])
-@pytest.mark.usefixtures("machine")
-def test_a_quota_has_no_more_threads_than_it_keeps_busy(
-    quota: float, num_threads: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openmp, "_num_cores", lambda: 4)
+@pytest.mark.usefixtures("four_cores")
+def test_a_quota_has_no_more_threads_than_it_keeps_busy(quota: float, num_threads: str) -> None:
     assert openmp.openmp_variables({}, cpu_quota=quota) == {**UNBOUND, "OMP_NUM_THREADS": num_threads}
     assert openmp.openmp_variables({"OMP_NUM_THREADS": "4"}, cpu_quota=quota) == UNBOUND
 
 
 @pytest.mark.parametrize("quota", [4.0, 64.0, None])
-@pytest.mark.usefixtures("machine")
-def test_a_quota_for_all_cores_changes_nothing(quota: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openmp, "_num_cores", lambda: 4)
+@pytest.mark.usefixtures("four_cores")
+def test_a_quota_for_all_cores_changes_nothing(quota: float | None) -> None:
     assert openmp.openmp_variables({}, cpu_quota=quota) == BOUND
 
 
