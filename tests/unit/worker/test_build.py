@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -150,6 +151,23 @@ def test_a_kv_cache_of_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPa
         build_engine(ModelSettings(kv_cache_memory=100.0), make_model("Llama"), info_of(model))
     monkeypatch.setattr(build, "free_bytes", lambda device: wanted)
     assert build_engine(ModelSettings(kv_cache_memory=100.0), model, info_of(model))[0] == "batching"
+
+
+def test_a_files_own_numbers_are_held_where_there_is_room_for_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "free_bytes", lambda device: 2**30)
+    for num_bytes, settings, are_held in (
+        (2**28, ModelSettings(), True),
+        (2**28, ModelSettings(four_bit_linear=False), False),
+        (2**28 + 1, ModelSettings(), False),
+    ):
+        assert "too little memory" not in caplog.text
+        model = make_model("Llama")
+        blocks = MagicMock(num_bytes=num_bytes, numbers_of=MagicMock(return_value=None))
+        build_engine(settings, model, info_of(model), blocks)
+        assert blocks.numbers_of.called == are_held
+    assert "too little memory" in caplog.text
 
 
 def test_either_engine_and_layers_can_be_asked_for() -> None:
