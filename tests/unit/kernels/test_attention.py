@@ -14,8 +14,10 @@ import torch
 
 from parleyd.cpu_kernels.decode import paged_decode
 from parleyd.generation import EngineRequest, SamplingParams
+from parleyd.kernels import gathered, layer_ops
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.choice import AttentionShape, check_kernels, choose_kernels
+from parleyd.kernels.compiled import CompiledKernels
 from parleyd.kernels.layout import StepLayout, attend
 from parleyd.kernels.paged import NO_KERNELS, Kernels
 from parleyd.scheduling.request import Batch, BlockCopy, Sequence
@@ -72,6 +74,16 @@ def test_gathering_attends_as_sdpa_does_alone(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         run(MIXED, dtype=dtype), run(MIXED, torch_kernels.KERNELS, dtype), rtol=tolerance, atol=tolerance
     )
+
+
+def test_decodes_and_prompts_beyond_what_is_gathered_at_a_time_attend_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(MIXED)
+    monkeypatch.setattr(gathered, "_MAX_TOKENS", 60)
+    monkeypatch.setattr(gathered, "_MAX_ROWS", 5)
+    cache = PagedKVCache((1, 1, BLOCK_SIZE, KV_HEADS, HEAD_DIM), torch.float32, "cpu")
+    parts = gathered.Gathered.of_decodes(MIXED.scheduled[: MIXED.num_decodes], cache)
+    assert [part.rows for part in parts] == [slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 7)]
+    torch.testing.assert_close(run(MIXED), expected)
 
 
 @pytest.mark.parametrize("takes_prompts", [False, True])
@@ -154,6 +166,14 @@ def test_kernels_that_do_not_work_here_are_not_used_and_the_log_says_why(
 def test_on_a_cpu_nothing_is_tried(caplog: pytest.LogCaptureFixture) -> None:
     assert choose_kernels("auto", shape()) == (NO_KERNELS, 32)
     assert not caplog.text
+
+
+def test_a_device_that_breaks_in_a_trial_is_no_reason_to_go_on_without_the_kernel() -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        choose_kernels("auto", shape(), CompiledKernels(broken, layer_ops))
 
 
 def test_a_trial_finds_a_kernel_that_reads_one_token_too_many() -> None:
