@@ -292,6 +292,15 @@ def test_a_tokenizer_that_could_not_be_read_is_read_again(info: ModelInfo, tmp_p
     assert compiler.start(request).result()
 
 
+def test_a_grammar_that_cannot_be_compiled_for_a_fault_of_ours_fails_its_own_request(
+    info: ModelInfo, tmp_path: Path
+) -> None:
+    engine = make_random_engine(replace(info, tokenizer_dir=str(tmp_path)), LIKELY)
+    engine.submit(ask_engine(0, to_grammar("regex", "[a-c]*")))
+    (output,) = engine.step()
+    assert output.key == 0 and output.grammar_error is None and "UnknownTokenizer" in (output.error or "")
+
+
 def test_a_mask_is_of_the_bits_it_is_made_from(info: ModelInfo) -> None:
     request = ask_engine(0, to_grammar("regex", "[a-c]*"))
     state = GrammarCompiler(info).start(request).result()

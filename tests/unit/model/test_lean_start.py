@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from parleyd.config import ModelSettings
@@ -194,6 +195,14 @@ def test_weights_that_transformers_changes_as_it_loads_are_not_remembered(tmp_pa
     with torch.no_grad():
         loaded.model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
     lean_start.remember(place_of(settings), files, loaded.model, loaded.info)
+    assert folders(tmp_path / "cache") == []
+
+
+def test_weights_that_transformers_finds_under_other_names_are_not_remembered(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "Llama", tie_word_embeddings=True)
+    path = folder / "model.safetensors"
+    save_file({name.removeprefix("model."): weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    first_start(settings_of(folder, tmp_path / "cache"))
     assert folders(tmp_path / "cache") == []
 
 

@@ -161,7 +161,7 @@ def test_a_missing_shard_is_named(llama_folder: Path) -> None:
     assert "weight files are missing: model-1.safetensors" in startup_error(llama_folder)
 
 
-@pytest.mark.parametrize("names", [["x"], [1, "x"], [["x"]], ["x" * 5000]])
+@pytest.mark.parametrize("names", [[], ["x"], [1, "x"], [["x"]], ["x" * 5000]])
 def test_an_index_of_names_that_no_file_has_is_refused(llama_folder: Path, names: list[object]) -> None:
     (llama_folder / "model.safetensors").unlink()
     edit_json(llama_folder / "model.safetensors.index.json", weight_map=dict(zip("ab", names, strict=False)))

@@ -63,6 +63,8 @@ def test_of_an_encoder_decoder_both_halves_load(tmp_path: Path) -> None:
     loaded = load(write_tiny_tokenizer(tmp_path))
     assert isinstance(loaded.model, T5ForConditionalGeneration)
     assert (loaded.info.max_context_tokens, loaded.info.vocab_size) == (1_000_000, VOCAB_SIZE)
+    edit_json(tmp_path / "tokenizer_config.json", model_max_length=10**30)  # so transformers writes "no limit"
+    assert info(tmp_path).max_context_tokens == 32_768
 
 
 def test_ids_without_a_logit_are_none_of_the_vocabulary(tmp_path: Path) -> None:
