@@ -94,6 +94,22 @@ def test_an_attention_implementation_that_has_no_effect_is_warned_of(caplog: pyt
     assert "--attn-implementation" in caplog.text
 
 
+def test_on_a_cpu_float16_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for dtype, is_warned_of in ((torch.float32, False), (torch.float16, True)):
+        model = make_model("Llama", dtype)
+        build_engine(ModelSettings(), model, info_of(model))
+        assert ("--dtype bfloat16 is faster" in caplog.text) == is_warned_of
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_running"), [({}, 64), ({"max_running": 3}, 3), ({"max_running": 99, "max_batch_tokens": 16}, 16)]
+)
+def test_no_more_run_than_are_wanted_and_a_step_has_tokens_for(settings: dict[str, int], max_running: int) -> None:
+    model = make_model("Llama")
+    _, engine = build_engine(ModelSettings(**settings), model, info_of(model))  # type: ignore[arg-type]
+    assert engine.max_running == max_running
+
+
 def test_layers_that_never_ask_for_our_attention_are_found_out(caplog: pytest.LogCaptureFixture) -> None:
     """Alone and in one step they compute the right thing, by themselves."""
     model = make_model("DiffLlama", head_dim=8)
@@ -151,6 +167,22 @@ def test_a_kv_cache_of_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPa
         build_engine(ModelSettings(kv_cache_memory=100.0), make_model("Llama"), info_of(model))
     monkeypatch.setattr(build, "free_bytes", lambda device: wanted)
     assert build_engine(ModelSettings(kv_cache_memory=100.0), model, info_of(model))[0] == "batching"
+
+
+@pytest.mark.parametrize(("num_free", "num_held"), [(8, 2), (3, 1), (2, 1), (1000, 64)])
+def test_a_kv_cache_takes_a_quarter_of_what_is_free_or_one_context_where_that_is_at_most_half(
+    num_free: int, num_held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In full contexts."""
+    blocks_of_context, block_bytes = CONTEXT // 32, 2 * 2 * 32 * 2 * 8 * 4
+    context_bytes = blocks_of_context * block_bytes
+    monkeypatch.setattr(build, "free_bytes", lambda device: num_free * context_bytes)
+    model = make_model("Llama")
+    _, engine = build_engine(ModelSettings(), model, info_of(model))
+    assert engine.stats().num_blocks == num_held * blocks_of_context
+    monkeypatch.setattr(build, "free_bytes", lambda device: 2 * context_bytes - 1)
+    with pytest.raises(StartupError, match="one full context"):
+        build_engine(ModelSettings(), make_model("Llama"), info_of(model))
 
 
 def test_a_files_own_numbers_are_held_where_there_is_room_for_them(
