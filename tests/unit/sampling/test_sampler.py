@@ -160,7 +160,10 @@ def test_probabilities_are_bit_equal_alone_and_among_others() -> None:
 def test_greedy_takes_the_lowest_id_of_the_largest_logits_in_every_type() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = random_logits(9, 1000, step=4.0).to(dtype)
-        assert sample(logits, [row(Params(), key) for key in range(9)]) == logits.float().argmax(-1).tolist()
+        expected = logits.float().argmax(-1).tolist()
+        assert sample(logits, [row(Params(), key) for key in range(9)]) == expected
+        among = sample(logits, [row(Params(do_sample=key == 4), key) for key in range(9)])
+        assert among[:4] + among[5:] == expected[:4] + expected[5:]
 
 
 def test_temperature_0_is_greedy() -> None:
