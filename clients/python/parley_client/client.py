@@ -287,6 +287,7 @@ class Stream(Iterator[Piece]):
         self._accumulator = Accumulator(message)
         self._resumption = Resumption(self._accumulator, patience)
         self._is_cancelled = False
+        self._failure: ParleyError | None = None
         self._awake = threading.Event()  # set where it is cancelled, or its client closed: nothing is waited for then
         self._begin = begin
         self._call = begin(message, **patience.call_args())
@@ -316,6 +317,8 @@ class Stream(Iterator[Piece]):
             except BaseException:
                 self.cancel()
                 raise
+        if self._failure is not None:
+            raise self._failure
         self._accumulator.check_cancelled()
         raise StopIteration
 
@@ -330,7 +333,8 @@ class Stream(Iterator[Piece]):
             if self._is_cancelled:
                 return
             self._call = self._begin(self._resumption.request(), **self._resumption.call_args())
-        except BaseException:
+        except BaseException as failure:
+            self._failure = failure if isinstance(failure, ParleyError) else None
             self.cancel()
             raise
         if self._is_cancelled:  # in the meantime, by another thread
