@@ -11,6 +11,7 @@ interface Type<Input, Request> {
 
 const LONE_SURROGATE = /\p{Surrogate}/u;
 const ENUMS: Readonly<Record<string, object>> = { role: Role, mode: ToolChoice_Mode };
+const ENUM_PATH = /^(requests\[\d+\]\.)?(messages\[\d+\]\.role|toolChoice\.mode)$/; // not what is free to have such keys
 
 /**
  * The request with the fields of `input`. The stubs would leave out a field that they do not know, take a Map and what
@@ -46,7 +47,7 @@ function check(given: unknown, read: unknown, path: string): void {
     if (value === undefined || value === null) continue;
     const at = Array.isArray(given) ? `${path}[${key}]` : path === "" ? key : `${path}.${key}`;
     if (!Object.hasOwn(read, key)) throw new TypeError(`${at}: no such field`);
-    if (read[key] === Role.UNRECOGNIZED && Object.hasOwn(ENUMS, key)) throw unknownName(value, ENUMS[key]!, at);
+    if (read[key] === Role.UNRECOGNIZED && ENUM_PATH.test(at)) throw unknownName(value, ENUMS[key]!, at);
     check(value, read[key], at);
     if (/^(requests\[\d+\]\.)?responseFormat$/.test(at)) checkForm(read[key] as object, at);
   }

@@ -454,7 +454,12 @@ test("names of enum values may be spelled out, and left out fields undefined", a
     messages: [{ role: "ROLE_USER", content: "Hi", name: undefined }],
     toolChoice: { mode: "MODE_NONE" },
     generationConfig: { logitBias: { 7: 0.1 }, seed: 7 },
-    chatTemplateKwargs: { role: "user", mode: { role: [1, true, null] }, responseFormat: { text: {}, regex: "" } },
+    chatTemplateKwargs: {
+      role: "UNRECOGNIZED",
+      mode: { role: [1, true, null] },
+      messages: [{ role: "UNRECOGNIZED" }],
+      responseFormat: { text: {}, regex: "" },
+    },
     unknown: undefined,
   };
   await connect(target).generate(request as unknown as GenerateInput);
