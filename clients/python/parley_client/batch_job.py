@@ -47,7 +47,7 @@ def batch(args: Namespace) -> int:
                 report.end()
     except BadFile as error:
         for line in str(error).splitlines():
-            print("parley: error:", line, file=sys.stderr)
+            print("parley: error:", commands.shown(line, sys.stderr), file=sys.stderr)
         return 1
     return 0 if report.answered == report.total else 1
 

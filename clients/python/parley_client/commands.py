@@ -10,7 +10,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message as ProtoMessage
@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 _INTERRUPT_CHECK_S = 0.1
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
+# As less shows them. A text may move the cursor by tabs and line ends alone.
+_SHOWN = {code: f"^{code ^ 0x40:c}" for code in (*range(0x20), 0x7F) if code not in b"\t\n"}
+_SHOWN |= {code: f"<U+{code:04X}>" for code in range(0x80, 0xA0)}
 
 
 def connection(args: Namespace) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def model(args: Namespace) -> int:
         ("capabilities", ", ".join(info.capabilities)),
         ("generation defaults", defaults),
     ):
-        print(f"{label + ':':<20} {value}")
+        print(f"{label + ':':<20} {shown(str(value), sys.stdout)}")
     return 0
 
 
@@ -144,12 +147,12 @@ def print_pieces(stream: Stream) -> None:
     try:
         while (piece := aside(lambda: next(stream, None))) is not None:
             if shows_reasoning and piece.reasoning_content:
-                print(_DIM + piece.reasoning_content, end=_NOT_DIM, flush=True)
+                print(_DIM + shown(piece.reasoning_content, sys.stdout), end=_NOT_DIM, flush=True)
                 was_reasoning = True
             if was_reasoning and piece.content:
                 print(end="\n\n")
                 was_reasoning = False
-            print(piece, end="", flush=True)
+            print(shown(piece.content, sys.stdout), end="", flush=True)
     except BaseException:
         if stream.reply.content or was_reasoning:
             print(flush=True)
@@ -157,6 +160,11 @@ def print_pieces(stream: Stream) -> None:
     finally:
         aside(stream.cancel)
     print(flush=True)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """Text from elsewhere as `stream` may have it: a terminal is not to obey what a model or a server says."""
+    return text.translate(_SHOWN) if stream.isatty() else text
 
 
 def aside(call: Callable[[], T]) -> T:
@@ -191,7 +199,8 @@ def print_json(value: dict[str, Any]) -> None:
 
 def print_error(error: ParleyError, args: Namespace) -> None:
     """Tells on stderr, in one line, what went wrong, and which flag may help."""
-    print("parley: error:", " ".join(error.message.split()) + _hint(error, args), file=sys.stderr)
+    message = " ".join(f"{error.message}{_hint(error, args)}".split())
+    print("parley: error:", shown(message, sys.stderr), file=sys.stderr)
 
 
 def _hint(error: ParleyError, args: Namespace) -> str:
