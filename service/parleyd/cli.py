@@ -80,6 +80,16 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        try:
+            sys.stdout.flush()  # of --help: as the interpreter ends, nobody could tell any more that it failed
+        except OSError as error:
+            _let_output_go_nowhere()
+            is_unread = isinstance(error, BrokenPipeError)  # as with `| head`
+            message = None if is_unread else f"parleyd: error: the output cannot be written: {error.strerror}\n"
+            status = 1
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 

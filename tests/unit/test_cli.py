@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +42,16 @@ def test_every_setting_is_a_flag_and_a_variable_and_is_explained(option: object)
 def test_a_flag_wins_over_its_variable() -> None:
     arguments = build_parser({"PARLEY_MAX_QUEUE": "3"}).parse_args(["serve", "--max-queue", "4"])
     assert arguments.max_queue == 4
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"]], ids=" ".join)
+def test_an_output_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "parleyd", *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "parleyd: error: the output cannot be written: No space left on device\n"
 
 
 def test_a_flag_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture[str]) -> None:
