@@ -34,6 +34,7 @@ class Room:
 ROOMS = (
     Room(("parley",), imports=("grpc", "google")),
     Room(("parley_client",), imports=(*STUBS, "grpc_health")),
+    Room(("parley_command",), imports=("parley_client.cli",)),
     Room(SETTINGS),
     Room(("parleyd.ipc",), imports=("msgspec", *SETTINGS)),
     Room(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import grpc
 import pytest
@@ -256,6 +257,14 @@ def test_ctrl_c_ends_generate_quietly(server, parley):
     assert server.has_seen_the_end()
     assert process.communicate() == (b"\n", b"")
     assert process.returncode == 130
+
+
+def test_a_ctrl_c_amid_the_imports_ends_quietly(tmp_path):
+    (tmp_path / "grpc.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    command = [Path(sys.executable).parent / "parley", "model"]
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize(

@@ -199,11 +199,12 @@ def test_the_command_line_tells_of_a_servers_certificate_that_has_expired(
 
 
 def _failure_of_health(target: str, *flags: str) -> str:
-    command = [sys.executable, "-m", "parley_client", "health", "--target", target, *flags]
+    command = [Path(sys.executable).parent / "parley", "health", "--target", target, *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GRPC_", "PARLEY_"))}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    return result.stderr.splitlines()[-1]  # behind what gRPC logs of a handshake
+    (line,) = result.stderr.splitlines()  # and none of gRPC's own of the handshake
+    return line
 
 
 def test_the_command_line_takes_credentials_from_flags_and_environment(
