@@ -94,6 +94,9 @@ def _build_from_code(code: grpc.StatusCode, message: str, common: dict[str, Any]
     # A proxy resets streams whose server is gone, and gRPC has no better code for that.
     if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
         cls = errors.ConnectionFailed
+    # Nor for one whose connection it closed, as for frames that it could not read.
+    if code is grpc.StatusCode.UNKNOWN and message.startswith("Stream removed"):
+        cls = errors.ConnectionFailed
     if cls is errors.ConnectionFailed and "metadata from plugin failed" in message:  # an `api_key` function raised
         cls, message = errors.Unauthenticated, f"no credentials: {message}"
     if cls is errors.ConnectionFailed:

@@ -84,6 +84,13 @@ def test_errors_survive_pickling():
     assert copy.violations == (Violation("messages[0].content", "is odd"),)
 
 
+def test_a_connection_whose_frames_cannot_be_read_is_a_broken_one():
+    text = "Stream removed (Failed parsing HTTP/2 (Frame size 16777215 is larger than max frame size 4194304))"
+    error = status.from_rpc_error(FailedCall(grpc.StatusCode.UNKNOWN, text))
+    assert (type(error), error.code) == (parley_client.ConnectionFailed, grpc.StatusCode.UNKNOWN)
+    assert type(status.from_rpc_error(FailedCall(grpc.StatusCode.UNKNOWN, "odd"))) is ParleyError
+
+
 def test_a_proxys_reset_is_a_broken_connection_and_the_servers_own_fault_is_not():
     reset = FailedCall(grpc.StatusCode.INTERNAL, "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))")
     assert type(status.from_rpc_error(reset)) is parley_client.ConnectionFailed
