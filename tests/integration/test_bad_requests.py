@@ -271,6 +271,17 @@ def test_fields_are_checked_before_the_model_and_the_model_before_the_length(gat
     assert reason_of(refusal(gateway, ask("x" * 5000, model="gpt-5"))) == "MODEL_NOT_FOUND"
 
 
+def test_of_a_model_that_is_not_served_nothing_is_said_to_be_unsupported(gateway: GatewayThread) -> None:
+    conversation = {"model": "gpt-5", "messages": ask("x").messages, "tools": [message_pb2.Tool(name="f")]}
+    for method, request in (
+        (gateway.stub.Generate, chat_pb2.GenerateRequest(**conversation)),
+        (gateway.stub.CountTokens, chat_pb2.CountTokensRequest(**conversation)),
+    ):
+        with pytest.raises(grpc.RpcError) as raised:
+            method(request, timeout=20)
+        assert reason_of(raised.value) == "MODEL_NOT_FOUND"
+
+
 @pytest.mark.parametrize("kwargs", [{"enable_thinking": True}, {"messages": []}, {"add_generation_prompt": False}])
 def test_chat_template_kwargs_that_the_template_does_not_read_are_named(
     gateway: GatewayThread, kwargs: dict[str, Any]

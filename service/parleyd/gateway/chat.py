@@ -14,7 +14,6 @@ from parley.v1 import chat_pb2, chat_pb2_grpc
 from parleyd.errors import (
     DeadlineExceeded,
     InvalidRequest,
-    ModelNotFound,
     PermissionDenied,
     PromptTooLong,
     Unsupported,
@@ -101,7 +100,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def CountTokens(self, request: chat_pb2.CountTokensRequest, context: Context) -> chat_pb2.CountTokensResponse:
         """See chat.proto."""
         await self._prompts.check(self._served.check_conversation, request)
-        self._check_model(request.model)
+        self._served.check_name(request.model)
         try:
             prompt_tokens = len((await self._prompts.build(self._served, request)).token_ids)
         except PromptTooLong as error:  # is counted all the same
@@ -110,17 +109,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def GetModel(self, request: chat_pb2.GetModelRequest, context: Context) -> chat_pb2.GetModelResponse:
         """See chat.proto."""
-        self._check_model(request.model)
+        self._served.check_name(request.model)
         return self._served.description
 
     @property
     def _served(self) -> ServedModel:
         assert self.model is not None
         return self.model
-
-    def _check_model(self, name: str) -> None:
-        if name not in ("", self._served.name):
-            raise ModelNotFound(name, [self._served.name])
 
     async def _prepare(self, request: chat_pb2.GenerateRequest) -> Generation:
         """Checks in the contract's order: fields, model, prompt length."""
@@ -130,7 +125,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         params, question = await self._prompts.check(served.check_request, request)
         if question:
             params = replace(params, grammar=await self._grammars.check(question, current_call.get().identity))
-        self._check_model(request.model)
+        self._served.check_name(request.model)
         prompt = await self._prompts.build(served, request)
         if not prompt.token_ids:
             raise InvalidRequest([Violation("messages", "the model's chat template makes an empty prompt of them")])

@@ -11,7 +11,7 @@ from typing import Any
 
 from parley.v1 import chat_pb2
 from parleyd.config import Settings
-from parleyd.errors import InvalidRequest, Unsupported, Violation
+from parleyd.errors import InvalidRequest, ModelNotFound, Unsupported, Violation
 from parleyd.gateway import convert, tools, validation
 from parleyd.generation import ModelInfo, SamplingParams
 from parleyd.ipc.messages import CheckGrammar
@@ -79,10 +79,15 @@ class ServedModel:
         """How many answers a valid request asks for. `params`: its own, as `check_request` returns them."""
         return convert.num_choices(request.generation_config, params, self.info.defaults)
 
+    def check_name(self, name: str) -> None:
+        """Raises ModelNotFound where a request names another model."""
+        if name not in ("", self.name):
+            raise ModelNotFound(name, [self.name])
+
     def check_request(self, request: chat_pb2.GenerateRequest) -> tuple[SamplingParams, CheckGrammar | None]:
         """The request's sampling parameters, and what is left to ask the checker: None where any text will do.
 
-        Raises InvalidRequest with every violation, or Unsupported.
+        Raises InvalidRequest with every violation, or Unsupported; ModelNotFound where that is of another model.
         """
         params = convert.to_sampling_params(request.generation_config, self.defaults)
         _refuse(
@@ -94,7 +99,7 @@ class ServedModel:
         return params, self._grammar_question(request, params)
 
     def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
-        """Raises InvalidRequest with every violation, or Unsupported."""
+        """Raises InvalidRequest with every violation, or Unsupported; ModelNotFound where that is of another model."""
         _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
         self._refuse_unsupported(request)
 
@@ -145,6 +150,7 @@ class ServedModel:
         for unsupported in chain(
             in_conversation, tools.unsupported(request, self.answer_format, self.grammar_obstacle), further
         ):
+            self.check_name(request.model)  # what another one cannot do nobody knows here
             raise unsupported
 
     def _kwarg_violations(self, request: tools.AnyRequest) -> list[Violation]:
