@@ -99,11 +99,13 @@ def _read(gguf_file: Path) -> tuple[Any, Any]:
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from parleyd.model.gguf_blocks import num_block_bytes
     from parleyd.model.memory import check_fits
     from parleyd.model.quiet import silence_transformers
 
     silence_transformers()
-    parts = gguf.GGUFReader(str(gguf_file)).fields.get("split.count")
+    reader = gguf.GGUFReader(str(gguf_file))
+    parts = reader.fields.get("split.count")
     if parts and (num_parts := parts.contents()) > 1:
         raise StartupError(
             f"--model {gguf_file}: one of {num_parts} parts of a file; join them with llama.cpp's llama-gguf-split "
@@ -111,7 +113,8 @@ def _read(gguf_file: Path) -> tuple[Any, Any]:
         )
     dtype = _dtype(gguf_file)
     auto_model: Any = AutoModelForCausalLM  # its annotations know no output_loading_info
-    check_fits(str(gguf_file), _num_elements(gguf_file) * dtype.itemsize, "cpu")
+    num_elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    check_fits(str(gguf_file), num_elements * dtype.itemsize + num_block_bytes(reader), "cpu")
     model, report = auto_model.from_pretrained(
         str(gguf_file.parent),
         gguf_file=gguf_file.name,
@@ -153,12 +156,6 @@ def _dtype(gguf_file: Path) -> torch.dtype:
     if kinds == {gguf.GGMLQuantizationType.F32}:
         return torch.float32
     return torch.float16 if kinds == {gguf.GGMLQuantizationType.F16} else torch.bfloat16
-
-
-def _num_elements(gguf_file: Path) -> int:
-    import gguf
-
-    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(str(gguf_file)).tensors)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +30,7 @@ _logger = logging.getLogger("parleyd.model")
 FILE_NAME = "gguf_blocks.safetensors"
 BLOCK_SIZE = 32  # weights of a row that share a scale
 
+_KINDS = ("Q4_0", "Q4_1", "Q8_0")
 _Q4_0_BYTES, _Q4_1_BYTES, _Q8_0_BYTES = 18, 20, 34  # of a block, all three of BLOCK_SIZE weights
 
 
@@ -112,14 +115,18 @@ def read_blocks(gguf_file: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     blocks = {}
     for tensor in reader.tensors:
         weight = names.get(tensor.name)
-        if weight is None or tensor.tensor_type.name not in ("Q4_0", "Q4_1", "Q8_0"):
+        if weight is None or tensor.tensor_type.name not in _KINDS:
             continue
         name, parameter = weight
-        as_in_file = torch.from_numpy(tensor.data.copy())
-        orders = (as_in_file[rows] for rows in _row_orders(model, parameter))
-        if (ordered := next((order for order in orders if _is(order, parameter)), None)) is not None:
-            blocks[name] = ordered
+        orders = _row_orders(model, parameter)
+        if (rows := next((rows for rows in orders if _is(tensor.data, rows, parameter)), None)) is not None:
+            blocks[name] = torch.from_numpy(tensor.data[rows])
     return blocks
+
+
+def num_block_bytes(reader: Any) -> int:
+    """What `read_blocks` may return of a file, beside the model."""
+    return sum(int(tensor.n_bytes) for tensor in reader.tensors if tensor.tensor_type.name in _KINDS)
 
 
 def save_blocks(blocks: dict[str, Tensor], folder: Path) -> None:
@@ -142,23 +149,23 @@ def _gguf_names(model: PreTrainedModel, reader: Any) -> dict[str, tuple[str, Ten
     }
 
 
-def _row_orders(model: PreTrainedModel, parameter: Tensor) -> Iterator[Tensor]:
+def _row_orders(model: PreTrainedModel, parameter: Tensor) -> Iterator[NDArray[np.int64]]:
     """How a file may order a matrix's rows: as they are, or with the halves of each head interleaved."""
     config: Any = model.config.get_text_config()
-    rows = torch.arange(parameter.shape[0])
+    rows = np.arange(parameter.shape[0])
     yield rows
     for num_heads in {config.num_attention_heads, config.num_key_value_heads}:
         if len(rows) % (2 * num_heads) == 0:
-            yield rows.view(num_heads, -1, 2).transpose(1, 2).flatten()
+            yield rows.reshape(num_heads, -1, 2).transpose(0, 2, 1).ravel()
 
 
-def _is(blocks: Tensor, parameter: Tensor) -> bool:
-    """Whether that is what transformers made of these blocks. Some rows suffice, as an order is right or wrong."""
-    some = slice(0, None, max(1, len(blocks) // 1024))
+def _is(data: NDArray[np.uint8], rows: NDArray[np.int64], parameter: Tensor) -> bool:
+    """Whether that is what transformers made of these blocks in this order. Some suffice, as it is right or wrong."""
+    # An odd step: even ones may meet only rows that all orders have in the same place.
+    some = slice(0, None, len(rows) // 128 | 1)
     weight = parameter.detach()[some].float()
-    return torch.allclose(
-        _decode(blocks[some], weight.shape[1]).dequantised(), weight, atol=0.01 * float(weight.abs().max())
-    )
+    blocks = torch.from_numpy(data[rows[some]])
+    return torch.allclose(_decode(blocks, weight.shape[1]).dequantised(), weight, atol=0.01 * float(weight.abs().max()))
 
 
 def _decode(blocks: Tensor, width: int) -> Numbers:

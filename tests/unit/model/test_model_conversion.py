@@ -102,6 +102,16 @@ def test_a_gguf_file_too_large_for_the_memory_is_refused_before_it_is_read(
     assert folders(cache) == []
 
 
+def test_a_gguf_file_whose_own_numbers_do_not_fit_beside_its_weights_is_refused(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", matrices=gguf.GGMLQuantizationType.Q8_0)
+    weights = sum(2 * int(tensor.n_elements) for tensor in gguf.GGUFReader(str(path)).tensors)
+    monkeypatch.setattr("parleyd.model.memory.free_main_memory", lambda: weights + 1000)
+    assert "main memory has 0.0 GiB free" in startup_error(path, cache=str(cache))
+    assert folders(cache) == []
+
+
 def test_a_part_of_a_gguf_file_is_to_be_joined_with_the_others(tmp_path: Path, cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", tensors_of_part=12)
     parts = sorted(tmp_path.glob("tiny-0000?-of-00002.gguf"))
