@@ -297,6 +297,17 @@ async def test_what_kills_late_is_to_blame_not_what_came_beside_it(world: World)
     assert world.is_at_work(newcomer) and newcomer.error is None
 
 
+async def test_tokens_that_an_earlier_worker_made_clear_nobody_of_killing_the_next(world: World) -> None:
+    poison = await world.arrive()
+    for _ in range(3):
+        world.client.dispatch([world.worker.make(poison.key, last=False)])
+    for _ in range(3):
+        await world.die()
+        if poison.error is None:
+            world.client.dispatch([world.worker.make(poison.key, last=False)])  # its prefill, but no decode
+    assert poison.error is not None
+
+
 async def test_what_kills_late_is_found_also_if_newcomers_keep_coming(world: World) -> None:
     late = await world.arrive()
     for _ in range(3):
