@@ -24,6 +24,13 @@ async def test_what_a_slow_reader_has_not_taken_is_merged() -> None:
     assert (delta.token_ids, delta.finish_reason) == ([5], FinishReason.STOP)
 
 
+async def test_what_a_later_worker_finds_in_its_cache_is_not_told() -> None:
+    streamer = Streamer()
+    for token_id, num_cached in enumerate((2, 5)):
+        streamer.put(Output(key=1, token_ids=(token_id,), cached_prompt_tokens=num_cached))
+    assert (await streamer.take()).cached_prompt_tokens == 2
+
+
 async def test_what_is_merged_is_taken_in_parts_that_fit_into_a_message() -> None:
     streamer = Streamer()
     logprobs = [TokenLogprob(-float(i)) for i in range(600)]
