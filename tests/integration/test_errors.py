@@ -109,6 +109,7 @@ async def test_an_unexpected_exception_is_internal_and_its_text_stays_in_the_log
         await stub.Generate(ask("x", request_id="r2"), timeout=5)
     assert raised.value.details() == "internal error (request r2)"
     assert reason_of(raised.value) == "INTERNAL"
+    assert "secret" not in str([*raised.value.trailing_metadata()])
     assert "secret text" in caplog.text
 
 
