@@ -91,11 +91,11 @@ def _build(
 
 def _build_from_code(code: grpc.StatusCode, message: str, common: dict[str, Any]) -> errors.ParleyError:
     cls = BY_CODE.get(code, errors.ParleyError)
-    # A proxy resets streams whose server is gone, and gRPC has no better code for that.
+    # gRPC has no better code for streams that a proxy resets because their server is gone.
     if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
         cls = errors.ConnectionFailed
-    # Nor for one whose connection it closed, as for frames that it could not read.
-    if code is grpc.StatusCode.UNKNOWN and message.startswith("Stream removed"):
+    # Nor for those whose connection gRPC itself closed because it could not read a frame.
+    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and message.startswith("Stream removed"):
         cls = errors.ConnectionFailed
     if cls is errors.ConnectionFailed and "metadata from plugin failed" in message:  # an `api_key` function raised
         cls, message = errors.Unauthenticated, f"no credentials: {message}"

@@ -84,10 +84,16 @@ def test_errors_survive_pickling():
     assert copy.violations == (Violation("messages[0].content", "is odd"),)
 
 
-def test_a_connection_whose_frames_cannot_be_read_is_a_broken_one():
-    text = "Stream removed (Failed parsing HTTP/2 (Frame size 16777215 is larger than max frame size 4194304))"
-    error = status.from_rpc_error(FailedCall(grpc.StatusCode.UNKNOWN, text))
-    assert (type(error), error.code) == (parley_client.ConnectionFailed, grpc.StatusCode.UNKNOWN)
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        (grpc.StatusCode.UNKNOWN, "Failed parsing HTTP/2 (Frame size 16777215 is larger than max frame size 4194304)"),
+        (grpc.StatusCode.INTERNAL, "frame of size 16384 overflows local window of 0"),
+    ],
+)
+def test_a_connection_whose_frames_cannot_be_read_is_a_broken_one(code, fault):
+    error = status.from_rpc_error(FailedCall(code, f"Stream removed ({fault})"))
+    assert (type(error), error.code) == (parley_client.ConnectionFailed, code)
     assert type(status.from_rpc_error(FailedCall(grpc.StatusCode.UNKNOWN, "odd"))) is ParleyError
 
 
