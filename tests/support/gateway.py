@@ -121,7 +121,7 @@ class GatewayThread:
         gateway = self.gateway
         while gateway.doorkeeper.num_open or gateway.worker.num_open or gateway.admission.num_running:
             await asyncio.sleep(0.005)
-        assert gateway.doorkeeper.num_places or not gateway.doorkeeper._num_bytes
+        assert gateway.doorkeeper.num_places or not gateway.doorkeeper._num_bytes, "bytes of ended calls"
 
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()

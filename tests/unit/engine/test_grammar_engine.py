@@ -214,17 +214,6 @@ def test_a_grammar_that_cannot_be_followed_fails_alone(engine: BatchingEngine) -
     assert text_of(answers[1]) == "fine"
 
 
-def test_what_nobody_foresaw_as_a_grammar_was_compiled_ends_its_request(
-    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no thread")
-
-    monkeypatch.setattr(engine._grammars, "_state_of", fail)
-    engine.submit(ask_engine(0, to_grammar("choice", '["a"]')))
-    assert [(output.key, output.error) for output in engine.step()] == [(0, "RuntimeError: no thread")]
-
-
 def test_a_request_that_is_aborted_while_its_grammar_compiles_never_runs(engine: BatchingEngine) -> None:
     engine.submit(ask_engine(0, to_grammar("regex", "[a-z]*")))
     engine.abort(0)

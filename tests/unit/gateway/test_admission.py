@@ -310,7 +310,7 @@ async def test_nothing_is_too_late_where_a_slot_is_free_or_little_is_known(monke
     running = [Holder(known, deadline=time.monotonic() + 10.0), Holder(fresh)]
     await settle()
     assert all(holder.entered.is_set() for holder in running)
-    waiting = Holder(fresh, deadline=time.monotonic() + 0.1)
+    waiting = Holder(fresh, deadline=time.monotonic() + 0.4)
     await settle()
     assert fresh.num_waiting == 1
     for holder in (*running, waiting):
