@@ -51,8 +51,8 @@ export interface ClientOptions {
   timeoutMs?: number;
   /**
    * How often in a row, over some 16 s, a call that ends UNAVAILABLE even after gRPC's own retries is made again; on the
-   * way a full queue is waited for too. A stream that broke is resumed where it broke. Not where no server of the target
-   * has ever answered; not batches. Default: 8; 0 is never.
+   * way a full queue is waited for too. A stream that broke is resumed where it broke. No batch is made again, and no
+   * call where no server of the target has ever answered. Default: 8; 0 is never.
    */
   maxResumes?: number;
 }

@@ -11,7 +11,8 @@ interface Type<Input, Request> {
 
 const LONE_SURROGATE = /\p{Surrogate}/u;
 const ENUMS: Readonly<Record<string, object>> = { role: Role, mode: ToolChoice_Mode };
-const ENUM_PATH = /^(requests\[\d+\]\.)?(messages\[\d+\]\.role|toolChoice\.mode)$/; // not what is free to have such keys
+// Elsewhere, as in chatTemplateKwargs, keys of these names are the caller's own.
+const ENUM_PATH = /^(requests\[\d+\]\.)?(messages\[\d+\]\.role|toolChoice\.mode)$/;
 
 /**
  * The request with the fields of `input`. The stubs would leave out a field that they do not know, take a Map and what

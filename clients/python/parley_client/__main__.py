@@ -1,4 +1,4 @@
-"""`python -m parley_client` is `parley`."""
+"""`python -m parley_client` is `parley`, without what that does before gRPC is imported (`parley_command`)."""
 
 import sys
 
