@@ -117,7 +117,8 @@ class GrammarCompiler:
         """The state of a request that has a grammar, its output ids taken. Fails with GrammarError. Never waits."""
         tokenizer, compiled = self._compile(request.params.grammar)
         # Not by whoever asks: it may take a while, and no other thread can run while ids are replayed.
-        return self._executor.submit(lambda: self._state_of(tokenizer.result(), compiled.result(), request))
+        # What fails last is asked first: whoever learns of a failure may ask again, and finds what has not failed yet.
+        return self._executor.submit(lambda: self._state_of(compiled.result(), tokenizer.result(), request))
 
     def _compile(self, grammar: str) -> tuple[Future[LLTokenizer], Future[LLMatcher]]:
         with self._lock:
@@ -136,7 +137,7 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
             return tokenizer, compiled
 
-    def _state_of(self, tokenizer: LLTokenizer, compiled: LLMatcher, request: EngineRequest) -> GrammarState:
+    def _state_of(self, compiled: LLMatcher, tokenizer: LLTokenizer, request: EngineRequest) -> GrammarState:
         matcher, clock = compiled.deep_copy(), Clock()
         if replay(matcher, request.output_ids, clock) < len(request.output_ids):
             raise GrammarError("does not allow the ids that are there already")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -290,6 +292,21 @@ def test_a_tokenizer_that_could_not_be_read_is_read_again(info: ModelInfo, tmp_p
         compiler.start(request).result()
     shutil.copy(Path(info.tokenizer_dir) / "tokenizer.json", tmp_path)
     assert compiler.start(request).result()
+
+
+def test_whoever_learns_that_nothing_could_be_compiled_may_ask_again_at_once(
+    info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler(info)
+    tokenizer: Future[Any] = Future()
+    compiled: Future[Any] = Future()
+    monkeypatch.setattr(compiler, "_compile", lambda _: (tokenizer, compiled))
+    tokenizer.set_exception(UnknownTokenizer("no file"))
+    state = compiler.start(ask_engine(0, "a grammar"))
+    compiled.set_exception(UnknownTokenizer("no tokenizer"))
+    # What fails last tells: until it has failed, whoever asked again would be given it.
+    with pytest.raises(UnknownTokenizer, match="no tokenizer"):
+        state.result()
 
 
 def test_a_grammar_that_cannot_be_compiled_for_a_fault_of_ours_fails_its_own_request(
