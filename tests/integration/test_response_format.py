@@ -68,6 +68,10 @@ def test_every_format_is_taken(gateway: GatewayThread, form: dict[str, Any]) -> 
             {"json_schema": '{"type": "object", "not": {}, "x-guidance": {"lenient": true}}'},
             "response_format.json_schema",
         ),
+        (
+            {"json_schema": '{"oneOf": [{"minimum": 1}, {"type": "null"}], "x-guidance": {"coerce_one_of": true}}'},
+            "response_format.json_schema",
+        ),
         ({"json_schema": '{"$ref": "#"}'}, "response_format.json_schema"),
         ({"json_schema": '{"$ref": "http://example.com/schema.json"}'}, "response_format.json_schema"),
         ({"json_schema": '{"items":' * 3000 + "{}" + "}" * 3000}, "response_format.json_schema"),

@@ -16,7 +16,8 @@ import torch
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.generate import GenerateEngine
 from parleyd.generation import FinishReason, ModelInfo
-from parleyd.grammar.compiler import GrammarError, UnknownTokenizer
+from parleyd.grammar import state as state_module
+from parleyd.grammar.compiler import GrammarError, UnknownTokenizer, compile_grammar
 from parleyd.grammar.formats import to_grammar
 from parleyd.grammar.state import GrammarCompiler
 from parleyd.sampling.draws import first_argmax
@@ -90,11 +91,15 @@ def test_what_gbnf_means_for_itself_is_allowed(engine: BatchingEngine, source: s
         {"type": "string", "pattern": '^[^-"]x$'},
         {"type": "string", "pattern": '^[^--/"]x$'},
         {"$ref": "#/$defs/const", "$defs": {"const": {"type": "string", "pattern": r'^[^\d"\n]x$'}}},
+        {"anyOf": [{"type": "string", "pattern": '^[^"]x$'}, {"type": "null"}]},
+        {"type": "object", "patternProperties": {'^[^"]x$': {}}, "additionalProperties": False},
     ],
 )
-def test_what_a_class_of_a_pattern_leaves_out_is_not_allowed(engine: BatchingEngine, schema: dict[str, str]) -> None:
+def test_what_a_class_of_a_pattern_leaves_out_is_not_allowed(engine: BatchingEngine, schema: dict[str, Any]) -> None:
     grammar = to_grammar("json_schema", json.dumps(schema))
     texts = ['"ax"', '"éx"', '"\\tx"', '"\\"x"']
+    if "patternProperties" in schema:
+        texts = [f"{{{name}: 1}}" for name in texts]
     answers = run_all(engine, [ask_engine(key, grammar, (*text.encode(),)) for key, text in enumerate(texts)])
     assert [answers[key].grammar_error is None for key in range(4)] == [True, True, True, False]
 
@@ -132,6 +137,12 @@ def test_json_object_is_an_object_with_any_members(engine: BatchingEngine) -> No
     assert all(isinstance(value, dict) for value in ended)
 
 
+def test_a_line_of_json_is_indented_by_forty_blanks_at_most(engine: BatchingEngine) -> None:
+    grammar = to_grammar("json_object", "")
+    answers = run_all(engine, [ask_engine(num, grammar, (*b"{\n", *b" " * num)) for num in (40, 41)])
+    assert [answers[num].grammar_error is None for num in (40, 41)] == [True, False]
+
+
 def test_the_end_token_ends_a_finished_grammar_even_under_ignore_eos_and_min_new_tokens(
     engine: BatchingEngine,
 ) -> None:
@@ -156,6 +167,11 @@ def test_where_more_is_allowed_ignore_eos_and_min_new_tokens_put_the_end_off(eng
     assert (len(ignoring.token_ids), ignoring.finish_reason) == (30, FinishReason.LENGTH)
     assert EOS not in long.token_ids[:20]
     assert (long.token_ids[-1], long.finish_reason) == (EOS, FinishReason.STOP)
+
+
+def test_ids_that_are_there_already_count_towards_min_new_tokens(engine: BatchingEngine) -> None:
+    request = ask_engine(0, to_grammar("regex", "a*"), (*b"aaa",), min_new_tokens=3, logit_bias=((EOS, 100.0),))
+    assert run_all(engine, [request])[0].token_ids == [EOS]
 
 
 def test_stop_ids_are_drawn_only_where_the_grammar_allows_an_end(engine: BatchingEngine) -> None:
@@ -307,6 +323,22 @@ def test_whoever_learns_that_nothing_could_be_compiled_may_ask_again_at_once(
     # What fails last tells: until it has failed, whoever asked again would be given it.
     with pytest.raises(UnknownTokenizer, match="no tokenizer"):
         state.result()
+
+
+def test_the_grammar_that_was_used_last_is_kept_longest(info: ModelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def compile_one(tokenizer: Any, grammar: str) -> Any:
+        made.append(grammar)
+        return compile_grammar(tokenizer, grammar)
+
+    monkeypatch.setattr(state_module, "_MAX_CACHED", 2)
+    monkeypatch.setattr(state_module, "compile_grammar", compile_one)
+    compiler = GrammarCompiler(info)
+    first, second, third = (to_grammar("regex", text) for text in "abc")
+    for grammar in (first, second, first, third, first, second):
+        compiler.start(ask_engine(0, grammar)).result()
+    assert made == [first, second, third, second]
 
 
 def test_a_grammar_that_cannot_be_compiled_for_a_fault_of_ours_fails_its_own_request(
