@@ -96,7 +96,7 @@ def test_of_ties_at_the_edge_of_top_p_the_lowest_ids_are_kept(top_k: int, in_rea
 
 
 @pytest.mark.parametrize("step", [0.0, 0.25])
-@pytest.mark.parametrize("spread", [0.0, 0.01, 0.5, 1.0, 6.0])
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.01, 0.5, 1.0, 6.0])
 def test_nucleus_of_a_large_vocabulary_is_found_however_wide_it_is(
     monkeypatch: pytest.MonkeyPatch, spread: float, step: float
 ) -> None:
@@ -308,6 +308,12 @@ def test_extreme_but_valid_values_neither_fail_nor_draw_a_masked_id(
         assert 0 <= id_ < vocab_size
         assert not masked[index, id_]
         assert not (one.min_new_tokens and id_ == EOS)
+
+
+def test_a_vocabulary_wider_than_a_cpu_draws_from_at_once_is_drawn_from() -> None:
+    logits = torch.full((2, 2**20), -math.inf)
+    logits[0, 7] = logits[1, -1] = 0.0
+    assert sample(logits, [row(Params(do_sample=True), key) for key in range(2)]) == [7, 2**20 - 1]
 
 
 def test_logits_that_are_not_numbers_give_some_id_and_no_exception() -> None:
