@@ -7,6 +7,7 @@ import math
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from transformers import (
 
 from parleyd.config import ModelSettings
 from parleyd.generation import ModelInfo, SamplingDefaults
-from parleyd.model.generation_config import read_defaults
+from parleyd.model.generation_config import max_context_tokens, read_defaults
 from parleyd.model.loader import LoadedModel, load_model
 from tests.support.tiny_gguf import CONTEXT
 from tests.support.tiny_tokenizer import IM_END, IM_END_ID, VOCAB_SIZE, write_tiny_tokenizer
@@ -185,6 +186,17 @@ def test_the_tokenizer_names_the_end_where_nothing_else_does(
 def test_a_context_without_end_is_one_that_requests_can_name(llama_folder: Path) -> None:
     edit_json(llama_folder / "config.json", max_position_embeddings=2**40)
     assert info(llama_folder).max_context_tokens == 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "of_tokenizer", "context"),
+    [({"n_ctx": 77}, 512, 77), ({"n_ctx": 0}, 512, 512), ({}, 10**30, 32_768), ({}, 0, 32_768), ({}, "512", 32_768)],
+)
+def test_a_context_of_which_the_configuration_tells_nothing_is_the_tokenizers_or_a_default(
+    tmp_path: Path, config: dict[str, int], of_tokenizer: object, context: int
+) -> None:
+    edit_json(tmp_path / "tokenizer_config.json", model_max_length=of_tokenizer)
+    assert max_context_tokens(SimpleNamespace(**config), tmp_path) == context
 
 
 def test_a_local_folder_is_loaded_without_network(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

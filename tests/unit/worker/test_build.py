@@ -16,6 +16,7 @@ from parleyd.engine.generate import GenerateEngine
 from parleyd.errors import StartupError
 from parleyd.kernels.layout import attend
 from parleyd.model.lean_model import can_be_lean
+from parleyd.scheduling.prefill_budget import PrefillBudget
 from parleyd.worker import build
 from parleyd.worker.build import build_engine
 from parleyd.worker.obstacle import batching_obstacle
@@ -38,6 +39,22 @@ def test_the_tested_families_are_served_by_batching(family: str) -> None:
     assert can_be_lean(model) == (family in LEAN)
     name, _ = build_engine(ModelSettings(), model, info_of(model))
     assert name == "batching"
+
+
+class OtherLinear(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("what", ["activation", "kind of a layer", "quantizer", "device"])
+def test_layers_that_the_lean_ones_would_compute_otherwise_are_not_lean(what: str) -> None:
+    model = make_model("Llama", hidden_act="gelu" if what == "activation" else "silu")
+    if what == "kind of a layer":
+        model.model.layers[1].mlp.up_proj.__class__ = OtherLinear
+    elif what == "quantizer":
+        model.hf_quantizer = object()
+    elif what == "device":
+        model.lm_head.to("meta")
+    assert not can_be_lean(model)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +83,12 @@ def test_what_a_generation_config_asks_of_logits_is_done_by_generate(name: str, 
     assert batching_obstacle(model) is None
     setattr(model.generation_config, name, value)
     assert build_engine(ModelSettings(), model, info_of(model))[0] == "generate"
+
+
+def test_what_a_generation_config_switches_off_is_no_obstacle() -> None:
+    model = make_model("Llama")
+    model.generation_config.update(suppress_tokens=[], typical_p=1.0, no_repeat_ngram_size=0)
+    assert batching_obstacle(model) is None
 
 
 def test_layers_that_count_positions_themselves_are_an_obstacle() -> None:
@@ -149,6 +172,17 @@ def test_in_float32_what_differs_a_little_is_found_out(
     model = make_model("Gemma", dtype)
     settings = ModelSettings(cpu_kernels=False)
     assert build_engine(settings, model, info_of(model))[0] == engine
+
+
+def test_on_a_cpu_the_budget_of_prompts_learns_what_each_step_was_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(PrefillBudget, "observe", lambda _, decodes, prefill, seconds: told.append((decodes, prefill)))
+    model = make_model("Llama")
+    _, engine = build_engine(ModelSettings(), model, info_of(model))
+    engine.submit(request(1, tuple(range(4, 14)), max_new_tokens=3, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    assert told == [(0, 10), (1, 0), (1, 0)]
 
 
 def test_a_kv_cache_that_does_not_hold_one_full_context_is_refused() -> None:

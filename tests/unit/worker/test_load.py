@@ -64,8 +64,10 @@ def test_no_context_is_longer_than_the_models_own(tmp_path: Path) -> None:
         load(settings_of(folder, tmp_path / "cache", max_context_tokens=1000))
 
 
-def test_without_a_limit_the_context_is_the_models_own(tmp_path: Path) -> None:
-    settings: ModelSettings = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache")
+@pytest.mark.parametrize("limit", [None, CONTEXT])
+def test_without_a_lower_limit_the_context_is_the_models_own(tmp_path: Path, limit: int | None) -> None:
+    folder = write_model(tmp_path / "model", "Llama")
+    settings: ModelSettings = settings_of(folder, tmp_path / "cache", max_context_tokens=limit)
     assert load(settings)[1].max_context_tokens == CONTEXT
 
 
