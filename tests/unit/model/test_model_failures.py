@@ -268,6 +268,19 @@ def test_too_little_memory_is_told_before_loading(llama_folder: Path, dtype: str
     assert message.count(" GiB") == 2
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_weights_are_measured_in_any_order_and_in_the_type_that_the_configuration_names(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({name: "float32"}))
+    tensors = {key: {"dtype": "BF16", "shape": [1], "data_offsets": at} for key, at in (("b", [2, 4]), ("a", [0, 2]))}
+    header = json.dumps(tensors).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"old")
+    checkpoint = Checkpoint.open(tmp_path, allow_pickle=True)
+    assert (checkpoint.num_bytes("auto"), checkpoint.is_pickled) == (8, False)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nto")])
 def test_memory_that_runs_out_while_loading_is_one_line(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

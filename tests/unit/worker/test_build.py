@@ -62,6 +62,7 @@ def test_layers_that_the_lean_ones_would_compute_otherwise_are_not_lean(what: st
     [
         ("Mistral", {"sliding_window": 64}, "sliding"),
         ("Gemma2", {"head_dim": 16, "sliding_window": 64}, "sliding"),
+        ("Gemma2", {"head_dim": 16, "layer_types": ["full_attention"] * 2}, "soft-capped"),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
         ("Mamba", {"state_size": 8, "num_key_value_heads": None}, "state"),
     ],
@@ -89,6 +90,18 @@ def test_what_a_generation_config_switches_off_is_no_obstacle() -> None:
     model = make_model("Llama")
     model.generation_config.update(suppress_tokens=[], typical_p=1.0, no_repeat_ngram_size=0)
     assert batching_obstacle(model) is None
+
+
+def test_windows_that_are_switched_off_are_no_obstacle() -> None:
+    model = make_model("Llama")
+    model.config.sliding_window, model.config.use_sliding_window = 64, False
+    assert batching_obstacle(model) is None
+
+
+def test_a_model_on_several_devices_is_an_obstacle() -> None:
+    model = make_model("Llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    assert "several devices" in (batching_obstacle(model) or "")
 
 
 def test_layers_that_count_positions_themselves_are_an_obstacle() -> None:
