@@ -167,6 +167,14 @@ def test_with_an_adapter_it_is_another_model(tmp_path: Path) -> None:
     assert recall(settings) is None
 
 
+def test_pickled_weights_are_not_remembered(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "Llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    first_start(settings_of(folder, tmp_path / "cache", allow_pickle=True))
+    assert folders(tmp_path / "cache") == []
+
+
 @pytest.mark.parametrize(
     "settings",
     [
