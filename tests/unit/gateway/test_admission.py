@@ -211,8 +211,9 @@ async def test_clients_share_by_slots_not_by_requests() -> None:
 
 
 async def test_the_place_of_the_greediest_goes_to_a_newcomer_when_the_queue_is_full() -> None:
-    admission = new_admission(max_running=1, max_queue=3)
+    admission = new_admission(max_running=1, max_queue=4)
     running, *greedy = (Holder(admission, client="greedy") for _ in range(4))
+    modest = Holder(admission, client="modest")
     await settle()
     one = Holder(admission, client="one")
     with pytest.raises(QueueFull):
@@ -220,7 +221,7 @@ async def test_the_place_of_the_greediest_goes_to_a_newcomer_when_the_queue_is_f
     another = Holder(admission, client="one")
     with pytest.raises(QueueFull):
         await another.task
-    assert await order_of(admission, running, [*greedy[:2], one]) == [0, 2, 1]
+    assert await order_of(admission, running, [*greedy[:2], modest, one]) == [0, 2, 3, 1]
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 

@@ -1,4 +1,4 @@
-"""What the queue remembers of clients that have nothing in it."""
+"""What the queue remembers of clients that have nothing in it, and how many it says are ahead."""
 
 from __future__ import annotations
 
@@ -65,3 +65,11 @@ async def test_no_fewer_are_ahead_than_it_says(seed: int) -> None:
     num_ahead = queue.num_ahead(last)
     waiter = queue.push(last)
     assert [queue.pop() for _ in range(len(queue))].index(waiter) >= num_ahead
+
+
+async def test_other_clients_of_the_same_priority_count_as_ahead_turn_by_turn() -> None:
+    queue = FairQueue()
+    for client in ("own", "own", "other", "other", "other"):
+        queue.push(Ticket(client=client))
+    queue.push(Ticket(client="lesser", priority=-1))
+    assert queue.num_ahead(Ticket(client="own")) == 4
