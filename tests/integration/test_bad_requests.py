@@ -133,8 +133,9 @@ def test_every_violation_is_reported_at_once(gateway: GatewayThread) -> None:
     ]  # fmt: skip
 
 
-def test_empty_messages_are_refused(gateway: GatewayThread) -> None:
-    error = refusal(gateway, chat_pb2.GenerateRequest())
+@pytest.mark.parametrize("number", [0, 4097])
+def test_no_messages_and_too_many_are_refused(gateway: GatewayThread, number: int) -> None:
+    error = refusal(gateway, chat_pb2.GenerateRequest(messages=[message_pb2.Message()] * number))
     assert (error.code(), violated_fields(error)) == (INVALID, ["messages"])
 
 

@@ -111,7 +111,6 @@ class ToolCallParser:
         if match is None:
             self._at = _At.TEXT
             self._release(parsed, self._num_refused)
-            self._is_start = False
             return True
         return not match.partial and self._begin_call(match, parsed)
 
