@@ -11,13 +11,13 @@ import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import psutil
 import pytest
 
 from parleyd.config import ModelSettings, ServerSettings
 from parleyd.errors import StartupError, WorkerLost
-from parleyd.gateway import supervisor as supervisor_module
 from parleyd.gateway import worker_link
 from parleyd.gateway.supervisor import State, Supervisor
 from parleyd.gateway.worker import Worker
@@ -185,19 +185,23 @@ async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turn
     assert watching.cancelled() == is_cancelled
 
 
-async def test_workers_that_cannot_be_started_for_hours_are_started_anew_all_the_same(
+async def test_workers_that_cannot_be_started_for_hours_are_started_anew_in_longer_and_longer_steps_up_to_a_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor_module, "_FIRST_BACKOFF_S", 1e-4)
     supervisor = Supervisor(
         ModelSettings(model="x"), ServerSettings(spare_worker=False), cast(Any, SimpleNamespace(fail_all=id)),
         on_ready=cast(Any, None), set_serving=id, command=(),
     )  # fmt: skip
-    supervisor._losses = 2_000
     supervisor._enter(State.READY)
     lost: Any = SimpleNamespace(link=None, ended=partial(asyncio.sleep, 0))
-    worker = await supervisor._replace(lost)
-    await worker.stop()
+    delays: list[float] = []
+    for num_losses in (0, 1, 2_000):
+        supervisor._losses = num_losses
+        with monkeypatch.context() as watched:
+            watched.setattr(asyncio, "sleep", AsyncMock(side_effect=delays.append))
+            worker = await supervisor._replace(lost)
+        await worker.stop()
+    assert delays == [0.25, 0.5, 32]
 
 
 async def test_a_worker_is_not_to_blame_for_a_time_in_which_we_were_stopped_ourselves_as_it_loaded() -> None:
