@@ -49,12 +49,11 @@ class ReasoningParser:
 
     def finish(self) -> ParsedText:
         """What is still held back, once no more text comes."""
-        parsed, held = ParsedText(), self._held
-        self._held = ""
+        parsed = ParsedText()
         if self._at is _At.REASONING:
-            self._add_reasoning(parsed, held[: end_before_space(held)])
+            self._add_reasoning(parsed, self._held[: end_before_space(self._held)])
         elif self._at is _At.START:
-            parsed.content = held
+            parsed.content = self._held
         return parsed
 
     def _read_start(self) -> None:
