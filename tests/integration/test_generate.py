@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from parley.v1 import chat_pb2, generation_pb2, message_pb2
@@ -83,8 +85,9 @@ def test_count_tokens_counts_prompts_beyond_the_context(gateway: GatewayThread) 
     assert gateway.stub.CountTokens(request, timeout=20).prompt_tokens > 10_000
 
 
-def test_timings_are_in_order(gateway: GatewayThread) -> None:
-    timings = gateway.stub.Generate(ask("hello"), timeout=20).timings
+@pytest.mark.parametrize("fields", [{}, {"num_return_sequences": 3, "do_sample": True}])
+def test_timings_are_in_order(gateway: GatewayThread, fields: dict[str, Any]) -> None:
+    timings = gateway.stub.Generate(ask("hello", **fields), timeout=20).timings
     queue, first, total = (d.ToTimedelta() for d in (timings.queue, timings.time_to_first_token, timings.total))
     assert 0 < queue.total_seconds() <= first.total_seconds() <= total.total_seconds() < 20
 
