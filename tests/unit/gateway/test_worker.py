@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import time
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import AsyncMock
@@ -193,15 +192,15 @@ async def test_workers_that_cannot_be_started_for_hours_are_started_anew_in_long
         on_ready=cast(Any, None), set_serving=id, command=(),
     )  # fmt: skip
     supervisor._enter(State.READY)
-    lost: Any = SimpleNamespace(link=None, ended=partial(asyncio.sleep, 0))
-    delays: list[float] = []
+    steps: list[object] = []
+    lost: Any = SimpleNamespace(link=None, ended=AsyncMock(side_effect=lambda: steps.append("ended")))
     for num_losses in (0, 1, 2_000):
         supervisor._losses = num_losses
         with monkeypatch.context() as watched:
-            watched.setattr(asyncio, "sleep", AsyncMock(side_effect=delays.append))
+            watched.setattr(asyncio, "sleep", AsyncMock(side_effect=steps.append))
             worker = await supervisor._replace(lost)
         await worker.stop()
-    assert delays == [0.25, 0.5, 32]
+    assert steps == ["ended", 0.25, "ended", 0.5, "ended", 32]  # what the lost one held is free by then
 
 
 async def test_a_worker_is_not_to_blame_for_a_time_in_which_we_were_stopped_ourselves_as_it_loaded() -> None:
