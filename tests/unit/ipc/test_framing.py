@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
-from parleyd.ipc.framing import read_frame, send_frame
+from parleyd.ipc.framing import read_frame, read_frame_async, send_frame
 
 
 def test_frames_arrive_whole_and_the_end_is_none() -> None:
@@ -28,3 +29,15 @@ def test_an_end_that_went_with_bytes_unread_is_an_end() -> None:
     assert read_frame(stream) is None
     stream.close()
     theirs.close()
+
+
+async def test_an_end_that_went_with_bytes_unread_is_an_end_to_the_gateway_too() -> None:
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    send_frame(ours, b"read")
+    assert await read_frame_async(reader) == b"read"
+    writer.write(b"never read")
+    await writer.drain()
+    ours.close()
+    assert await read_frame_async(reader) is None
+    writer.close()
