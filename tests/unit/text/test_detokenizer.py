@@ -6,7 +6,7 @@ import time
 from itertools import chain
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from parleyd.text.detokenizer import Detokenizer
@@ -77,6 +77,7 @@ segments = st.lists(st.tuples(special, byte_runs, special, pieces).map(lambda pa
 
 @pytest.mark.parametrize("strips", [True, False])
 @given(leading=pieces | st.just([]), segments=segments, skip=st.booleans())
+@example(leading=[], segments=[[FIRST_BYTE_ID + ord(" "), FIRST_PIECE_ID + 4]], skip=False)
 def test_byte_fallback_deltas_are_decode(
     strips: bool, leading: list[int], segments: list[list[int]], skip: bool
 ) -> None:

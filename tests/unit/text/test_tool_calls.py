@@ -149,6 +149,14 @@ def test_text_that_is_no_call_stays_as_it_is(tool_format: ToolFormat, text: str)
             [("run", "{}")],
             1,
         ),
+        (
+            HERMES,
+            '<tool_call>{"name": "run", "arguments": {}}</tool_call>'
+            '<tool_call>{"name": "run", "arguments": {"x": "y\nz"}}',
+            '\nz"}}',
+            [("run", "{}"), ("run", '{"x": "y')],
+            1,
+        ),
         (LLAMA3, '{"name": "run", "parameters": {}} That is it.', "That is it.", [("run", "{}")], 1),
         (MISTRAL11, "[TOOL_CALLS]run[ARGS]{}}, ok", "}, ok", [("run", "{}")], 1),
         (MISTRAL11, '[TOOL_CALLS]get_time[ARGS]{"zone": "C', "", [("get_time", '{"zone": "C')], 0),
