@@ -157,7 +157,16 @@ def test_text_that_is_no_call_stays_as_it_is(tool_format: ToolFormat, text: str)
             [("run", "{}"), ("run", '{"x": "y')],
             1,
         ),
+        (HERMES, '<tool_call>{"name": "run", "arguments": {} ', "", [("run", "{}")], 1),
+        (HERMES, '<tool_call>{"name": "run", "arguments": {}}\n', "", [("run", "{}")], 1),
         (LLAMA3, '{"name": "run", "parameters": {}} That is it.', "That is it.", [("run", "{}")], 1),
+        (
+            LLAMA3,
+            '{"name": "run", "parameters": {"x"{"name": "run", "parameters": {}}',
+            '{"name": "run", "parameters": {}}',
+            [("run", '{"x"')],
+            0,
+        ),
         (MISTRAL11, "[TOOL_CALLS]run[ARGS]{}}, ok", "}, ok", [("run", "{}")], 1),
         (MISTRAL11, '[TOOL_CALLS]get_time[ARGS]{"zone": "C', "", [("get_time", '{"zone": "C')], 0),
         (
