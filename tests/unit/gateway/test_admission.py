@@ -343,7 +343,11 @@ async def test_what_first_tokens_took_once_says_nothing_for_ever(monkeypatch: py
     with pytest.raises(DeadlineExceeded):
         await admission.acquire(Ticket(num_tokens=1000, deadline=now + 30.0))
     monkeypatch.setattr(time, "monotonic", lambda: now + 60.0)
-    (await admission.acquire(Ticket(num_tokens=1000, deadline=now + 90.0))).release()
+    late = Ticket(num_tokens=1000, deadline=now + 90.0)
+    (await admission.acquire(late)).release()
+    admission.first_token(1000, 70.0)  # but it still does where it is seen again
+    with pytest.raises(DeadlineExceeded):
+        await admission.acquire(late)
 
 
 async def test_requests_that_end_at_once_do_not_hide_those_that_hold_their_slots(
