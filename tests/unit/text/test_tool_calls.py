@@ -194,6 +194,8 @@ def test_the_name_goes_out_before_the_arguments_and_these_as_they_come() -> None
             '"city": "Be',
             'rn"}',
             "}\n</tool_call>",
+            '<tool_call>{"name": "run", "arguments": {',
+            "?",  # no JSON: nothing of the call
         )
     ]
     assert sent == [
@@ -201,6 +203,8 @@ def test_the_name_goes_out_before_the_arguments_and_these_as_they_come() -> None
         [(0, "id-0", "get_weather", "{")],
         [(0, "", "", '"city": "Be')],
         [(0, "", "", 'rn"}')],
+        [],
+        [(1, "id-1", "run", "{")],
         [],
     ]
 
