@@ -127,6 +127,16 @@ def test_a_call_that_breaks_is_made_again_for_the_items_that_lack_a_result(serve
     assert [len(request.requests) for request in server.requests] == [3, 2]
 
 
+def test_an_item_whose_worker_is_lost_each_time_fails_after_so_many_tries(server, files, monkeypatch):
+    monkeypatch.setattr(batch_job, "_FIRST_DELAY_S", 0.0)
+    lost = failed(0, grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+    server.script["GenerateBatch"] = lambda request, context: iter([lost])
+    files[0].write_text(line_of("a"))
+    assert run(files) == 1
+    assert results_in(files[1])[1]["reason"] == "WORKER_LOST"
+    assert len(server.requests) == 4
+
+
 @pytest.fixture
 def refusals(server, monkeypatch):
     """The server refuses `num_full` calls for want of room, breaks off the next `num_broken`, and answers then."""

@@ -332,6 +332,10 @@ async def test_where_slots_are_free_a_first_token_still_takes_its_time() -> None
         (await admission.acquire(ticket)).release()
     admission.first_token(1000, 0.1)  # the machine, or the cache, can do better
     (await admission.acquire(Ticket(num_tokens=1000, deadline=time.monotonic() + 0.5))).release()
+    for _ in range(30):
+        admission.first_token(1000, 2.0)  # not any more
+    with pytest.raises(DeadlineExceeded):
+        await admission.acquire(Ticket(num_tokens=1000, deadline=time.monotonic() + 0.5))
     assert admission.num_running == 0
 
 
