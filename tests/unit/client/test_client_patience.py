@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parley_client import ConnectionFailed, DeadlineExceeded, Unavailable
+from parley_client import ConnectionFailed, DeadlineExceeded, QueueFull, Unavailable
 from parley_client.patience import Contact, Patience
 
 
@@ -20,3 +20,20 @@ def test_an_expired_try_tells_why_it_was_not_the_first_also_where_no_server_has_
     expired = DeadlineExceeded("too late")
     assert patience.delay_before_again(expired) is None
     assert expired.__notes__ == ["before that: nobody there"]
+
+
+def test_an_expired_try_tells_nothing_of_what_was_before_an_answer_went_on():
+    patience = Patience(lambda timeout: {}, 1, 1, Contact())
+    assert patience.delay_after(Unavailable("gone")) is not None
+    patience.note_progress()
+    expired = DeadlineExceeded("too late")
+    assert patience.delay_after(expired) is None
+    assert not hasattr(expired, "__notes__")
+
+
+def test_a_full_queue_is_waited_for_only_by_who_has_lost_a_server():
+    patience = Patience(lambda timeout: {}, None, 2, Contact())
+    full = QueueFull("no room")
+    assert patience.delay_after(full) is None
+    assert patience.delay_after(Unavailable("gone")) is not None
+    assert patience.delay_after(full) is not None

@@ -35,8 +35,9 @@ def test_the_last_place_is_for_who_has_none() -> None:
     doorkeeper = Doorkeeper(is_ready=lambda: True, max_open=2)
     doorkeeper.enter("a")
     doorkeeper.enter("b")
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull) as raised:
         doorkeeper.enter("c")
+    assert raised.value.retry_after_s == 1
 
 
 def test_no_client_keeps_others_out_by_the_size_of_its_requests() -> None:
