@@ -38,6 +38,11 @@ def test_variables_of_the_chat_template_count(start_gateway: StartGateway, tmp_p
     assert count(gateway, ask("hi", chat_template_kwargs=kwargs)) == count(gateway, ask("hi")) + 10
 
 
+def test_as_many_messages_as_there_may_be_are_counted(gateway: GatewayThread) -> None:
+    request = chat_pb2.CountTokensRequest(messages=list(ask("hi").messages) * 4096)
+    assert gateway.stub.CountTokens(request, timeout=60).prompt_tokens > 4096
+
+
 def test_another_model_is_not_found(gateway: GatewayThread) -> None:
     messages = ask("hi").messages
     assert gateway.stub.CountTokens(chat_pb2.CountTokensRequest(model="scripted", messages=messages), timeout=20)

@@ -41,6 +41,13 @@ FORMATS: list[dict[str, Any]] = [
     {"grammar": 'root ::= "a" | "b"'},
     {"choice": {"choices": ["yes", "no"]}},
 ]
+LONGEST: list[dict[str, Any]] = [
+    {"json_schema": "true".ljust(65_536)},
+    {"regex": "a" * 8_192},
+    {"grammar": 'root ::= "a"'.ljust(65_536)},
+    {"choice": {"choices": ["a" * 1024]}},
+    {"choice": {"choices": [str(i) for i in range(1024)]}},
+]
 
 
 def refusal(gateway: GatewayThread, request: chat_pb2.GenerateRequest) -> grpc.RpcError:
@@ -49,7 +56,7 @@ def refusal(gateway: GatewayThread, request: chat_pb2.GenerateRequest) -> grpc.R
     return raised.value
 
 
-@pytest.mark.parametrize("form", [{"text": {}}, *FORMATS])
+@pytest.mark.parametrize("form", [{"text": {}}, *FORMATS, *LONGEST])
 def test_every_format_is_taken(gateway: GatewayThread, form: dict[str, Any]) -> None:
     # The scripted worker follows no grammar: what counts is that the request reaches it.
     assert gateway.stub.Generate(ask("hello", response_format=form), timeout=60).choices[0].message.content == "hello"
@@ -76,6 +83,7 @@ def test_every_format_is_taken(gateway: GatewayThread, form: dict[str, Any]) -> 
         ({"json_schema": '{"$ref": "http://example.com/schema.json"}'}, "response_format.json_schema"),
         ({"json_schema": '{"items":' * 3000 + "{}" + "}" * 3000}, "response_format.json_schema"),
         ({"json_schema": " " * 65_537}, "response_format.json_schema"),
+        ({"grammar": 'root ::= "a"'.ljust(65_537)}, "response_format.grammar"),
         ({"regex": ""}, "response_format.regex"),
         ({"regex": "(a"}, "response_format.regex"),
         ({"regex": r"(a)\1"}, "response_format.regex"),

@@ -133,6 +133,12 @@ def test_what_the_template_would_leave_out_is_not_supported(
     assert error_info_of(raised.value).metadata["field"] == field
 
 
+def test_a_result_may_name_its_tool_though_the_template_knows_no_names(families: Families) -> None:
+    messages = conversation("abcdefghi")
+    messages[-1].name = "get_weather"
+    assert families["qwen"].stub.CountTokens(chat_pb2.CountTokensRequest(messages=messages), timeout=20)
+
+
 @pytest.mark.parametrize("content", ["", "It is"])
 def test_a_message_with_calls_cannot_be_continued(families: Families, content: str) -> None:
     messages = conversation("abcdefghi")[:2]
