@@ -251,6 +251,11 @@ class World:
         for last in (False, True):
             self.client.dispatch([self.worker.make(reader.key, last=last) for reader in readers])
 
+    def settle(self, reader: Reader) -> None:
+        """Two tokens, and more to come."""
+        for _ in range(2):
+            self.client.dispatch([self.worker.make(reader.key, last=False)])
+
     async def die(self) -> None:
         self.client.detach()
         self.worker = Worker()
@@ -285,6 +290,50 @@ async def test_a_suspect_that_makes_no_token_keeps_others_waiting_for_a_while_on
     world.serve(*newcomers)
     await asyncio.wait([reader.task for reader in newcomers], timeout=10)
     assert all(reader.task.done() and reader.error is None for reader in newcomers)
+
+
+async def test_a_suspect_that_has_settled_keeps_nobody_waiting_though_it_goes_on(world: World) -> None:
+    suspect = await world.arrive()
+    await world.die()
+    newcomer = await world.arrive()
+    assert not world.is_at_work(newcomer)
+    world.settle(suspect)
+    assert world.is_at_work(suspect) and world.is_at_work(newcomer)
+
+
+async def test_what_has_settled_is_as_little_suspected_as_any_other(world: World) -> None:
+    settled = await world.arrive()
+    await world.die()
+    world.settle(settled)
+    await world.die()
+    await world.arrive()
+    for _ in range(2):
+        await world.die()
+    assert all(reader.error is None for reader in world.readers)
+
+
+async def test_the_likeliest_suspect_is_tried_first(world: World) -> None:
+    first, second = await world.arrive(), await world.arrive()
+    for _ in range(2):
+        await world.die()
+        assert world.is_at_work(first) and not world.is_at_work(second)
+    assert world.client.num_handed_over == 2 + 1  # at the second death, the other waited
+
+
+async def test_a_new_worker_has_those_that_are_not_suspected_first(world: World) -> None:
+    settled, suspect = await world.arrive(), await world.arrive()
+    await world.die()
+    await world.arrive()
+    world.settle(settled)
+    await world.die()
+    assert world.is_at_work(settled) and not world.is_at_work(suspect)
+
+
+async def test_nobody_waits_for_a_suspect_that_was_failed_with_all_others(world: World) -> None:
+    await world.arrive()
+    await world.die()
+    world.client.fail_all(EngineFault("given up"))
+    assert world.is_at_work(await world.arrive())
 
 
 async def test_what_kills_late_is_to_blame_not_what_came_beside_it(world: World) -> None:
