@@ -103,6 +103,7 @@ def test_reasoning_is_found_in_template_or_vocabulary(
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "", False),
         ("<|im_start|>user\n<think>\n<|im_end|>\n<|im_start|>assistant\n", "", False),
         ("<|im_start|>assistant\n<think>\nLet me", "<think>\nLet me", True),
+        ("<|im_start|>assistant\n\n<think>\nLet me", "\n<think>\nLet me", True),
         ("<|im_start|>assistant\n<think>\nLet me</think> So", "<think>\nLet me</think> So", False),
     ],
 )

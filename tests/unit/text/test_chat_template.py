@@ -201,6 +201,7 @@ def test_an_invalid_template_stops_the_start(tmp_path: Path, template: str) -> N
 def test_variables_are_what_clients_may_set() -> None:
     template = ChatTemplate(RICH_TEMPLATE, {"image_token": "<img>"})
     assert template.variables == {"enable_thinking", "style"}
+    assert ChatTemplate("{{ style }}", {}, tool_use="{{ depth }}").variables == {"style", "depth"}
 
 
 @pytest.mark.parametrize(
