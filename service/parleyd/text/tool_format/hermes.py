@@ -48,7 +48,7 @@ def _spell_message(message: Mapping[str, Any]) -> dict[str, Any]:
         f"<tool_call>\n{_to_json(call['function'])}\n</tool_call>"  # a name and arguments, in this order
         for call in message.get("tool_calls", ())
     ]
-    rest = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**rest, "content": "\n".join(filter(None, (message["content"], *calls)))}
 
 
