@@ -176,6 +176,7 @@ def test_tool_choice_is_a_mode_or_a_tools_name(choice, expected):
         ({"json_schema": {"type": "object"}}, generation_pb2.ResponseFormat(json_schema='{"type": "object"}')),
         ({"json_schema": {"const": "天气"}}, generation_pb2.ResponseFormat(json_schema='{"const": "天气"}')),
         ({"json_schema": '{"type":"object"}'}, generation_pb2.ResponseFormat(json_schema='{"type":"object"}')),
+        ({"json_schema": True}, generation_pb2.ResponseFormat(json_schema="true")),
         ({"json_schema": Person}, generation_pb2.ResponseFormat(json_schema='{"title": "Person"}')),
         (Person, generation_pb2.ResponseFormat(json_schema='{"title": "Person"}')),
         ({"regex": "[0-9]+"}, generation_pb2.ResponseFormat(regex="[0-9]+")),
