@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from parleyd.config import ModelSettings
-from parleyd.model.gguf_blocks import FILE_NAME, Numbers
+from parleyd.model.gguf_blocks import FILE_NAME, Numbers, concatenated
 from parleyd.model.linear import by_rows
 from parleyd.model.linear.compiled import CompiledLinear, are_blocks_fastest, can_compile_blocks, compiled_block_linear
 from parleyd.model.linear.four_bit import four_bit_linear
@@ -36,6 +36,7 @@ def test_the_numbers_are_the_files_in_the_order_of_the_models_rows(tmp_path: Pat
     loaded = load(tmp_path / "tiny.gguf", kind)
     assert loaded.blocks is not None
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(tmp_path / "tiny.gguf")).tensors}
+    assert loaded.blocks.num_bytes >= sum(int(one.n_bytes) for one in tensors.values() if one.tensor_type == kind)
     for index, layer in enumerate(loaded.model.model.layers):
         for name, place in (
             ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
@@ -98,6 +99,16 @@ def test_fused_compiled_layers_agree_with_their_modules(tmp_path: Path) -> None:
     assert torch.allclose(linear(x).float(), expected.float(), atol=0.02 * float(expected.abs().max()))
 
 
+def test_matrices_of_different_formats_are_not_made_one() -> None:
+    """As where a file has values in more bits than queries and keys, or in a format that we cannot read."""
+    four_bits, eight_bits = (
+        Numbers(torch.zeros(2, 32 * planes), torch.ones(2, planes), torch.ones(2, planes), planes) for planes in (1, 2)
+    )
+    assert concatenated([four_bits, four_bits]) is not None
+    assert concatenated([four_bits, eight_bits]) is None
+    assert concatenated([four_bits, None]) is None
+
+
 def test_a_file_without_such_blocks_keeps_none(gguf_file: Path, tmp_path: Path) -> None:
     loaded = load_model(ModelSettings(model=str(gguf_file), cache=str(tmp_path / "cache")))
     assert loaded.blocks is None
@@ -114,7 +125,10 @@ def test_a_file_of_that_name_outside_the_cache_is_not_read_and_the_log_says_so(
 
 def test_a_conversion_served_by_its_folder_has_its_blocks(tmp_path: Path) -> None:
     folder = load(tmp_path / "tiny.gguf", GGMLQuantizationType.Q4_0).info.tokenizer_dir
-    assert load_model(ModelSettings(model=folder, cache=str(tmp_path / "cache"))).blocks is not None
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for model in (folder, str(link)):
+        assert load_model(ModelSettings(model=model, cache=str(tmp_path / "cache"))).blocks is not None
 
 
 def test_a_conversion_that_was_moved_and_linked_has_its_blocks(tmp_path: Path) -> None:
