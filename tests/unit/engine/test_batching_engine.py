@@ -25,6 +25,7 @@ from parleyd.scheduling.kv_cache import IntegrityError
 from tests.support import torch_kernels
 from tests.support.tiny_models import (
     BLOCK_SIZE,
+    CONTEXT,
     FAMILIES,
     LEAN,
     VOCAB_SIZE,
@@ -147,6 +148,16 @@ def test_a_step_makes_progress_at_each_layer(
     assert engine.progress == before, "a request is no progress"
     engine.step()
     assert len(set(seen)) == len(seen) == 5
+
+
+def test_progress_tells_also_of_a_request_that_was_aborted_before_it_began() -> None:
+    engine = make_engine(make_model("Llama"))
+    progress = engine.progress
+    engine.submit(request(1, (5, 6)))
+    engine.abort(1)
+    engine.submit(request(2, (5,) * CONTEXT))  # ends at once
+    engine.step()
+    assert engine.progress > progress
 
 
 def test_an_abort_frees_its_blocks_before_the_next_output() -> None:

@@ -90,6 +90,11 @@ def test_the_stats_tell_who_runs_and_who_waits(make_model: Callable[[], LlamaFor
     go_on.set()
 
 
+def test_the_stats_count_tokens(engine: GenerateEngine) -> None:
+    run(engine, request(ignore_eos=True))
+    assert (engine.stats().num_prompt_tokens, engine.stats().num_generated_tokens) == (len(PROMPT), 20)
+
+
 def test_requests_are_taken_in_order(engine: GenerateEngine) -> None:
     keys = [7, 3, 9]
     for key in keys:
@@ -291,6 +296,18 @@ def test_a_request_that_fails_fails_alone(engine: GenerateEngine) -> None:
     (output,) = engine.step()
     assert output.is_last and output.error
     assert run(engine, request(2))[2]
+
+
+def test_a_device_that_breaks_ends_the_engine(make_model: Callable[[], LlamaForCausalLM]) -> None:
+    def broken(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    model = make_model()
+    model.register_forward_pre_hook(broken)
+    engine = GenerateEngine(model, (EOS,), CONTEXT)
+    engine.submit(request())
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
 
 
 def test_the_models_own_defaults_for_what_requests_govern_do_not_leak(
