@@ -21,7 +21,6 @@ from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
 )
-from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from parleyd.engine.generate_config import own_config, prompt_processors, request_config
@@ -45,16 +44,15 @@ _logger = logging.getLogger("parleyd.engine")
 
 
 class _Cancelled(Exception):
-    """Leaves a forward pass whose request was cancelled."""
+    """Leaves `generate` for a request that was cancelled."""
 
 
 @dataclass
 class _Sequence:
-    """A request in the queue or being generated. Either flag ends it at the next id."""
+    """A request in the queue or being generated."""
 
     request: EngineRequest
     is_cancelled: bool = False
-    is_finished: bool = False
     num_generated: int = 0
 
 
@@ -165,7 +163,7 @@ class GenerateEngine:
 
         def on_token(token_id: int) -> None:
             if sequence.is_cancelled:
-                return
+                raise _Cancelled
             self._check_logits()
             sequence.num_generated += 1
             self._num_generated_tokens += 1
@@ -178,7 +176,6 @@ class GenerateEngine:
                 grammar.advance(token_id)
             if grammar is not None and grammar.error is not None:
                 raise GrammarError(grammar.error)
-            sequence.is_finished = reason is not None
             logprobs = (self._logprob(token_id, params.top_logprobs),) if params.logprobs else ()
             self._outputs.put(Output(key=request.key, token_ids=(token_id,), logprobs=logprobs, finish_reason=reason))
 
@@ -193,7 +190,6 @@ class GenerateEngine:
                 *prompt_processors(self._own_config, inputs["input_ids"][:, : len(request.prompt_ids)]),
                 *self._processors(params, num_before, stop_ids, grammar),
             ],
-            stopping_criteria=[_Ended(sequence)],
             streamer=_TokenStreamer(on_token),
         )
 
@@ -288,17 +284,6 @@ class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
         """Nothing is held back, so nothing is left to send."""
 
 
-class _Ended(StoppingCriteria):  # type: ignore[misc]
-    """Ends `generate` at the next id of a sequence that was cancelled or has finished."""
-
-    def __init__(self, sequence: _Sequence) -> None:
-        self._sequence = sequence
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        ended = self._sequence.is_cancelled or self._sequence.is_finished
-        return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)
-
-
 class _Asked(LogitsProcessor):  # type: ignore[misc]
     """What a request asks of logits. Where that and what the model's own configuration asks leave nothing to draw, the
     model's own logits are taken instead."""
@@ -334,7 +319,6 @@ class _Steered(LogitsProcessor):  # type: ignore[misc]
         self._grammar = grammar
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
         mask_by_grammar(scores, {0: self._grammar})
         return scores
 

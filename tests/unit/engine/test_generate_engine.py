@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from parleyd.engine.generate import GenerateEngine
-from parleyd.generation import EngineRequest, FinishReason, Output, SamplingParams
+from parleyd.generation import EngineRequest, EngineStats, FinishReason, Output, SamplingParams
 from tests.support.tiny_models import run
 
 VOCAB_SIZE, CONTEXT, EOS = 97, 128, 3
@@ -44,12 +44,15 @@ def request(
 
 
 def oracle(model: LlamaForCausalLM, prompt: tuple[int, ...], **config: object) -> list[int]:
-    sequences = model.generate(torch.tensor([prompt]), generation_config=GenerationConfig(pad_token_id=0, **config))
+    inputs = torch.tensor([prompt])
+    sequences = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), generation_config=GenerationConfig(pad_token_id=0, **config)
+    )
     return sequences[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("prompt", [PROMPT, (1,), tuple(range(4, 60))])
+@pytest.mark.parametrize("prompt", [PROMPT, (1,), (5, 0, 42), tuple(range(4, 60))])
 def test_greedy_ids_are_those_of_model_generate(
     make_model: Callable[[], LlamaForCausalLM], engine: GenerateEngine, prompt: tuple[int, ...], penalty: float
 ) -> None:
@@ -90,9 +93,10 @@ def test_the_stats_tell_who_runs_and_who_waits(make_model: Callable[[], LlamaFor
     go_on.set()
 
 
-def test_the_stats_count_tokens(engine: GenerateEngine) -> None:
+def test_the_stats_count_tokens_and_no_request_that_has_ended(engine: GenerateEngine) -> None:
     run(engine, request(ignore_eos=True))
-    assert (engine.stats().num_prompt_tokens, engine.stats().num_generated_tokens) == (len(PROMPT), 20)
+    engine._executor.submit(lambda: None).result()
+    assert engine.stats() == EngineStats(num_prompt_tokens=len(PROMPT), num_generated_tokens=20)
 
 
 def test_requests_are_taken_in_order(engine: GenerateEngine) -> None:
@@ -268,6 +272,17 @@ def test_an_abort_ends_a_prefill_before_its_next_layer(make_model: Callable[[], 
     assert len(layers) == 1 + 2  # one of the aborted prefill, both of the next request
 
 
+def test_an_abort_after_the_last_layer_ends_the_sequence_before_its_next_token(
+    make_model: Callable[[], LlamaForCausalLM],
+) -> None:
+    model = make_model()
+    engine = GenerateEngine(model, (), CONTEXT)
+    model.lm_head.register_forward_pre_hook(lambda *_: engine.abort(1))
+    engine.submit(request(1))
+    engine.submit(request(2, max_new_tokens=1))
+    assert [output.key for output in engine.step()] == [2]
+
+
 def test_an_aborted_request_that_has_not_begun_never_begins(engine: GenerateEngine) -> None:
     engine.submit(request(1, max_new_tokens=30, ignore_eos=True))
     engine.submit(request(2, max_new_tokens=30, ignore_eos=True))
@@ -278,6 +293,13 @@ def test_an_aborted_request_that_has_not_begun_never_begins(engine: GenerateEngi
     while 3 not in keys:
         keys += [output.key for output in engine.step()]
     assert 2 not in keys
+
+
+def test_a_request_makes_progress_at_each_layer_and_at_its_end(engine: GenerateEngine) -> None:
+    progress = engine.progress
+    run(engine, request(max_new_tokens=1))
+    engine._executor.submit(lambda: None).result()
+    assert engine.progress == progress + 2 + 1
 
 
 def test_progress_tells_also_of_a_request_that_was_aborted_before_it_began(engine: GenerateEngine) -> None:
