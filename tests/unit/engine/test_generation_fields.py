@@ -24,7 +24,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "presence_penalty": {"presence_penalty": 2.0},
     "frequency_penalty": {"frequency_penalty": 1.5},
     "negative": {"presence_penalty": -2.0, "frequency_penalty": -2.0},
-    "logit_bias": {"logit_bias": ((7, 100.0), (9, -100.0)), "presence_penalty": 2.0},
+    "logit_bias": {"logit_bias": ((7, 10.0), (9, -100.0)), "presence_penalty": 2.0},
     "all": {
         "presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.3, "min_new_tokens": 8,
         "logit_bias": ((7, 3.0), (3, 9.0)),

@@ -129,6 +129,16 @@ def test_what_a_model_asks_of_logits_gives_way_to_a_grammar(
     assert (answer.token_ids, answer.finish_reason) == ([*b"aaaa", EOS], FinishReason.STOP)
 
 
+def test_in_engine_generate_a_grammars_end_is_one_under_ignore_eos_and_one_that_cannot_be_followed_fails(
+    info: ModelInfo,
+) -> None:
+    engine = GenerateEngine(make_model("Llama", vocab_size=VOCAB_SIZE), (EOS,), CONTEXT, GrammarCompiler(info))
+    fine, hostile = to_grammar("choice", '["fine"]'), to_grammar("regex", "(a{1000}){1000}")
+    answers = run_all(engine, [ask_engine(0, fine, ignore_eos=True), ask_engine(1, hostile)])
+    assert (answers[0].token_ids, answers[0].finish_reason) == ([*b"fine", EOS], FinishReason.STOP)
+    assert "cannot be followed" in (answers[1].grammar_error or "")
+
+
 def test_json_object_is_an_object_with_any_members(engine: BatchingEngine) -> None:
     grammar = to_grammar("json_object", "")
     answers = run_all(engine, [ask_engine(key, grammar) for key in range(16)]).values()
