@@ -153,5 +153,8 @@ def test_the_narrow_kind_is_chosen_up_to_where_it_stops_being_faster(monkeypatch
 
     layers = [by_rows.ByRows(costing(1, 10), costing(50, 1), (400, 400)) for _ in range(2)]
     never = by_rows.ByRows(costing(50, 1), costing(51, 1), (7, 7))
-    assert by_rows.choose_by_cost([*layers, never], torch.float32) == {(400, 400): 4, (7, 7): 0}
+    limited = by_rows.ByRows(costing(1, 1), costing(50, 50), (9, 9), 3)
+    chosen = by_rows.choose_by_cost([*layers, never, limited], torch.float32)
+    assert chosen == {(400, 400): 4, (7, 7): 0, (9, 9): 3}
     assert [layer.max_narrow_rows for layer in (*layers, never)] == [4, 4, 0]
+    assert [layers[0].takes_narrow(num_rows) for num_rows in (4, 5)] == [True, False]
