@@ -289,6 +289,8 @@ function channelOptions(target: string, serverName: string | undefined): Channel
     "grpc.keepalive_timeout_ms": 10_000,
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 5_000,
+    // Else connections, and their waits between tries, are those of all clients of the process, and of closed ones.
+    "grpc.use_local_subchannel_pool": 1,
     // The proxy that $http_proxy names cannot know what this machine calls localhost.
     "grpc.enable_http_proxy": LOCAL_TARGET.test(target) ? 0 : 1,
     "grpc.service_config": JSON.stringify(serviceConfig),

@@ -1,9 +1,10 @@
 // The client against a server that answers by script: errors, resuming, credentials.
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
+import { once } from "node:events";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createServer } from "node:http2";
-import type { AddressInfo } from "node:net";
+import { type AddressInfo, createServer as createTcpServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, test } from "node:test";
@@ -51,6 +52,18 @@ test("an error tells reason, metadata, delay and request id", async () => {
 
 test("a server that is not there has no reason", async () => {
   await assert.rejects(connect("localhost:1").generate(QUESTION), { code: status.UNAVAILABLE, reason: undefined });
+});
+
+test("what one client has found refuses no call of another", async () => {
+  const listener = createTcpServer().listen(0, "127.0.0.1");
+  await once(listener, "listening");
+  const target = `127.0.0.1:${(listener.address() as AddressInfo).port}`;
+  listener.close();
+  await once(listener, "close");
+  const early = connect(target, { maxResumes: 0 });
+  for (const _ of Array(4)) await assert.rejects(early.model(), { code: status.UNAVAILABLE }); // it waits ever longer
+  await serve({ getModel: (_, callback) => callback(null, GetModelResponse.fromPartial({ model: "m" })) }, undefined, target);
+  assert.equal((await connect(target, { maxResumes: 0 }).model()).model, "m");
 });
 
 test("an answer that is marked as compressed and must not be is an error of its call", async () => {

@@ -14,15 +14,16 @@ import {
 
 export type StreamCall = ServerWritableStream<GenerateRequest, GenerateStreamResponse>;
 
-/** Serves `handlers` until the tests are over; returns HOST:PORT. */
+/** Serves `handlers` until the tests are over, by default at a free port; returns HOST:PORT. */
 export async function serve(
   handlers: Partial<ChatServiceServer>,
   credentials: ServerCredentials = ServerCredentials.createInsecure(),
+  address = "127.0.0.1:0",
 ): Promise<string> {
   const server = new Server();
   server.addService(ChatServiceService, handlers as ChatServiceServer);
   const port = await new Promise<number>((resolve, reject) =>
-    server.bindAsync("127.0.0.1:0", credentials, (error, bound) => (error ? reject(error) : resolve(bound))),
+    server.bindAsync(address, credentials, (error, bound) => (error ? reject(error) : resolve(bound))),
   );
   after(() => server.forceShutdown());
   return `127.0.0.1:${port}`;

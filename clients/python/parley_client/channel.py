@@ -62,6 +62,9 @@ def channel_options(
         # The default backs off up to two minutes, far longer than a server takes to come back.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # Else a client would share its connections, and its waits between tries, with every other of the process, and
+        # even with one that is closed but not yet collected: its calls would fail though the server is back.
+        ("grpc.use_local_subchannel_pool", 1),
         # The proxy that $http_proxy names cannot know what this machine calls localhost.
         ("grpc.enable_http_proxy", int(not is_local(target))),
         ("grpc.enable_retries", int(max_attempts > 1)),

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -19,7 +20,6 @@ from parley_client import AsyncClient, AsyncStream, Client
 from tests.support.batch_answers import answered, content
 
 PATIENCE_S = 20  # how long a test waits for what must happen
-_used_ports: set[int] = set()
 
 
 class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, health_pb2_grpc.HealthServicer):
@@ -130,21 +130,25 @@ class ScriptedServer(chat_pb2_grpc.ChatServiceServicer, health_pb2_grpc.HealthSe
         self.script["Check"] = lambda request, context: health_pb2.HealthCheckResponse(status=status)
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    """A ScriptedServer on a port that no test has had: of a failed stream, the closed channel stays until garbage is
-    collected, and has whoever connects with the same options believe that nobody listens at its port."""
+@contextmanager
+def serving(address: str = "127.0.0.1:0") -> Iterator[ScriptedServer]:
+    """A ScriptedServer at an address, by default at a free port."""
     scripted = ScriptedServer()
     with futures.ThreadPoolExecutor(max_workers=8) as pool:
         grpc_server = grpc.server(pool, options=[("grpc.max_receive_message_length", 1 << 20)])
         chat_pb2_grpc.add_ChatServiceServicer_to_server(scripted, grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(scripted, grpc_server)
-        while not scripted.port or scripted.port in _used_ports:
-            scripted.port = grpc_server.add_insecure_port("127.0.0.1:0")
-        _used_ports.add(scripted.port)
+        scripted.port = grpc_server.add_insecure_port(address)
         grpc_server.start()
         yield scripted
         grpc_server.stop(grace=None).wait(PATIENCE_S)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """A ScriptedServer."""
+    with serving() as scripted:
+        yield scripted
 
 
 class Blocking:

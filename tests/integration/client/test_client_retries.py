@@ -25,7 +25,7 @@ from parley_client import (
     user,
 )
 from parley_client.channel import channel_options
-from tests.integration.client.conftest import PATIENCE_S
+from tests.integration.client.conftest import PATIENCE_S, serving
 
 QUESTION = [user("Hello?")]
 NO_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # HTTP/2's frame of them, with which a server begins
@@ -113,6 +113,19 @@ def dying_target():
 def test_a_call_whose_server_dies_before_it_says_a_word_ends(connect, dying_target, method):
     with connect(dying_target, max_attempts=3) as client, pytest.raises(ConnectionFailed):
         list(client.generate_batch([QUESTION])) if method == "generate_batch" else ask(client, method)
+
+
+def test_what_one_client_has_found_refuses_no_call_of_another(connect):
+    with socket.socket() as nobody:
+        nobody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # like gRPC's servers: one may come here
+        nobody.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with connect(target, max_attempts=1) as early:
+            with pytest.raises(ConnectionFailed):
+                ask(early, "chat")
+            with serving(target) as server, connect(target, max_attempts=1) as late:
+                server.says("Hello")
+                assert ask(late, "chat") == "Hello"
 
 
 @pytest.fixture
