@@ -87,7 +87,7 @@ class ServedModel:
     def check_request(self, request: chat_pb2.GenerateRequest) -> tuple[SamplingParams, CheckGrammar | None]:
         """The request's sampling parameters, and what is left to ask the checker: None where any text will do.
 
-        Raises InvalidRequest with every violation, or Unsupported, or ModelNotFound instead of that.
+        Raises InvalidRequest with every violation, or Unsupported; of another model, ModelNotFound in its place.
         """
         params = convert.to_sampling_params(request.generation_config, self.defaults)
         _refuse(
@@ -99,7 +99,7 @@ class ServedModel:
         return params, self._grammar_question(request, params)
 
     def check_conversation(self, request: chat_pb2.CountTokensRequest) -> None:
-        """Raises InvalidRequest with every violation, or Unsupported, or ModelNotFound instead of that."""
+        """Raises InvalidRequest with every violation, or Unsupported; of another model, ModelNotFound in its place."""
         _refuse(validation.conversation_violations(request), self._kwarg_violations(request))
         self._refuse_unsupported(request)
 

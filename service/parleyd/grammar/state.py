@@ -117,7 +117,7 @@ class GrammarCompiler:
         """The state of a request that has a grammar, its output ids taken. Fails with GrammarError. Never waits."""
         tokenizer, compiled = self._compile(request.params.grammar)
         # Not by whoever asks: it may take a while, and no other thread can run while ids are replayed.
-        # What fails last is asked first: whoever learns of a failure may ask again, and finds what has not failed yet.
+        # The grammar first: it fails after its tokenizer, and who asks again before both have failed gets the old one.
         return self._executor.submit(lambda: self._state_of(compiled.result(), tokenizer.result(), request))
 
     def _compile(self, grammar: str) -> tuple[Future[LLTokenizer], Future[LLMatcher]]:
