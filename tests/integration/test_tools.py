@@ -230,7 +230,7 @@ def test_a_call_that_must_be_made_is_read_as_any_other(
     families: Families, family: str, choice: message_pb2.ToolChoice
 ) -> None:
     request = ask(saying(family, spell(family, "get_weather", BERN)), tools=TOOLS, tool_choice=choice)
-    request.response_format.text.SetInParent()
+    request.response_format.text.SetInParent()  # asks for nothing, and so does not stand in the way of a call
     answer = families[family].stub.Generate(request, timeout=60).choices[0]
     assert [call.arguments for call in answer.message.tool_calls] == [BERN]
     assert answer.finish_reason == generation_pb2.FINISH_REASON_TOOL_CALLS
