@@ -81,3 +81,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Families]:
 def assert_answers(gateway: GatewayThread) -> None:
     """A request of one's own comes through."""
     assert gateway.stub.Generate(ask("ok"), timeout=30).choices[0].message.content == "ok"
+
+
+@pytest.fixture
+def the_next_good_request_succeeds(gateway: GatewayThread) -> Any:
+    yield
+    assert gateway.stub.Generate(ask("still here"), timeout=20).choices[0].message.content == "still here"

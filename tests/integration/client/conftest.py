@@ -151,6 +151,12 @@ def server() -> Iterator[ScriptedServer]:
         yield scripted
 
 
+@pytest.fixture
+def server_is_default(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`parley` asks the scripted server where no flag names another."""
+    monkeypatch.setenv("PARLEY_TARGET", server.target)
+
+
 class Blocking:
     """An AsyncClient with the face of a Client, so that one test body serves both."""
 

@@ -23,15 +23,12 @@ from parley_client import (
 from parley_client.cli import main
 from tests.support.batch_answers import answered, content, failed
 
+pytestmark = pytest.mark.usefixtures("server_is_default")
+
 
 @pytest.fixture
 def files(tmp_path):
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-
-
-@pytest.fixture(autouse=True)
-def target(server, monkeypatch):
-    monkeypatch.setenv("PARLEY_TARGET", server.target)
 
 
 def line_of(text, **more):

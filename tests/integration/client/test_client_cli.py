@@ -21,10 +21,7 @@ from parley.v1 import chat_pb2, generation_pb2, message_pb2
 from parley_client import Client, Stream
 from parley_client.cli import main
 
-
-@pytest.fixture(autouse=True)
-def target(server, monkeypatch):
-    monkeypatch.setenv("PARLEY_TARGET", server.target)
+pytestmark = pytest.mark.usefixtures("server_is_default")
 
 
 @pytest.fixture

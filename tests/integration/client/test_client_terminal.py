@@ -8,13 +8,10 @@ import pytest
 from parley.v1 import chat_pb2, generation_pb2
 from parley_client.cli import main
 
+pytestmark = pytest.mark.usefixtures("server_is_default")
+
 ODD = "\x1b]0;title\x07\x1b[2J\r\b\x7f\x9b\tü\n"
 SHOWN = "^[]0;title^G^[[2J^M^H^?<U+009B>\tü\n"
-
-
-@pytest.fixture(autouse=True)
-def target(server, monkeypatch):
-    monkeypatch.setenv("PARLEY_TARGET", server.target)
 
 
 @pytest.mark.parametrize(("is_terminal", "output"), [(True, "\x1b[2mHm\x1b[22m\n\nHello\n"), (False, "Hello\n")])
