@@ -4,7 +4,7 @@ set -eu
 
 PYTHON=${PYTHON:-python3}
 here=$(pwd -P)
-supported='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+supported='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
 
 # Console scripts name the interpreter by its full path, so an environment that was moved or copied is of no use.
 is_usable() {
@@ -14,11 +14,11 @@ is_usable() {
 
 if ! is_usable; then
     if ! command -v "$PYTHON" >/dev/null; then
-        echo "parley: $PYTHON not found: install Python 3.11 to 3.13, or name it: make PYTHON=/path/to/python3.11" >&2
+        echo "parley: $PYTHON not found: install Python 3.11 to 3.14, or name it: make PYTHON=/path/to/python3.11" >&2
         exit 1
     fi
     if ! "$PYTHON" -c "$supported"; then
-        echo "parley: Python 3.11 to 3.13 is needed, and $PYTHON is not: name one with make PYTHON=/path/to/python3.11" >&2
+        echo "parley: Python 3.11 to 3.14 is needed, and $PYTHON is not: name one with make PYTHON=/path/to/python3.11" >&2
         exit 1
     fi
     [ ! -e .venv ] || echo "parley: .venv was made in another folder or by another Python: making it anew"

@@ -226,9 +226,11 @@ def _full_pipe() -> Iterator[tuple[BinaryIO, int, int]]:
         yield stderr, writer, filling
 
 
-def test_a_log_in_json_has_no_other_line_while_a_model_is_converted(tmp_path: Path) -> None:
+def test_a_conversion_logs_nothing_but_json_and_leaves_no_process(tmp_path: Path) -> None:
     with ServedProcess("--cache", str(tmp_path), "--log-format", "json", "--drain-delay", "0") as served:
         served.wait_health()
+        (worker,) = served.worker_pids()
+        assert psutil.Process(worker).children() == []
         assert served.terminate() == 0
         messages = [json.loads(line)["message"] for line in served.log.splitlines()]
     assert any(message.startswith("converted in ") for message in messages)

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from parleyd.errors import StartupError
@@ -116,7 +117,8 @@ def _weight_files(folder: Path) -> list[Path]:
         except OSError as error:
             raise StartupError(f"{folder / _INDEX} names a file that none can be: {error.strerror}") from error
         if missing:
-            raise StartupError(f"--model {folder}: weight files are missing: {', '.join(missing)}")
+            names = shorten(", ".join(missing), 200)
+            raise StartupError(f"--model {folder}: weight files are missing: {names}")
         return paths
     raise StartupError(f"--model {folder}: {_why_no_weights(folder)}")
 

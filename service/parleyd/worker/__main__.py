@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import multiprocessing
 import os
 import sys
 
@@ -21,6 +22,8 @@ def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     # Collecting garbage among the million objects that imports make costs a fifth of the start. They stay
     # for good, so later collections need not look at them either.
     gc.disable()
+    # By any other method the lock of a library's progress bar is a process, which outlives this one and warns of it.
+    multiprocessing.set_start_method("fork")
     quota = cpu_quota()
     variables = openmp_variables(os.environ, settings.bind_threads, quota)
     os.environ.update(variables)

@@ -155,10 +155,11 @@ def test_a_folder_of_gguf_files_points_at_one(llama_folder: Path, has_config: bo
     assert f"--model {llama_folder / 'm.gguf'}" in startup_error(llama_folder)
 
 
-def test_a_missing_shard_is_named(llama_folder: Path) -> None:
+def test_missing_shards_are_named_as_far_as_a_line_holds_them(llama_folder: Path) -> None:
     (llama_folder / "model.safetensors").unlink()
-    edit_json(llama_folder / "model.safetensors.index.json", weight_map={"a": "model-1.safetensors"})
-    assert "weight files are missing: model-1.safetensors" in startup_error(llama_folder)
+    shards = {f"tensor {number}": f"model-{number}.safetensors" for number in range(100, 300)}
+    edit_json(llama_folder / "model.safetensors.index.json", weight_map=shards)
+    assert "weight files are missing: model-100.safetensors, model-101.safetensors" in startup_error(llama_folder)
 
 
 @pytest.mark.parametrize("names", [[], ["x"], [1, "x"], [["x"]], ["x" * 5000]])
