@@ -48,7 +48,8 @@ def get(gateway: GatewayThread, path: str) -> tuple[int, str]:
         with urllib.request.urlopen(f"http://{gateway.admin}{path}", timeout=10) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
-        return error.code, ""
+        with error:
+            return error.code, ""
 
 
 def samples(gateway: GatewayThread) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -278,8 +279,9 @@ def test_a_header_that_cannot_be_understood_is_told_in_one_line(
     request = urllib.request.Request(
         f"http://{observed.admin}/metrics", headers={"Accept": "application/openmetrics-text; version=new"}
     )
-    with pytest.raises(urllib.error.HTTPError, match="500"):
+    with pytest.raises(urllib.error.HTTPError, match="500") as raised:
         urllib.request.urlopen(request, timeout=10)
+    raised.value.close()
     assert "Traceback" not in capfd.readouterr().err
     assert "/metrics failed: TypeError" in caplog.text
 
