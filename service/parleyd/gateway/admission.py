@@ -55,7 +55,7 @@ class Admission:
 
     def __init__(self, max_running: int, max_queue: int, *, max_queue_tokens: int, refuse_late: bool) -> None:
         """`refuse_late`: whether to refuse at once what cannot begin before its deadline."""
-        self.max_running = max_running
+        self._max_running = max_running
         self._max_queue = max_queue
         self._max_queue_tokens = max_queue_tokens
         self._refuse_late = refuse_late
@@ -67,6 +67,10 @@ class Admission:
         # Of the slots that are held, how many, and the sum of the times when they were given out.
         self._num_held = 0
         self._since_sum = 0.0
+
+    @property
+    def max_running(self) -> int:
+        return self._max_running
 
     @property
     def num_running(self) -> int:
@@ -83,8 +87,8 @@ class Admission:
         DeadlineExceeded at once if the first token would certainly come too late.
         """
         self._check_deadline(ticket)
-        num_slots = min(ticket.num_sequences, self.max_running)
-        if self._running + num_slots <= self.max_running and not self._queue:
+        num_slots = min(ticket.num_sequences, self._max_running)
+        if self._running + num_slots <= self._max_running and not self._queue:
             self._running += num_slots
         else:
             num_slots = await self._wait(ticket)
@@ -92,6 +96,11 @@ class Admission:
         self._num_held += num_slots
         self._since_sum += num_slots * slots.since
         return slots
+
+    def set_max_running(self, max_running: int) -> None:
+        """Another number of slots: more go to those that wait; of fewer, those that are held stay so."""
+        self._max_running = max_running
+        self._admit()
 
     def first_token(self, num_tokens: int, seconds: float) -> None:
         """Takes how long a first token has taken from when its request had its slots."""
@@ -124,11 +133,11 @@ class Admission:
             raise DeadlineExceeded("the deadline would pass before this request's first token")
 
     def _expected_wait_s(self, ticket: Ticket) -> float:
-        if self._num_durations < _MIN_SAMPLES or (self._running < self.max_running and not self._queue):
+        if self._num_durations < _MIN_SAMPLES or (self._running < self._max_running and not self._queue):
             return 0.0
         num_ahead = self._queue.num_ahead(ticket)
         until_next_s = self._duration_s() - self._age_s()
-        return (self._duration_s() * num_ahead + until_next_s) / self.max_running
+        return (self._duration_s() * num_ahead + until_next_s) / self._max_running
 
     def _duration_s(self) -> float:
         """For how long a slot is held: by recent requests, or by those that hold theirs now, if that is longer."""
@@ -165,8 +174,8 @@ class Admission:
 
     def _admit(self) -> None:
         while self._queue:
-            num_slots = min(self._queue.first().ticket.num_sequences, self.max_running)
-            if self._running + num_slots > self.max_running:
+            num_slots = min(self._queue.first().ticket.num_sequences, self._max_running)
+            if self._running + num_slots > self._max_running:
                 return
             turn = self._queue.pop().turn
             if not turn.done():
@@ -175,7 +184,7 @@ class Admission:
 
     def _queue_full(self, num_waiting: int) -> QueueFull:
         """With the time after which a place should be free, by how long recent requests held their slots."""
-        expected_s = self._duration_s() * (num_waiting + 1) / self.max_running
+        expected_s = self._duration_s() * (num_waiting + 1) / self._max_running
         what = f"no room for more (running: {self._running}, waiting: {num_waiting})"
         return QueueFull(what, min(max(expected_s, _MIN_RETRY_S), _MAX_RETRY_S))
 

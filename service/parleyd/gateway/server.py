@@ -237,7 +237,7 @@ class Gateway:
         wanted = self._settings.model.max_running or info.max_running
         if wanted > info.max_running:
             _logger.warning("engine %s runs %d at a time: --max-running is capped", info.engine, info.max_running)
-        self.admission.max_running = min(wanted, info.max_running)
+        self.admission.set_max_running(min(wanted, info.max_running))
         self._on_serving()
         _logger.info("serving %s (%s, %s)", name, info.dtype, info.device)
 

@@ -144,6 +144,22 @@ async def test_more_sequences_than_slots_take_all_slots_and_give_them_back_as_th
     assert held == [2, 2, 2, 1, 0, 0]
 
 
+async def test_slots_that_a_new_worker_brings_go_at_once_to_those_that_wait_for_any() -> None:
+    admission = new_admission(max_running=1, max_queue=10)
+    running, *waiting = [Holder(admission) for _ in range(4)]
+    await settle()
+    admission.set_max_running(3)
+    await settle()
+    assert [holder.entered.is_set() for holder in waiting] == [True, True, False]
+    admission.set_max_running(1)  # and those that are held beyond so many go to nobody
+    for holder in (running, *waiting[:2]):
+        assert not waiting[2].entered.is_set()
+        await holder.release()
+        await settle()
+    assert waiting[2].entered.is_set()
+    await waiting[2].release()
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_no_slot_is_lost_whatever_is_cancelled(seed: int) -> None:
     chance = random.Random(seed)
