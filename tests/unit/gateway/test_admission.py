@@ -14,8 +14,10 @@ from parleyd.gateway.admission import Admission, Slots
 from parleyd.gateway.fair_queue import Ticket
 
 
-def new_admission(max_running: int, max_queue: int, max_queue_tokens: int = 1_000_000) -> Admission:
-    return Admission(max_running, max_queue, max_queue_tokens=max_queue_tokens, refuse_late=True)
+def new_admission(
+    max_running: int, max_queue: int, max_queue_tokens: int = 1_000_000, *, refuse_late: bool = True
+) -> Admission:
+    return Admission(max_running, max_queue, max_queue_tokens=max_queue_tokens, refuse_late=refuse_late)
 
 
 class Holder:
@@ -309,17 +311,47 @@ async def after_durations_of(seconds: float, monkeypatch: pytest.MonkeyPatch, ma
     return admission
 
 
-async def test_the_slot_that_comes_free_next_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    admission = await after_durations_of(2.0, monkeypatch)
-    running = Holder(admission)
+@pytest.mark.parametrize(("max_running", "late_s", "hopeful_s"), [(1, 0.6, 1.6), (4, 0.1, 0.6)])
+async def test_the_slot_that_comes_free_next_is_waited_for_too(
+    max_running: int, late_s: float, hopeful_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admission = await after_durations_of(2.0, monkeypatch, max_running)
+    running = Holder(admission, num_sequences=max_running)
     await settle()
     with pytest.raises(DeadlineExceeded):
-        await Holder(admission, deadline=time.monotonic() + 0.6).task
-    hopeful = Holder(admission, deadline=time.monotonic() + 1.6)
+        await Holder(admission, deadline=time.monotonic() + late_s).task
+    hopeful = Holder(admission, deadline=time.monotonic() + hopeful_s)
     await settle()
     assert admission.num_waiting == 1
     await running.release()
     await hopeful.release()
+
+
+async def test_a_slot_that_is_free_for_one_ahead_in_the_queue_is_none_for_a_late_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    admission = await after_durations_of(60.0, monkeypatch, max_running=2)
+    running, several = Holder(admission), Holder(admission, num_sequences=2)
+    await settle()
+    with pytest.raises(DeadlineExceeded):
+        await Holder(admission, deadline=time.monotonic() + 10.0).task
+    await running.release()
+    await several.release()
+
+
+async def test_what_would_come_too_late_is_served_all_the_same_where_the_operator_says_so() -> None:
+    admission = new_admission(max_running=1, max_queue=0, refuse_late=False)
+    for _ in range(10):
+        admission.first_token(100, 60.0)
+    (await admission.acquire(Ticket(num_tokens=100, deadline=time.monotonic() + 1.0))).release()
+
+
+@pytest.mark.parametrize(("held_s", "retry_s"), [(1e-4, 0.1), (2.0, 4.0), (1e4, 60.0)])
+async def test_a_full_queue_tells_the_time_that_those_in_it_take_within_bounds(
+    held_s: float, retry_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admission = await after_durations_of(held_s, monkeypatch)
+    assert admission._queue_full(1).retry_after_s == pytest.approx(retry_s)
 
 
 async def test_nothing_is_too_late_where_a_slot_is_free_or_little_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,11 +408,10 @@ async def test_requests_that_end_at_once_do_not_hide_those_that_hold_their_slots
     admission = await after_durations_of(0.01, monkeypatch, max_running=2)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    held = [await admission.acquire(Ticket()) for _ in range(2)]
+    slots = await admission.acquire(Ticket(num_sequences=2))
     monkeypatch.setattr(time, "monotonic", lambda: now + 20)
     assert admission._queue_full(3).retry_after_s == pytest.approx(20 * 4 / 2)
-    for slots in held:
-        slots.release()
+    slots.release()
 
 
 async def test_waiting_prompts_are_bounded_together() -> None:
