@@ -314,6 +314,16 @@ def test_a_worker_that_keeps_dying_is_given_up(start_gateway: StartGateway, tmp_
     assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
 
 
+def test_first_workers_that_die_as_they_load_are_replaced_until_they_are_too_many(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    marker.touch()
+    gateway = start_gateway(worker=("--die-if", str(marker)), max_worker_restarts=1, wait_ready=False)
+    gateway.thread.join(20)
+    assert str(gateway.error) == "the worker process died 2 times while it loaded the model"
+
+
 def test_a_service_that_has_no_files_for_a_new_worker_is_back_once_it_has(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

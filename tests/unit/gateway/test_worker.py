@@ -8,9 +8,10 @@ import re
 import signal
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import psutil
 import pytest
@@ -184,6 +185,25 @@ async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turn
     assert watching.cancelled() == is_cancelled
 
 
+async def test_stretches_without_a_sign_of_life_count_only_in_a_row() -> None:
+    num_open = [*[1] * 7, 0, *[1] * 7]  # as the watchdog finds it, look by look
+    worker: Any = SimpleNamespace(gone=asyncio.Event(), num_signs=0, num_submitted=0, is_behind=False, link=Mock())
+
+    class Client:
+        @property
+        def num_open(self) -> int:
+            if len(num_open) == 1:
+                worker.gone.set()
+            return num_open.pop(0)
+
+    supervisor = Supervisor(
+        ModelSettings(model="x"), ServerSettings(worker_timeout=0.1), cast(Any, Client()), on_ready=cast(Any, None),
+        set_serving=cast(Any, None), command=(),
+    )  # fmt: skip
+    await supervisor._watch(worker)
+    worker.link.kill.assert_not_called()
+
+
 async def test_workers_that_cannot_be_started_for_hours_are_started_anew_in_longer_and_longer_steps_up_to_a_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -218,3 +238,15 @@ async def test_a_worker_is_not_to_blame_for_a_time_in_which_we_were_stopped_ours
     ready = loop.create_future()
     with pytest.raises(WorkerLost, match=r"not loaded the model in \d"):
         await supervisor._load(worker)
+
+
+async def test_a_worker_may_take_as_long_to_load_as_the_slowest_before_it_and_longer() -> None:
+    supervisor = Supervisor(
+        ModelSettings(model="x"), ServerSettings(worker_timeout=0.1), cast(Any, None), on_ready=cast(Any, None),
+        set_serving=cast(Any, None), command=(),
+    )  # fmt: skip
+    for seconds in (0.3, 0.0, 0.6):
+        loading = asyncio.create_task(asyncio.sleep(seconds, "info"))
+        worker: Any = SimpleNamespace(load=partial(asyncio.shield, loading), link=None)
+        assert await supervisor._load(worker) == "info"
+        supervisor._info = cast(Any, "info")
