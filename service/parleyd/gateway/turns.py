@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
 
 
 class Turns:
@@ -27,8 +26,6 @@ class Turns:
         except asyncio.CancelledError:
             if not turn.cancelled():  # it came at the same moment
                 self.pass_on(client)
-            with suppress(ValueError):
-                waiting.remove(turn)
             raise
 
     def pass_on(self, client: str) -> None:
