@@ -31,17 +31,21 @@ async def test_what_a_later_worker_finds_in_its_cache_is_not_told() -> None:
     assert (await streamer.take()).cached_prompt_tokens == 2
 
 
-async def test_what_is_merged_is_taken_in_parts_that_fit_into_a_message() -> None:
+@pytest.mark.parametrize(("has_logprobs", "num_deltas"), [(False, 3), (True, 19)])
+async def test_what_is_merged_is_taken_in_parts_that_fit_into_a_message(has_logprobs: bool, num_deltas: int) -> None:
     streamer = Streamer()
-    logprobs = [TokenLogprob(-float(i)) for i in range(600)]
-    for token_id, logprob in enumerate(logprobs):
+    logprobs = [TokenLogprob(-float(i)) for i in range(600)] if has_logprobs else []
+    for token_id in range(600):
         reason = FinishReason.STOP if token_id == 599 else None
-        streamer.put(Output(key=1, token_ids=(token_id,), logprobs=(logprob,), finish_reason=reason))
-    deltas = [await streamer.take() for _ in range(19)]
+        own = tuple(logprobs[token_id : token_id + 1])
+        streamer.put(Output(key=1, token_ids=(token_id,), logprobs=own, finish_reason=reason))
+    deltas = [await streamer.take() for _ in range(num_deltas)]
     assert [token_id for delta in deltas for token_id in delta.token_ids] == [*range(600)]
     assert [logprob for delta in deltas for logprob in delta.logprobs] == logprobs
-    assert all(len(delta.token_ids) == len(delta.logprobs) <= 32 for delta in deltas)
-    assert [delta.finish_reason for delta in deltas] == [None] * 18 + [FinishReason.STOP]
+    most = 32 if has_logprobs else 256
+    assert all(len(delta.logprobs) in (0, len(delta.token_ids)) for delta in deltas)
+    assert max(len(delta.token_ids) for delta in deltas) == most
+    assert [delta.finish_reason for delta in deltas] == [None] * (num_deltas - 1) + [FinishReason.STOP]
 
 
 async def test_deltas_wait_for_so_many_ids_but_the_first_and_the_last() -> None:
