@@ -116,6 +116,16 @@ async def test_a_new_worker_has_those_that_are_not_suspected_first(world: World)
     assert world.is_at_work(settled) and not world.is_at_work(suspect)
 
 
+async def test_nobody_waits_for_a_suspect_that_was_given_up(world: World) -> None:
+    suspect = await world.arrive()
+    await world.die()
+    newcomer = await world.arrive()
+    assert not world.is_at_work(newcomer)
+    suspect.task.cancel()
+    await asyncio.wait([suspect.task])
+    assert world.is_at_work(newcomer)
+
+
 async def test_nobody_waits_for_a_suspect_that_was_failed_with_all_others(world: World) -> None:
     await world.arrive()
     await world.die()

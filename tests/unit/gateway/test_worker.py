@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from parleyd.config import ModelSettings, ServerSettings
-from parleyd.errors import StartupError, WorkerLost
+from parleyd.errors import Draining, StartupError, WorkerLost
 from parleyd.gateway import worker_link
 from parleyd.gateway.supervisor import State, Supervisor
 from parleyd.gateway.worker import Worker
@@ -183,6 +183,31 @@ async def test_who_is_cancelled_as_the_watched_worker_ends_is_cancelled(num_turn
     is_cancelled = watching.cancel()  # else it had ended before
     await asyncio.wait([watching])
     assert watching.cancelled() == is_cancelled
+
+
+async def test_who_waits_for_the_next_worker_is_refused_at_once() -> None:
+    supervisor = Supervisor(
+        ModelSettings(model="x"), ServerSettings(), cast(Any, None), on_ready=cast(Any, None),
+        set_serving=cast(Any, None), command=(),
+    )  # fmt: skip
+    supervisor._enter(State.REPLACING)
+    waiting = asyncio.create_task(supervisor.wait_ready())
+    await asyncio.sleep(0)
+    supervisor.refuse(Draining())
+    async with asyncio.timeout(_TIMEOUT_S):
+        with pytest.raises(Draining):
+            await waiting
+
+
+async def test_a_worker_that_dies_as_its_model_is_read_is_given_no_request() -> None:
+    client, info = Mock(), cast(Any, "info")
+    worker: Any = SimpleNamespace(gone=asyncio.Event(), load=AsyncMock(return_value=info), link=Mock())
+    supervisor = Supervisor(
+        ModelSettings(model="x"), ServerSettings(), client, on_ready=AsyncMock(side_effect=lambda _: worker.gone.set()),
+        set_serving=cast(Any, None), command=(),
+    )  # fmt: skip
+    await supervisor._serve(worker)
+    client.attach.assert_not_called()
 
 
 async def test_stretches_without_a_sign_of_life_count_only_in_a_row() -> None:
