@@ -141,6 +141,11 @@ def test_draws_depend_on_the_position_so_that_a_sequence_can_be_taken_up(engine:
         assert run(engine, request(output=tuple(whole[:cut]), **sampled))[1] == whole[cut:]
 
 
+def test_each_position_has_a_draw_of_its_own(engine: GenerateEngine) -> None:
+    ids = run(engine, request(do_sample=True, temperature=100.0, seed=11, ignore_eos=True))[1]
+    assert len(set(ids)) > len(ids) / 2  # each id is about as likely as any other
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
