@@ -65,6 +65,8 @@ def samples(gateway: GatewayThread) -> dict[tuple[str, tuple[str, ...]], float]:
 def test_metrics_tell_what_was_served_and_refused(observed: GatewayThread) -> None:
     for _ in range(3):
         observed.stub.Generate(ask("0123456789"), timeout=10)
+    with pytest.raises(grpc.RpcError):
+        observed.stub.Generate(ask("!fail-first"), timeout=10)
     held = [observed.stub.GenerateStream(ask("!forever", max_new_tokens=4000)) for _ in range(2)]
     for call in held:
         next(call)
@@ -79,11 +81,12 @@ def test_metrics_tell_what_was_served_and_refused(observed: GatewayThread) -> No
     seen = samples(observed)
     assert seen["parley_requests_total", ("OK", "Generate")] == 3
     assert seen["parley_requests_total", ("RESOURCE_EXHAUSTED", "Generate")] == 1
+    assert seen["parley_requests_total", ("INTERNAL", "Generate")] == 1
     assert seen["parley_requests_total", ("CANCELLED", "GenerateStream")] == 2
     assert seen["parley_rejected_requests_total", ("QUEUE_FULL",)] == 1
     assert seen["gen_ai_server_time_to_first_token_seconds_count", ()] == 5
     assert seen["gen_ai_server_time_per_output_token_seconds_count", ()] >= 30
-    assert seen["parley_queue_time_seconds_count", ()] == 5
+    assert seen["parley_queue_time_seconds_count", ()] == 6
     assert seen["parley_running_requests", ()] == seen["parley_open_calls", ()] == 0
     assert seen["parley_serving", ()] == 1
 
