@@ -138,6 +138,12 @@ def test_a_request_counts_once_however_many_answers_it_asks_for(observed: Gatewa
     assert seen["gen_ai_server_time_per_output_token_seconds_count", ()] == 2 * len("hello")
 
 
+def test_answers_that_go_on_behind_ids_that_the_client_has_are_counted(observed: GatewayThread) -> None:
+    for token_ids in (b"", b"he"):
+        observed.stub.Generate(ask("hello", resume=chat_pb2.Resume(token_ids=token_ids)), timeout=10)
+    assert samples(observed)["parley_resumed_streams_total", ()] == 1
+
+
 def test_each_item_of_a_batch_counts(observed: GatewayThread) -> None:
     requests = [ask("a"), ask("b"), ask("c", temperature=99)]
     list(observed.stub.GenerateBatch(chat_pb2.GenerateBatchRequest(requests=requests), timeout=10))
