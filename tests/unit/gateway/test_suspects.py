@@ -99,6 +99,17 @@ async def test_what_has_settled_is_as_little_suspected_as_any_other(world: World
     assert all(reader.error is None for reader in world.readers)
 
 
+async def test_what_has_settled_after_its_trial_is_tried_as_soon_as_any_other(world: World) -> None:
+    late = await world.arrive()
+    await world.die()
+    world.client._end_trial()
+    world.settle(late)
+    await world.die()
+    other = await world.arrive()
+    await world.die()
+    assert world.is_at_work(late) and not world.is_at_work(other)
+
+
 async def test_the_likeliest_suspect_is_tried_first(world: World) -> None:
     first, second = await world.arrive(), await world.arrive()
     for _ in range(2):
