@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from parley.v1 import generation_pb2
@@ -38,12 +40,26 @@ def test_temperature_0_is_greedy_even_if_do_sample_is_true(do_sample: dict[str, 
     assert not params(True, temperature=0, **do_sample).do_sample
 
 
-def test_the_models_own_fewest_tokens_are_never_more_than_the_most_that_a_request_may_have() -> None:
+def test_a_seed_of_0_is_one_like_any_other() -> None:
+    assert params(seed=0).seed == 0
+
+
+def defaults_of(default_max_new_tokens: int, **own: Any) -> SamplingParams:
+    """Those of a model with a context of 4,096 tokens."""
     info = ModelInfo(
         tokenizer_dir="", max_context_tokens=4096, vocab_size=8, eos_token_ids=(1,), dtype="", device="", engine="",
-        max_running=1, defaults=SamplingDefaults(min_new_tokens=600),
+        max_running=1, defaults=SamplingDefaults(**own),
     )  # fmt: skip
-    defaults = effective_defaults(info, default_max_new_tokens=512)
+    return effective_defaults(info, default_max_new_tokens)
+
+
+@pytest.mark.parametrize("own", [{}, {"max_new_tokens": 5000}])
+def test_no_answer_is_longer_than_the_context_by_default(own: dict[str, int]) -> None:
+    assert defaults_of(5000, **own).max_new_tokens == 4096
+
+
+def test_the_models_own_fewest_tokens_are_never_more_than_the_most_that_a_request_may_have() -> None:
+    defaults = defaults_of(512, min_new_tokens=600)
     assert defaults.min_new_tokens == 512
     for config, expected in (({}, 512), ({"max_new_tokens": 5}, 5), ({"max_new_tokens": 5, "min_new_tokens": 9}, 9)):
         resolved = to_sampling_params(generation_pb2.GenerationConfig(**config), defaults)  # type: ignore[arg-type]
