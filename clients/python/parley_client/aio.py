@@ -287,9 +287,8 @@ class AsyncStream(AsyncIterator[Piece]):
             raise
         except asyncio.CancelledError:
             self.cancel()
-            if not _is_about_this_task():
-                self._accumulator.check_cancelled()
-            raise
+            if _is_about_this_task():
+                raise
         self._accumulator.check_cancelled()
         raise StopAsyncIteration
 

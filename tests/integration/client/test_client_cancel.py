@@ -180,6 +180,29 @@ async def test_cancelling_an_async_stream_from_another_task_raises_cancelled(ser
         assert await asyncio.to_thread(server.has_seen_the_end)
 
 
+@pytest.mark.parametrize("how", ["cancel", "close the client"])
+async def test_an_async_stream_whose_answer_is_whole_has_ended_for_whoever_waits_as_it_is_cancelled(server, how):
+    server.says("Hello")
+    answer = server.script["GenerateStream"]
+
+    def answer_and_hold(request, context):
+        yield from answer(request, context)
+        server.hold(context)
+
+    server.script["GenerateStream"] = answer_and_hold
+    async with AsyncClient(server.target) as client:
+        stream = client.stream(QUESTION)
+        await anext(stream)
+        waiting = asyncio.ensure_future(anext(stream, "the end"))
+        await asyncio.sleep(0)  # one turn of the loop: the task has begun to wait
+        if how == "cancel":
+            stream.cancel()
+        else:
+            await client.close()
+        assert await waiting == "the end"
+        assert await asyncio.to_thread(server.has_seen_the_end)
+
+
 @pytest.mark.parametrize("method", ["chat", "stream"])
 async def test_closing_the_async_client_does_not_pass_for_the_cancellation_of_a_task(server, method):
     async with AsyncClient(server.target) as client:
