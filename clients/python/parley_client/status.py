@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any, Protocol, TypeVar, cast
 
@@ -80,7 +81,7 @@ def _build(
         "metadata": info.metadata if info else None,
         "request_id": request_id,
         "violations": [errors.Violation(violation.field, violation.description) for violation in violations],
-        "retry_after_s": retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
+        "retry_after_s": _wait_s(retry) if retry else None,
     }
     if info is None or info.domain != DOMAIN:
         return _build_from_code(code, message, common)
@@ -128,6 +129,12 @@ def _detail(details: status_pb2.Status, kind: type[_Detail]) -> _Detail | None:
                 continue
             return detail
     return None
+
+
+def _wait_s(retry: error_details_pb2.RetryInfo) -> float:
+    """At most what a thread can wait. Not by `ToTimedelta`, which raises for what can be no Duration."""
+    delay_s: float = retry.retry_delay.ToNanoseconds() / 1e9
+    return min(delay_s, threading.TIMEOUT_MAX)
 
 
 def _text(value: str | bytes | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import grpc
 import pytest
@@ -50,6 +51,15 @@ def test_details_fill_in_the_error():
     assert isinstance(error, QueueFull)
     assert (error.message, error.metadata, error.retry_after_s) == ("full, whole", {"waiting": "9"}, 0.25)
     assert error.request_id == "r-1"
+
+
+@pytest.mark.parametrize("seconds", [315_576_000_000, 2**63 - 1], ids=["ten thousand years", "no duration"])
+def test_however_long_a_delay_is_the_error_has_its_name_and_can_be_waited_for(seconds):
+    info = error_details_pb2.ErrorInfo(domain="parley.v1", reason="QUEUE_FULL")
+    retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=seconds))
+    call = FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, trailers=[("grpc-status-details-bin", packed(info, retry))])
+    error = status.from_rpc_error(call)
+    assert (type(error), error.retry_after_s) == (QueueFull, threading.TIMEOUT_MAX)
 
 
 def test_the_request_id_may_stand_in_the_headers():
