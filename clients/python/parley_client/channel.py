@@ -157,10 +157,9 @@ def _lowered(metadata: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     for key, value in metadata.items():
         if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key.lower()):
             raise ValueError(f"metadata: {key!r} is no key: letters, digits, '_', '-' and '.' make one")
-        if isinstance(value, bytes):
-            continue
         if key.lower().endswith("-bin"):
-            raise ValueError(f"metadata[{key!r}] must be bytes, as the key ends in -bin")
-        if not isinstance(value, str) or not _METADATA_VALUE.fullmatch(value):
+            if not isinstance(value, bytes):
+                raise ValueError(f"metadata[{key!r}] must be bytes, as the key ends in -bin")
+        elif not isinstance(value, str) or not _METADATA_VALUE.fullmatch(value):
             raise ValueError(f"metadata[{key!r}] is no text in printable ASCII")
     return tuple((key.lower(), value) for key, value in metadata.items())

@@ -127,6 +127,7 @@ def test_what_grpc_would_take_for_something_else_is_no_target(target, monkeypatc
         ({"x-team": "Jürgen"}, "metadata['x-team'] is no text in printable ASCII"),
         ({"x-team": "blue\n"}, "metadata['x-team'] is no text in printable ASCII"),
         ({"x-team": 5}, "metadata['x-team'] is no text in printable ASCII"),
+        ({"x-team": b"blue\xff"}, "metadata['x-team'] is no text in printable ASCII"),
         ({"x-team-bin": "blue"}, "metadata['x-team-bin'] must be bytes, as the key ends in -bin"),
     ],
 )
