@@ -14,6 +14,7 @@ def test_connections_end_and_none_is_made_after() -> None:
 
 
 async def _hang_up_on_one() -> None:
+    others = socket.create_server(("127.0.0.1", 0))  # as the admin port is
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -25,5 +26,7 @@ async def _hang_up_on_one() -> None:
         writer.close()
         with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 5):
             pass
+        socket.create_connection(others.getsockname(), 5).close()
     finally:
+        others.close()
         await server.stop(None)
