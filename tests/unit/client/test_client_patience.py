@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parley_client import ConnectionFailed, DeadlineExceeded, QueueFull, Unavailable
+from parley_client import ConnectionFailed, DeadlineExceeded, Draining, QueueFull, Unavailable
 from parley_client.patience import Contact, Patience
 
 
@@ -37,3 +37,9 @@ def test_a_full_queue_is_waited_for_only_by_who_has_lost_a_server():
     assert patience.delay_after(full) is None
     assert patience.delay_after(Unavailable("gone")) is not None
     assert patience.delay_after(full) is not None
+
+
+def test_a_server_that_says_when_it_is_back_is_called_then_but_within_the_timeout():
+    draining = Draining("going", retry_after_s=7)
+    assert Patience(lambda timeout: {}, None, 1, Contact()).delay_after(draining) == 7
+    assert Patience(lambda timeout: {}, 1, 1, Contact()).delay_after(draining) <= 1
