@@ -163,6 +163,14 @@ def test_no_refusal_has_more_trailers_than_clients_take(gateway: GatewayThread, 
     assert sum(len(key) + len(value) + 32 for key, value in trailers.items()) < 8 * 1024  # as RFC 9113 counts
 
 
+@pytest.mark.parametrize(("octets", "status"), [(16_384, "0"), (16_385, "3")])
+def test_metadata_is_bounded_as_rfc_9113_counts_it(gateway: GatewayThread, octets: int, status: str) -> None:
+    short = {f"x-{number:03}": "" for number in range(400)}  # 37 each
+    with RawConnection(gateway.target) as connection:  # has acknowledged no settings yet, so that gRPC's limits are off
+        connection.call("GetModel", chat_pb2.GetModelRequest(), short | {"x-last": "x" * (octets - 400 * 37 - 38)})
+        assert connection.status() == status
+
+
 @pytest.mark.parametrize(("last", "role"), [("", "assistant"), ("x", "user")])
 def test_only_a_non_empty_assistant_message_can_be_continued(gateway: GatewayThread, last: str, role: str) -> None:
     request = ask("hi", last) if role == "assistant" else ask(last)

@@ -192,6 +192,21 @@ def test_a_server_that_cannot_resume_does_not_hide_the_first_break_behind_a_late
         list(client.stream(QUESTION))
 
 
+def test_a_server_that_cannot_resume_does_not_hide_a_break_behind_one_that_was_mended(client, server, breaks):
+    texts = iter(["first", "second"])
+    breaks(1, 1, fail=lambda context: context.abort(UNAVAILABLE, next(texts)))
+    answer = server.script["GenerateStream"]
+
+    def refuse_to_resume_twice(request, context):
+        if len(request.resume.token_ids) == 2:
+            server.fails(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        yield from answer(request, context)
+
+    server.script["GenerateStream"] = refuse_to_resume_twice
+    with pytest.raises(ConnectionFailed, match="second"):
+        list(client.stream(QUESTION))
+
+
 def test_what_was_resumed_by_the_caller_is_resumed_with_all_ids(client, server, breaks):
     breaks(1)
     stream = client.stream(QUESTION, resume=[0, 1], seed=4)

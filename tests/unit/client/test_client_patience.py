@@ -43,3 +43,11 @@ def test_a_server_that_says_when_it_is_back_is_called_then_but_within_the_timeou
     draining = Draining("going", retry_after_s=7)
     assert Patience(lambda timeout: {}, None, 1, Contact()).delay_after(draining) == 7
     assert Patience(lambda timeout: {}, 1, 1, Contact()).delay_after(draining) <= 1
+
+
+def test_a_server_that_has_answered_one_call_is_waited_for_by_the_next():
+    contact = Contact()
+    gone = ConnectionFailed("gone")
+    assert Patience(lambda timeout: {}, None, 1, contact).delay_before_again(gone) is None
+    Patience(lambda timeout: {}, None, 1, contact).note_progress()
+    assert Patience(lambda timeout: {}, None, 1, contact).delay_before_again(gone) is not None
