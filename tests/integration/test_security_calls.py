@@ -18,6 +18,7 @@ from parleyd.config import SecuritySettings
 from parleyd.security.new_key import entry_for, new_key
 from tests.integration.conftest import StartGateway
 from tests.support import tokens
+from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
 from tests.support.raw_http2 import RawConnection
 from tests.support.requests import ask, reason_of, retry_delay_of
@@ -103,6 +104,9 @@ def test_every_rpc_is_closed_without_credentials_and_says_no_more_than_that(star
             assert reason_of(error) == "UNAUTHENTICATED"
             answers.add((error.code(), error.details()))
     assert answers == {(grpc.StatusCode.UNAUTHENTICATED, "no credentials, or wrong ones")}
+    registry, refused = gateway.gateway.observer.metrics.registry, {"reason": "UNAUTHENTICATED"}
+    num_refused = len(RPCS) * len(wrong)
+    eventually(lambda: registry.get_sample_value("parley_rejected_requests_total", refused) == num_refused)
     gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(tokens.token()))
 
 
