@@ -259,3 +259,15 @@ def test_health_is_about_now_and_not_tried_again(client, server):
 def test_impossible_numbers_of_attempts_are_refused(connect, max_attempts):
     with pytest.raises(ValueError, match="max_attempts must be 1 to 5"):
         connect("localhost:1", max_attempts=max_attempts)
+
+
+def test_a_server_that_has_answered_is_waited_for_when_it_is_gone(connect, server):
+    server.says("Hello")
+    answer = server.script["Generate"]
+    with connect(server.target, max_attempts=1) as client:
+        client.chat(QUESTION)
+        gone = iter([True])
+        server.script["Generate"] = lambda request, context: (
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone") if next(gone, False) else answer(request, context)
+        )
+        assert client.chat(QUESTION).content == "Hello"
