@@ -216,6 +216,11 @@ def test_health_tells_the_servers_state(client, server, status):
     assert client.health() is status
 
 
+def test_a_state_that_this_version_does_not_know_is_unknown(client, server):
+    server.is_serving(99)
+    assert client.health() is HealthStatus.UNKNOWN
+
+
 def test_waiting_for_readiness_outlasts_restarts_and_loading(client, server):
     watches = []
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from parley_client import ConnectionFailed, DeadlineExceeded, Draining, QueueFull, Unavailable
+from parley_client.health import ReadinessWait
 from parley_client.patience import Contact, Patience
 
 
@@ -51,3 +54,10 @@ def test_a_server_that_has_answered_one_call_is_waited_for_by_the_next():
     assert Patience(lambda timeout: {}, None, 1, contact).delay_before_again(gone) is None
     Patience(lambda timeout: {}, None, 1, contact).note_progress()
     assert Patience(lambda timeout: {}, None, 1, contact).delay_before_again(gone) is not None
+
+
+def test_waiting_for_readiness_in_vain_tells_what_the_last_watch_failed_of():
+    wait = ReadinessWait(0)
+    wait.saw_error(ConnectionFailed("no upstream"))
+    with pytest.raises(DeadlineExceeded, match=r"^not ready within 0 s: no upstream$"):
+        wait.remaining_s()

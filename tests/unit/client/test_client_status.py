@@ -72,7 +72,7 @@ def test_a_call_without_any_metadata_is_told_by_its_code():
     assert (type(error), error.message, error.request_id) == (parley_client.Cancelled, "cancelled", None)
 
 
-@pytest.mark.parametrize("value", [b"\xff", "text", b""])
+@pytest.mark.parametrize("value", [b"\xff", b"\x12\x03odd\xff", "text", b""])
 def test_mangled_details_are_passed_over(value):
     trailers = [("grpc-status-details-bin", value)]
     error = status.from_rpc_error(FailedCall(grpc.StatusCode.UNAVAILABLE, "gone", trailers=trailers))
