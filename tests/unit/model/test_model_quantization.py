@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from parleyd.config import ModelSettings
 from parleyd.generation import EngineRequest, SamplingParams
@@ -41,9 +40,13 @@ def check_serves(loaded: LoadedModel, settings: ModelSettings, plain_folder: Pat
     with torch.inference_mode():
         ours, exact = loaded.model(torch.tensor([prompt])).logits, plain(torch.tensor([prompt])).logits
     assert 0 < (ours - exact).abs().max() < 0.2 * exact.abs().max()  # it is quantised, and still the same model
-    config: Any = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
-    expected = loaded.model.generate(torch.tensor([prompt]), generation_config=config)  # type: ignore[operator]
-    assert greedy_ids(loaded, settings, prompt) == expected[0, len(prompt) :].tolist()
+    ids = greedy_ids(loaded, settings, prompt)
+    loaded.model.set_attn_implementation("sdpa")  # its own again
+    with torch.inference_mode():
+        logits = loaded.model(torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :]
+    chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    # The best, or as good as it: which of two that nearly tie comes out is a matter of rounding.
+    assert (logits.amax(-1) - chosen).max() <= 0.02 * logits.abs().max()
 
 
 def write_compressed(plain: Path, folder: Path, scheme: str) -> Path:
