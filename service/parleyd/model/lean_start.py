@@ -64,7 +64,7 @@ def place_of(settings: ModelSettings, files: ModelFiles) -> Path | None:
     described_by = [path for path in sorted(files.folder.glob("*.json")) if path.is_file()]
     # Some tools set all files' times to the same.
     contents = zlib.crc32(b"".join(path.read_bytes() for path in described_by if path.name in _SMALL))
-    version = (_VERSION, importlib.metadata.version("transformers"), settings.dtype, settings.device_map, contents)
+    version = (_VERSION, importlib.metadata.version("transformers"), settings.dtype, contents)
     key = cache_key(repr(version), *described_by, *files.checkpoint.weight_files)
     return cache_root(settings.cache) / f"{files.folder.resolve().name}-{key}.lean.json"
 
@@ -86,7 +86,7 @@ def recall(place: Path, files: ModelFiles) -> tuple[LeanModel, ModelInfo] | None
 
 def remember(place: Path, files: ModelFiles, model: PreTrainedModel, info: ModelInfo) -> None:
     """Lets the next start recall a model that transformers has just loaded, if it can be."""
-    if model.device.type != "cpu" or not can_be_lean(model):
+    if not can_be_lean(model):
         return
     weights = lean_weights(model)
     if not _are_as_in_files(weights, files):

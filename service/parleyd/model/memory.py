@@ -15,18 +15,18 @@ _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_device_map(device_map: str) -> None:
-    """Raises StartupError where `device_map` is neither a placement of accelerate nor a device that is here."""
+    """Raises StartupError where `device_map` is neither a placement of accelerate nor a CPU or CUDA that is here."""
     if device_map in _SPREADING:
         return
     try:
         device = torch.device(device_map)
-        if device.type == "meta":
-            raise ValueError("it holds no weights")
+        if device.type not in ("cpu", "cuda"):  # on mps, transformers' streams lag a step behind the logits
+            raise ValueError("neither a CPU nor CUDA")
         torch.empty(0, device=device)
     except Exception as error:  # by device, torch raises AssertionError, RuntimeError, AcceleratorError, …
         reason = str(error).strip().splitlines()[0]
         raise StartupError(
-            f"--device-map {device_map}: no such device here ({reason}); use {', '.join(_SPREADING)}, cpu or cuda:N"
+            f"--device-map {device_map}: no device to serve from ({reason}); use {', '.join(_SPREADING)}, cpu or cuda:N"
         ) from error
 
 
@@ -37,8 +37,10 @@ def is_on_cpu(device_map: str) -> bool:
 
 def placement(device_map: str, num_bytes: int) -> str:
     """Where weights of `num_bytes` go. Of several GPUs "auto" takes the one with the most room, if that is enough:
-    transformers would spread them over all, and engine `batching` drives one."""
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    transformers would spread them over all, and engine `batching` drives one. Without CUDA it would find others."""
+    if is_on_cpu(device_map):
+        return "cpu"
+    num_gpus = torch.cuda.device_count()
     if device_map != "auto" or num_gpus < 2:
         return device_map
     free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(num_gpus)]

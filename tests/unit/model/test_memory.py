@@ -9,7 +9,7 @@ import torch
 
 from parleyd.errors import StartupError
 from parleyd.model import memory
-from parleyd.model.memory import check_fits, free_main_memory, placement
+from parleyd.model.memory import check_device_map, check_fits, free_main_memory, placement
 
 GIB = 2**30
 
@@ -33,7 +33,8 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ([70, 70], "balanced", "balanced"),
         ([70, 70], "cuda:0", "cuda:0"),
         ([70], "auto", "auto"),
-        ([], "auto", "auto"),
+        ([], "auto", "cpu"),  # and not what else accelerate may find
+        ([], "balanced", "cpu"),
     ],
 )
 def test_a_model_goes_onto_one_gpu_where_that_has_room(
@@ -41,6 +42,13 @@ def test_a_model_goes_onto_one_gpu_where_that_has_room(
 ) -> None:
     free += sizes
     assert placement(asked, 17 * GIB) == placed
+
+
+@pytest.mark.parametrize("device_map", ["mps", "xpu:0", "meta"])
+def test_what_is_there_but_neither_a_cpu_nor_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, device_map: str) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    with pytest.raises(StartupError, match=f"--device-map {device_map}: no device to serve from"):
+        check_device_map(device_map)
 
 
 @pytest.mark.parametrize(

@@ -241,9 +241,9 @@ def test_code_that_comes_with_a_model_needs_trust(llama_folder: Path) -> None:
     assert "--trust-remote-code" in startup_error(llama_folder)
 
 
-@pytest.mark.parametrize("device_map", ["nonsense", "cuda:99", "meta", "cpu:x", ""])
+@pytest.mark.parametrize("device_map", ["nonsense", "cuda:99", "cpu:x", ""])
 def test_a_device_that_is_not_there_is_named(llama_folder: Path, device_map: str) -> None:
-    assert startup_error(llama_folder, device_map=device_map).startswith(f"--device-map {device_map}: no such device")
+    assert startup_error(llama_folder, device_map=device_map).startswith(f"--device-map {device_map}: no device")
 
 
 def test_flash_attention_that_is_not_installed_is_named(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
