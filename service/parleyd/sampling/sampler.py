@@ -69,11 +69,11 @@ def sample(
     token_ids = torch.empty(len(rows), dtype=torch.int64, device=x.device)
     # Of what was chosen, as NaN is taken for the largest, and infinity is.
     numbers = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-    if greedy := [index for index, row in enumerate(rows) if row.is_greedy]:
+    if greedy := [index for index, row in enumerate(rows) if not row.params.do_sample]:
         index = _index(greedy, x.device)
         token_ids[index] = ids = draws.first_argmax(_as_float(x[index]))
         numbers[index] = _chosen(logits[index], ids).float()
-    drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
+    drawn = [index for index, row in enumerate(rows) if row.params.do_sample]
     chunk_size = max(1, len(drawn) if x.is_cuda else _CHUNK_SIZE // x.shape[1])
     for start in range(0, len(drawn), chunk_size):
         chunk = drawn[start : start + chunk_size]

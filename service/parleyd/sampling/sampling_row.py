@@ -26,11 +26,6 @@ class SamplingRow(NamedTuple):
     grammar: GrammarState | None = None
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether it takes the likeliest token, and draws none."""
-        return not self.params.do_sample or self.params.temperature == 0.0
-
-    @property
     def looks_back(self) -> bool:
         """Whether its penalties depend on the ids so far."""
         params = self.params
