@@ -27,7 +27,7 @@ Forward = Callable[[Tensor, Tensor, StepLayout, Tensor], Tensor]
 class Launched(NamedTuple):
     """A step that a device works on, or is still to begin."""
 
-    sampled: SampledTokens | None  # in the host's memory once `done` has happened; None: nothing samples
+    sampled: SampledTokens  # in the host's memory once `done` has happened
     done: torch.cuda.Event | None  # None: it has run
 
     def wait(self) -> tuple[list[int | None], dict[int, TokenLogprob]]:
@@ -35,8 +35,6 @@ class Launched(NamedTuple):
         by their places the log-probabilities of those that ask for them. Raises what broke the device."""
         if self.done is not None:
             self.done.synchronize()
-        if self.sampled is None:
-            return [], {}
         token_ids, are_finite, logprobs = self.sampled
         ids = [
             one if is_finite else None for one, is_finite in zip(token_ids.tolist(), are_finite.tolist(), strict=True)
@@ -76,8 +74,6 @@ class ModelRunner:
         sampling = [item for item in batch.scheduled if item.samples]
         sample_rows = upload(ends[samples] - 1, self._device)
         logits = self._forward(input_ids, positions, layout, sample_rows)
-        if not sampling:
-            return _launched(None, self._device)
         rows = [_sampling_row(item) for item in sampling]
         sampled = sample(logits, rows, input_ids.index_select(0, sample_rows), self._eos_token_ids)
         self._sampled_places = {item.sequence.key: place for place, item in enumerate(sampling)}
@@ -105,7 +101,7 @@ def _sampling_row(item: Scheduled) -> SamplingRow:
     return SamplingRow(sequence.params, sequence.token_ids, sequence.num_prompt_tokens, position, grammar)
 
 
-def _launched(sampled: SampledTokens | None, device: torch.device) -> Launched:
+def _launched(sampled: SampledTokens, device: torch.device) -> Launched:
     """With what was sampled on its way to the host."""
     if device.type != "cuda":
         return Launched(sampled, None)

@@ -17,6 +17,7 @@ from parleyd.engine.model_runner import Launched, _launched
 from parleyd.generation import Output
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.model.lean_model import LeanModel
+from parleyd.sampling.sampler import SampledTokens
 from parleyd.worker.build import _graphed
 from tests.support import torch_kernels
 from tests.support.tiny_models import VOCAB_SIZE, make_engine, make_model, oracle, prompts, request, run
@@ -188,6 +189,7 @@ def test_on_cuda_a_step_that_samples_nothing_is_waited_for_too(monkeypatch: pyte
             calls.append("synchronize")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    launched = _launched(None, torch.device("cuda"))
+    nothing = SampledTokens(torch.empty(0), torch.empty(0), None)
+    launched = _launched(nothing, torch.device("cuda"))
     assert launched.wait() == ([], {})
     assert calls == ["record", "synchronize"]
