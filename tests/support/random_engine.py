@@ -13,7 +13,7 @@ from torch import Tensor
 from parleyd.engine.batching import BatchingEngine
 from parleyd.engine.engine import Engine
 from parleyd.engine.model_runner import ModelRunner
-from parleyd.generation import EngineRequest, FinishReason, ModelInfo, SamplingParams
+from parleyd.generation import EngineRequest, FinishReason, ModelInfo, SamplingParams, TokenLogprob
 from parleyd.grammar.state import GrammarCompiler
 from parleyd.kernels.cache import PagedKVCache
 from parleyd.kernels.layout import StepLayout
@@ -48,6 +48,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     grammar_error: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 def make_random_engine(
@@ -99,6 +100,7 @@ def run_all(engine: Engine, requests: Iterable[EngineRequest]) -> dict[int, Answ
             assert output.error is None, output.error
             answer = answers[output.key]
             answer.token_ids += output.token_ids
+            answer.logprobs += output.logprobs
             if output.is_last:
                 answer.finish_reason, answer.grammar_error = output.finish_reason, output.grammar_error
                 open_keys.remove(output.key)

@@ -83,7 +83,7 @@ class GenerateEngine:
         model.generation_config = GenerationConfig()
         self._sequences: dict[int, _Sequence] = {}
         self._current: _Sequence | None = None
-        self._logits: torch.Tensor | None = None  # [vocab], raw, of the position now being sampled
+        self._logits = torch.empty(0)  # [vocab], raw, of the position now being sampled
         model.register_forward_hook(self._keep_logits)
         for layer in _layers(model):
             layer.register_forward_pre_hook(self._before_layer)
@@ -125,8 +125,7 @@ class GenerateEngine:
 
     def _keep_logits(self, module: object, inputs: object, output: Any) -> None:
         # A logits processor would come too late: penalties come before it.
-        if self._current is not None:
-            self._logits = output.logits[0, -1]
+        self._logits = output.logits[0, -1]
 
     def _next_output(self) -> Output:
         output = self._outputs.get()
@@ -214,11 +213,10 @@ class GenerateEngine:
 
     def _check_logits(self) -> None:
         """Raises ArithmeticError where nothing can be told from them. NaN is taken for the largest, and infinity is."""
-        if self._logits is not None and not bool(self._logits.max().isfinite()):
+        if not bool(self._logits.max().isfinite()):
             raise ArithmeticError(NOT_FINITE)
 
     def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
-        assert self._logits is not None
         logprobs = self._logits.float().log_softmax(-1)
         values, ids = logprobs.topk(min(NUM_TOP_LOGPROBS, len(logprobs)))
         return TokenLogprob(float(logprobs[token_id]), TokenLogprob.best(ids.tolist(), values.tolist(), num_top))
@@ -231,8 +229,8 @@ class GenerateEngine:
         self, params: SamplingParams, num_before: int, stop_ids: list[int], grammar: GrammarState | None
     ) -> list[LogitsProcessor]:
         processors: list[LogitsProcessor] = []
-        masked_ids = sorted({*self._eos_token_ids, *stop_ids})
-        if params.min_new_tokens and masked_ids:
+        if params.min_new_tokens:
+            masked_ids = [*self._eos_token_ids, *stop_ids]
             # Not through the config: there it would mask only ids that end the answer, and so not EOS under ignore_eos.
             processors.append(
                 MinNewTokensLengthLogitsProcessor(
@@ -288,14 +286,14 @@ class _Asked(LogitsProcessor):  # type: ignore[misc]
     """What a request asks of logits. Where that and what the model's own configuration asks leave nothing to draw, the
     model's own logits are taken instead."""
 
-    def __init__(self, processors: list[LogitsProcessor], logits: Callable[[], torch.Tensor | None]) -> None:
+    def __init__(self, processors: list[LogitsProcessor], logits: Callable[[], torch.Tensor]) -> None:
         self._processors = LogitsProcessorList(processors)
         self._logits = logits
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         asked: torch.Tensor = self._processors(input_ids, scores)
-        if (logits := self._logits()) is not None and bool((asked == -torch.inf).all()):
-            asked = self._processors(input_ids, logits[None].to(scores, copy=True))
+        if bool((asked == -torch.inf).all()):
+            asked = self._processors(input_ids, self._logits()[None].to(scores, copy=True))
         return asked
 
 

@@ -48,7 +48,6 @@ def request_config(
         start, factor = decay
         # Without stop ids transformers would look for the end to draw towards.
         config.exponential_decay_length_penalty = (start - num_output_ids, factor) if stop_ids else None
-    config.pad_token_id = config.pad_token_id or 0  # unused: a batch of one is never padded
     # As a processor of ours they would come after the repetition penalty.
     config.sequence_bias = _sequence_bias(config.sequence_bias, params)
     config.repetition_penalty = max(params.repetition_penalty, MIN_REPETITION_PENALTY)
