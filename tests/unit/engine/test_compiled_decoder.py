@@ -148,3 +148,5 @@ def test_a_step_of_few_rows_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None
 def test_layers_that_it_does_not_know_are_run_kernel_by_kernel() -> None:
     with_norms_of_queries, _ = make_forward(make_model("Qwen3", torch.bfloat16, hidden_size=64))
     assert with_norms_of_queries._decoder is None
+    partly_compiled, _ = make_forward(make_model("Llama", torch.bfloat16, hidden_size=64, intermediate_size=36))
+    assert partly_compiled._decoder is None
