@@ -179,7 +179,7 @@ def test_pickled_weights_are_not_remembered(tmp_path: Path) -> None:
     "settings",
     [
         {"engine": "generate"}, {"lean_layers": False}, {"attn_implementation": "eager"}, {"trust_remote_code": True},
-        {"dtype": "float16"},
+        {"dtype": "float16"}, {"quantization": "torchao-int8"},
     ],
     ids=lambda settings: next(iter(settings)),
 )  # fmt: skip
