@@ -206,6 +206,15 @@ def test_weights_that_transformers_changes_as_it_loads_are_not_remembered(tmp_pa
     assert folders(tmp_path / "cache") == []
 
 
+def test_weights_of_several_types_are_not_remembered(tmp_path: Path) -> None:
+    settings = settings_of(write_model(tmp_path / "model", "Llama"), tmp_path / "cache", dtype="bfloat16")
+    files = find_files(settings)
+    loaded = load_model(settings, files)
+    loaded.model.model.norm.float()
+    lean_start.remember(place_of(settings), files, loaded.model, loaded.info)
+    assert folders(tmp_path / "cache") == []
+
+
 def test_weights_that_transformers_finds_under_other_names_are_not_remembered(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "Llama", tie_word_embeddings=True)
     path = folder / "model.safetensors"
