@@ -196,12 +196,16 @@ def test_in_a_batch_a_priority_without_permission_fails_its_item_alone(start: St
     assert {outcome.WhichOneof("result") for outcome in outcomes.values()} == {"response"}
 
 
-def test_a_batch_of_too_many_counts_as_one_call(start: Start) -> None:
-    gateway = start("requests_per_minute = 2\n")
-    batch = chat_pb2.GenerateBatchRequest(requests=[ask("Hi")] * 1025)
+def test_a_batch_of_too_many_counts_as_one_call_and_the_largest_in_full(start: Start) -> None:
+    gateway = start("requests_per_minute = 4\n")
+    batch = chat_pb2.GenerateBatchRequest(requests=[ask("Hi", temperature=99)] * 1025)
     error: Any = refusal(lambda: list(gateway.stub.GenerateBatch(batch, metadata=bearer(LIMITED))))
     assert reason_of(error) == "INVALID_REQUEST"
     gateway.stub.Generate(ask("Hi"), metadata=bearer(LIMITED))
+    del batch.requests[-1]
+    assert len(list(gateway.stub.GenerateBatch(batch, metadata=bearer(LIMITED)))) == 1024
+    error = refusal(lambda: gateway.stub.GetModel(chat_pb2.GetModelRequest(), metadata=bearer(LIMITED)))
+    assert reason_of(error) == "QUEUE_FULL"
 
 
 def test_limits_are_each_clients_own(start: Start) -> None:
