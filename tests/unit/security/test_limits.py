@@ -54,6 +54,18 @@ def test_a_minutes_requests_may_come_at_once_and_no_more(rate: int) -> None:
     counted.enter(client, 1)
 
 
+def test_a_client_that_makes_no_requests_saves_none_up() -> None:
+    clock = Clock()
+    counted = Limits(clock)
+    client = caller(requests_per_minute=2)
+    counted.enter(client, 1)
+    clock.now += 3600
+    for _ in range(2):
+        counted.enter(client, 1)
+    with pytest.raises(ClientLimit):
+        counted.enter(client, 1)
+
+
 def test_a_batch_counts_in_full_and_may_run_up_a_debt() -> None:
     clock = Clock()
     counted = Limits(clock)
