@@ -25,8 +25,10 @@ from parleyd.config import ServerSettings, Settings
 from parleyd.errors import StartupError
 from parleyd.gateway.server import Gateway
 from parleyd.gateway.supervisor import State
+from parleyd.generation import EngineStats
 from parleyd.rpc import status
 from parleyd.telemetry import admin
+from parleyd.telemetry.metrics import Load, Metrics
 from tests.integration.conftest import StartGateway
 from tests.support.eventually import eventually
 from tests.support.gateway import GatewayThread
@@ -105,6 +107,30 @@ def test_a_call_that_ends_as_it_is_refused_counts_by_how_it_ended(
         observed.stub.Generate(ask("x", temperature=99), timeout=0.15)
     observed.wait_idle()
     eventually(lambda: samples(observed).get(("parley_requests_total", ("DEADLINE_EXCEEDED", "Generate"))) == 1)
+
+
+def test_each_number_of_the_load_has_its_own_name() -> None:
+    engine = EngineStats(
+        num_blocks=8, num_used_blocks=2, num_prompt_tokens=7, num_cached_prompt_tokens=8, num_generated_tokens=9,
+        num_preemptions=10,
+    )  # fmt: skip
+    load = Load(
+        model="m", num_open_calls=1, num_waiting=2, num_running=3, max_running=4, is_serving=True,
+        num_worker_restarts=5, num_handed_over=6, engine=engine,
+    )  # fmt: skip
+    shown = {
+        sample.name: sample.value
+        for family in Metrics(lambda: load).registry.collect()
+        for sample in family.samples
+        if sample.name.startswith(("parley_", "vllm:")) and not sample.name.endswith("_created")
+    }
+    assert {name: value for name, value in shown.items() if value} == {
+        "parley_serving": 1, "parley_open_calls": 1, "parley_queue_depth": 2, "parley_running_requests": 3,
+        "parley_max_running_requests": 4, "parley_kv_cache_usage_ratio": 0.25, "parley_worker_restarts_total": 5,
+        "parley_handed_over_streams_total": 6, "parley_prompt_tokens_total": 7, "parley_cached_prompt_tokens_total": 8,
+        "parley_generated_tokens_total": 9, "parley_preemptions_total": 10, "vllm:num_requests_waiting": 2,
+        "vllm:num_requests_running": 3, "vllm:kv_cache_usage_perc": 0.25,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["parley_serving", "parley_requests_total", "process_open_fds"])
