@@ -10,6 +10,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 
 from parley.v1 import chat_pb2
 from parleyd.telemetry import tracing
@@ -20,7 +21,7 @@ from tests.support.gateway import GatewayThread
 from tests.support.requests import ask
 
 TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
-IN_TRACE = (("traceparent", f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01"),)
+IN_TRACE = (("traceparent", f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01"), ("tracestate", "vendor=1"))
 STAGES = ["queue", "prefill", "decode"]
 FOREVER = ask("!forever", max_new_tokens=4000)
 
@@ -96,6 +97,9 @@ def test_a_call_makes_spans_in_its_clients_trace(traced: GatewayThread, spans: S
         list(answer)
     call = spans.call(method)
     assert call.context.trace_id == TRACE_ID and call.parent is not None and call.parent.span_id == PARENT_ID
+    assert (call.kind, call.context.trace_state.to_header()) == (SpanKind.SERVER, "vendor=1")
+    assert call.resource.attributes["service.name"] == "parley"
+    assert {"rpc.system": "grpc", "rpc.method": method}.items() <= call.attributes.items()
     stages = spans.below(call)
     assert names(stages) == STAGES
     assert_in_turn(stages, call)
@@ -115,7 +119,7 @@ def test_a_call_that_ends_amid_its_prefill_has_that_stage(traced: GatewayThread,
     eventually(lambda: traced.gateway.worker.num_open == 1)
     call.cancel()
     span = spans.call("GenerateStream")
-    assert code_of(span) == "CANCELLED"
+    assert code_of(span) == "CANCELLED" and span.status.is_ok  # what a client does itself is no error
     assert names(spans.below(span)) == ["queue", "prefill"]
     assert_in_turn(spans.below(span), span)
 
@@ -181,3 +185,16 @@ def test_a_collector_that_takes_nothing_does_not_keep_the_service_from_ending(
     Tracing(SimpleSpanProcessor(Stuck())).close()
     given_up.set()
     assert "the collector did not take the last spans" in caplog.text
+
+
+def test_a_service_that_can_have_no_thread_ends_without_its_last_spans(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tracing_to_nobody = Tracing(SimpleSpanProcessor(InMemorySpanExporter()))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        tracing_to_nobody.close()
+    assert "the last spans are lost: can't start new thread" in caplog.text
