@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from parleyd.config import SecuritySettings
@@ -26,7 +27,7 @@ STRANGER = Authority("Another CA")
 CLIENT = AUTHORITY.issue("client", uri="spiffe://mesh.example/ns/chat/sa/client")
 
 
-def server_certificate(authority: Authority = AUTHORITY, name: str = "server", **fields: float) -> Certificate:
+def server_certificate(authority: Authority = AUTHORITY, name: str = "server", **fields: object) -> Certificate:
     return authority.issue(name, dns=("localhost",), ip="127.0.0.1", **fields)  # type: ignore[arg-type]
 
 
@@ -100,6 +101,24 @@ def test_tls_before_1_2_is_refused_by_the_server(start: Callable[..., GatewayThr
         with pytest.raises(ssl.SSLError) as refused:
             context.wrap_socket(plain)
         assert refused.value.reason == "UNEXPECTED_EOF_WHILE_READING"  # hung up on, not this client's own refusal
+
+
+@pytest.mark.parametrize(
+    ("curve", "suits_grpc"), [(ec.SECP256R1(), True), (ec.SECP384R1(), True), (ec.SECP521R1(), False)]
+)
+def test_the_log_tells_of_a_certificate_that_python_clients_refuse(
+    start_gateway: StartGateway,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    curve: ec.EllipticCurve,
+    suits_grpc: bool,
+) -> None:
+    settings = settings_in(tmp_path, mutual=False)
+    server_certificate(name="another", curve=curve).write(tmp_path, "server")
+    gateway = start_gateway(security=settings, credentials=credentials(), wait_ready=suits_grpc)
+    assert served_name(gateway) == "another"
+    assert can_call(gateway, credentials(None)) == suits_grpc
+    assert ("is on the curve" in caplog.text) == (not suits_grpc)
 
 
 def served_name(gateway: GatewayThread) -> str:

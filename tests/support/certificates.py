@@ -62,9 +62,10 @@ class Authority:
         ip: str = "",
         days: float = 30,
         since_days: float = -30,
+        curve: ec.EllipticCurve | None = None,
     ) -> Certificate:
         """A certificate for servers and clients, valid from `since_days` to `days` after now."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = ec.generate_private_key(curve or ec.SECP256R1())
         names: list[x509.GeneralName] = [x509.DNSName(name) for name in dns]
         names += [x509.UniformResourceIdentifier(uri)] if uri else []
         names += [x509.IPAddress(ipaddress.ip_address(ip))] if ip else []
