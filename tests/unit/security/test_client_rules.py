@@ -22,9 +22,14 @@ def read(folder: Path, content: str) -> ClientRules:
 
 
 def test_an_entry_says_what_its_clients_may_and_the_settings_the_rest(tmp_path: Path) -> None:
-    rules = read(tmp_path, '[[client]]\nidentity = "jwt:a"\nrpcs = ["Generate"]\nmax_open_calls = 2\n')
+    entries = (
+        '[[client]]\nidentity = "jwt:a"\nrpcs = ["Generate"]\nmax_open_calls = 2\n',
+        '[[client]]\nidentity = "jwt:b"\nrequests_per_minute = 3\n',
+    )
+    rules = read(tmp_path, "".join(entries))
     assert rules.find("jwt:a") == Rules(frozenset(["Generate"]), False, 2, 60)
-    assert rules.find("jwt:b") == DEFAULTS
+    assert rules.find("jwt:b") == Rules(None, False, 9, 3)
+    assert rules.find("jwt:c") == DEFAULTS
 
 
 @pytest.mark.parametrize(

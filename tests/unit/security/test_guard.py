@@ -85,7 +85,9 @@ def test_the_log_tells_of_a_certificate_that_is_not_valid_now(
     assert f"--tls-cert {cert} is valid from" in caplog.text
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "parley.internal", "", "::ffff:10.0.0.1"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "10.1.2.3", "parley.internal", "", "::ffff:10.0.0.1", "localhost.example"]
+)
 def test_plain_text_beyond_this_machine_must_be_asked_for(host: str) -> None:
     with pytest.raises(StartupError, match=f"--host {host}: others could read.*--tls-cert.*--insecure"):
         check_address(host, SecuritySettings(api_keys="keys.toml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,26 @@ def test_each_broken_content_is_logged_once(file: Path, caplog: pytest.LogCaptur
         for _ in range(2):
             assert not one.refresh()
         assert (one.value, len(caplog.records)) == (1, number)
+
+
+def test_a_file_that_is_gone_again_is_logged_again(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = Watched([str(file)], lambda: int(file.read_text()))
+    for number in (1, 2):
+        file.unlink()
+        assert not one.refresh()
+        assert sum(record.levelname == "ERROR" for record in caplog.records) == number
+        write(file, "2")
+        assert one.refresh()
+
+
+def test_a_file_of_the_same_length_and_age_in_its_place_is_read(file: Path) -> None:
+    one = Watched([str(file)], lambda: int(file.read_text()))
+    other, status = file.with_suffix(".other"), file.stat()
+    other.write_text("2")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(file)
+    assert one.refresh()
+    assert one.value == 2
 
 
 async def test_files_are_read_again_after_a_time_without_threads(
