@@ -64,6 +64,44 @@ for i in range(10000):
     assert told == [str(i) for i in range(10000)]
 
 
+def test_what_is_written_in_parts_is_whole_and_no_more_at_once_than_a_pipe_takes_whole() -> None:
+    script = """
+import logging, os, select, threading
+from parleyd.telemetry import logging as telemetry_logging
+write, all_logged = os.write, threading.Event()
+def write_half(fd, data):
+    all_logged.wait()
+    assert len(data) <= select.PIPE_BUF
+    return write(fd, data[: (len(data) + 1) // 2])
+os.write = write_half
+telemetry_logging.configure("info")
+for i in range(1000):
+    logging.info("line %d", i)
+all_logged.set()
+telemetry_logging.flush()
+"""
+    stderr = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    assert [line.rpartition(" line ")[2] for line in stderr.splitlines()] == [str(i) for i in range(1000)]
+
+
+def test_what_cannot_be_logged_as_it_is_ends_neither_its_caller_nor_the_log() -> None:
+    script = r"""
+import logging, os, threading
+from parleyd.telemetry import logging as telemetry_logging
+telemetry_logging.configure("info")
+logging.info("half a pair: \ud800")
+logging.info("%d", "no number")
+telemetry_logging.flush()
+os.close(2)
+logging.info("to nobody")
+telemetry_logging.flush()
+print(*(thread.name for thread in threading.enumerate()))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert r"half a pair: \ud800" in ended.stderr
+    assert "log" in ended.stdout.split()
+
+
 def test_logs_tell_no_url_that_a_library_asks_for() -> None:
     script = """
 import http.server, threading
