@@ -98,7 +98,7 @@ telemetry_logging.flush()
 print(*(thread.name for thread in threading.enumerate()))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert r"half a pair: \ud800" in ended.stderr
+    assert r"root half a pair: \ud800" in ended.stderr
     assert "log" in ended.stdout.split()
 
 
