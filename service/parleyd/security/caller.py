@@ -13,7 +13,7 @@ _MAX_NAME_CHARS = 256
 _SPIFFE_ID = "peer_spiffe_id"
 _CERTIFICATE_NAMES = (_SPIFFE_ID, "peer_dns", "x509_common_name")
 # What names others than DNS names and common names do: workloads, and clients whose certificates have no name.
-_OTHERS_NAMES = ("spiffe:", "ipv4:", "ipv6:", "unix:")
+_OTHERS_NAMES = ("spiffe:", "ipv4:", "ipv6:")
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,6 @@ def certificate_identity(auth_context: Mapping[str, Iterable[bytes]]) -> str | N
 
 
 def address_identity(context: grpc.aio.ServicerContext[object, object]) -> str:
-    """The peer's address without its port, such as `ipv4:10.0.0.7` or `ipv6:2001:db8::7`; a Unix socket's path stays
-    whole."""
-    peer = str(context.peer())
-    if not peer.startswith(("ipv4:", "ipv6:")):
-        return peer
-    kind, _, address = peer.rpartition(":")[0].partition(":")
+    """The peer's address without its port, such as `ipv4:10.0.0.7` or `ipv6:2001:db8::7`."""
+    kind, _, address = context.peer().rpartition(":")[0].partition(":")
     return f"{kind}:{unquote(address).strip('[]')}"  # gRPC writes ipv6:%5B2001:db8::7%5D:PORT

@@ -13,7 +13,7 @@ from parleyd.security.rules import RuleFields
 from parleyd.security.watched import read_file
 
 _FLAG = "--client-rules"
-_KINDS = ("cert:", "jwt:", "ipv4:", "ipv6:", "unix:")
+_KINDS = ("cert:", "jwt:", "ipv4:", "ipv6:")
 
 
 class _Entry(RuleFields, frozen=True, forbid_unknown_fields=True, kw_only=True):
