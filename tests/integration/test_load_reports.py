@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import exp
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,7 +22,8 @@ from google.protobuf.message import Message
 
 from parley.v1 import chat_pb2, message_pb2
 from parleyd.config import SecuritySettings
-from parleyd.errors import ParleyError
+from parleyd.errors import EngineFault, InvalidRequest, ParleyError
+from parleyd.gateway import observer
 from parleyd.gateway.observer import Observer
 from parleyd.generation import EngineStats
 from parleyd.security.new_key import entry_for, new_key
@@ -225,3 +228,18 @@ def test_the_kv_blocks_in_use_are_told(shared_gateway: GatewayThread) -> None:
     load = replace(shared_gateway.gateway.load(), engine=EngineStats(num_blocks=8, num_used_blocks=2))
     report = OrcaLoadReport.FromString(Observer(lambda: load).load_report(None))
     assert report.mem_utilization == report.named_metrics["kv_cache_usage"] == 0.25
+
+
+def test_rates_fade_and_that_of_answers_never_to_nothing(
+    shared_gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(observer, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    observing = Observer(shared_gateway.gateway.load)
+    for error in (*[None] * 50, *[EngineFault("a bug")] * 50):
+        observing.load_report(error)
+    for now, least in ((10.0, 0.0), (20.0, 0.0), (1000.0, 0.1)):
+        clock.now = now
+        report = OrcaLoadReport.FromString(observing.load_report(EXAMPLES[InvalidRequest]))
+        assert report.rps_fractional == pytest.approx(max(5.0 * exp(-now / 10), least))
+        assert report.eps == pytest.approx(5.0 * exp(-now / 10))

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from parley.v1 import chat_pb2
 from parleyd.config import ServerSettings, Settings
 from parleyd.errors import StartupError
+from parleyd.gateway.served_model import ServedModel
 from parleyd.gateway.server import Gateway
 from parleyd.gateway.supervisor import State
 from parleyd.generation import EngineStats
@@ -91,6 +92,17 @@ def test_metrics_tell_what_was_served_and_refused(observed: GatewayThread) -> No
     assert seen["parley_queue_time_seconds_count", ()] == 6
     assert seen["parley_running_requests", ()] == seen["parley_open_calls", ()] == 0
     assert seen["parley_serving", ()] == 1
+
+
+def test_an_unexpected_exception_counts_as_internal(observed: GatewayThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ServedModel, "check_request", fail)
+    with pytest.raises(grpc.RpcError):
+        observed.stub.Generate(ask("x"), timeout=10)
+    observed.wait_idle()
+    assert samples(observed)["parley_rejected_requests_total", ("INTERNAL",)] == 1
 
 
 def test_a_call_that_ends_as_it_is_refused_counts_by_how_it_ended(
