@@ -98,6 +98,13 @@ def test_windows_that_are_switched_off_are_no_obstacle() -> None:
     assert batching_obstacle(model) is None
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_change_in_one_type_of_layer_are_an_obstacle(kind: str) -> None:
+    model = make_model("Llama")
+    model.config.rope_parameters = {"full_attention": {"rope_type": kind, "rope_theta": 1e4}}
+    assert "rotary" in (batching_obstacle(model) or "")
+
+
 def test_a_model_on_several_devices_is_an_obstacle() -> None:
     model = make_model("Llama")
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}

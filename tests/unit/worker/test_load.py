@@ -58,6 +58,13 @@ def test_by_default_one_context_may_take_half_of_what_is_free(
         load(settings)
 
 
+def test_a_model_that_batching_cannot_drive_has_the_other_engine_at_each_start(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "Llama")
+    (folder / "generation_config.json").write_text('{"suppress_tokens": [5]}')
+    settings = settings_of(folder, tmp_path / "cache")
+    assert [load(settings)[1].engine for _ in range(2)] == ["generate", "generate"]
+
+
 def test_no_context_is_longer_than_the_models_own(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "Llama")
     with pytest.raises(StartupError, match=f"--max-context-tokens: the model's context holds {CONTEXT}, not 1000"):
