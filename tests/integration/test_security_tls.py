@@ -121,6 +121,17 @@ def test_the_log_tells_of_a_certificate_that_python_clients_refuse(
     assert ("is on the curve" in caplog.text) == (not suits_grpc)
 
 
+def test_authorities_may_have_keys_that_clients_may_not(start_gateway: StartGateway, tmp_path: Path) -> None:
+    authority = Authority(curve=ec.SECP521R1())
+    settings = settings_in(tmp_path, mutual=True)
+    (tmp_path / "ca.pem").write_bytes(authority.cert)
+    server_certificate(authority).write(tmp_path, "server")
+    shown = credentials(authority.issue("client"), trusted=authority)
+    gateway = start_gateway(security=settings, credentials=shown)
+    assert can_call(gateway, shown)
+    assert not can_call(gateway, credentials(authority.issue("client", curve=ec.SECP521R1()), trusted=authority))
+
+
 def served_name(gateway: GatewayThread) -> str:
     """The common name of the certificate that a new connection is shown."""
     host, port = gateway.target.split(":")

@@ -37,8 +37,8 @@ _SIGNS_CERTIFICATES = x509.KeyUsage(*(index == 5 for index in range(9)))
 class Authority:
     """Issues certificates, as strict as Python's own contexts want them from 3.13 on."""
 
-    def __init__(self, name: str = "Test CA") -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
+    def __init__(self, name: str = "Test CA", curve: ec.EllipticCurve | None = None) -> None:
+        self._key = ec.generate_private_key(curve or ec.SECP256R1())
         self._name = _name(name)
         key = self._key.public_key()
         builder = _builder(self._name, self._name, key, days=30)

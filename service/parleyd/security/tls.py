@@ -21,7 +21,7 @@ from parleyd.security.watched import Watched, read_file
 _logger = logging.getLogger("parleyd.security")
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")  # gRPC's, which drops a new certificate on another without a word
-_NOT_FOR_CLIENTS = "secp521r1"  # gRPC's own clients, such as Python's, verify no signature on it; OpenSSL's do
+_REFUSED_BY_CLIENTS = "secp521r1"  # by those on gRPC's core, such as Python's; those on OpenSSL take it
 
 
 class Certificates:
@@ -53,14 +53,14 @@ def _read(settings: SecuritySettings) -> grpc.ServerCertificateConfiguration:
     assert settings.tls_cert and settings.tls_key
     chain, key = read_file("--tls-cert", settings.tls_cert), read_file("--tls-key", settings.tls_key)
     certificate = _parse_certificates("--tls-cert", settings.tls_cert, chain)[0]
-    if _public_bytes(_parse_key(settings.tls_key, key).public_key()) != _public_bytes(certificate.public_key()):
+    own_key = _parse_key(settings.tls_key, key)
+    if _public_bytes(own_key.public_key()) != _public_bytes(certificate.public_key()):
         raise StartupError(f"--tls-key {settings.tls_key} is not the key of --tls-cert {settings.tls_cert}")
-    public_key = certificate.public_key()
-    if isinstance(public_key, ec.EllipticCurvePublicKey) and public_key.curve.name == _NOT_FOR_CLIENTS:
+    if isinstance(own_key, ec.EllipticCurvePrivateKey) and own_key.curve.name == _REFUSED_BY_CLIENTS:
         _logger.warning(
-            "--tls-cert %s is on the curve %s: clients in Python, C++ and others on gRPC's core cannot connect",
-            settings.tls_cert,
-            public_key.curve.name,
+            "--tls-key %s is on the curve %s: clients in Python, C++ and others on gRPC's core cannot connect",
+            settings.tls_key,
+            own_key.curve.name,
         )
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if not begin <= datetime.datetime.now(datetime.UTC) <= end:
