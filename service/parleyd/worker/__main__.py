@@ -22,7 +22,7 @@ def load_engine(settings: ModelSettings) -> tuple[Engine, ModelInfo]:
     # Collecting garbage among the million objects that imports make costs a fifth of the start. They stay
     # for good, so later collections need not look at them either.
     gc.disable()
-    # By any other method the lock of a library's progress bar is a process, which outlives this one and warns of it.
+    # By any other method a library's first progress bar starts a process, which outlives this one and warns of a leak.
     multiprocessing.set_start_method("fork")
     quota = cpu_quota()
     variables = openmp_variables(os.environ, settings.bind_threads, quota)
