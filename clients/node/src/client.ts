@@ -88,6 +88,7 @@ const LOCAL_TARGET = /^(dns:\/{0,3}|ipv[46]:)?(localhost|127(\.\d+){3}|\[::1\]):
 const KEY = /^[!-~]+$/;
 const METADATA_VALUE = /^[ -~]*$/;
 const ENDLESS_MS = 1e14; // gRPC's timeouts have eight digits, of hours at most
+const LONGEST_TIMER_MS = 2 ** 31 - 1; // Node takes a longer one for one of 1 ms
 const DEFAULT_MAX_RESUMES = 8; // over some 16 s: longer than a server takes to come back
 
 /** A connection to a Parley server, made with the first call. Every call that fails throws a ParleyError. */
@@ -200,7 +201,7 @@ export class Client {
   async #pause(ms: number, deadline: number | undefined, signal: AbortSignal | undefined): Promise<void> {
     const remainingMs = deadline === undefined ? ms : Math.max(deadline - Date.now(), 0);
     const wake = AbortSignal.any([this.#closing.signal, ...(signal ? [signal] : [])]);
-    await sleep(Math.min(ms, remainingMs), undefined, { signal: wake }).catch(() => {});
+    await sleep(Math.min(ms, remainingMs, LONGEST_TIMER_MS), undefined, { signal: wake }).catch(() => {});
   }
 
   /** Made again where that may help: nothing of its answer has been seen yet. */

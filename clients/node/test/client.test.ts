@@ -168,6 +168,22 @@ test("a stream is not resumed when that would not help", async () => {
   assert.equal(calls.length, 2);
 });
 
+test("a delay longer than any of Node's timers is waited for", async () => {
+  const stop = new AbortController();
+  let calls = 0;
+  const target = await serve({
+    generateStream: (call) => {
+      calls += 1;
+      call.write(delta({ requestId: "r", seed: 1n, content: "a", tokenIds: [1] }));
+      call.emit("error", failure(status.UNAVAILABLE, "WORKER_LOST", 2 ** 31));
+      setTimeout(() => stop.abort(new Error("enough")), 200);
+    },
+  });
+  const options = { signal: stop.signal, timeoutMs: Infinity };
+  await assert.rejects(Array.fromAsync(connect(target).stream(QUESTION, options)), /enough/);
+  assert.equal(calls, 1);
+});
+
 test("a server that cannot resume does not hide why the stream broke", async () => {
   const target = await serve({
     generateStream: (call) => {
