@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from parley.v1 import chat_pb2, chat_pb2_grpc
 from parleyd.config import SecuritySettings
+from parleyd.gateway.supervisor import State
 from parleyd.telemetry.logging import _RequestFilter
 from tests.integration.conftest import StartGateway
 from tests.support.certificates import Authority, Certificate
@@ -116,6 +117,7 @@ def test_the_log_tells_of_a_certificate_that_python_clients_refuse(
     settings = settings_in(tmp_path, mutual=False)
     server_certificate(name="another", curve=curve).write(tmp_path, "server")
     gateway = start_gateway(security=settings, credentials=credentials(), wait_ready=suits_grpc)
+    eventually(lambda: gateway.gateway.supervisor.state is State.READY)  # until then, who gets in is refused too
     assert served_name(gateway) == "another"
     assert can_call(gateway, credentials(None)) == suits_grpc
     assert ("is on the curve" in caplog.text) == (not suits_grpc)

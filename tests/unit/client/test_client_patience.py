@@ -48,14 +48,6 @@ def test_a_server_that_says_when_it_is_back_is_called_then_but_within_the_timeou
     assert Patience(lambda timeout: {}, 1, 1, Contact()).delay_after(draining) <= 1
 
 
-def test_a_server_that_has_answered_one_call_is_waited_for_by_the_next():
-    contact = Contact()
-    gone = ConnectionFailed("gone")
-    assert Patience(lambda timeout: {}, None, 1, contact).delay_before_again(gone) is None
-    Patience(lambda timeout: {}, None, 1, contact).note_progress()
-    assert Patience(lambda timeout: {}, None, 1, contact).delay_before_again(gone) is not None
-
-
 def test_waiting_for_readiness_in_vain_tells_what_the_last_watch_failed_of():
     wait = ReadinessWait(0)
     wait.saw_error(ConnectionFailed("no upstream"))
