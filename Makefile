@@ -11,6 +11,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH := .venv/.installed-bench
 PROTOC := .venv/protoc
+# Stubs are generated with grpcio-tools 1.71, which has no wheels for Python 3.14.
+PROTOC_PYTHON ?= $(BIN)/python
 # By name, so that tests/e2e, which takes longest, comes first.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 # The tests in $(1): two at a time, and then those marked `alone` (5: there are none). With ARGS, what these choose.
@@ -28,8 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt tools/install.sh
 	@PYTHON="$(PYTHON)" sh tools/install.sh
 
 $(PROTOC)/.installed: tools/requirements-protos.txt $(INSTALLED)
-	@$(BIN)/python -m venv --clear $(PROTOC)
-	@$(PROTOC)/bin/python -m pip --disable-pip-version-check install -qq -r tools/requirements-protos.txt
+	@$(PROTOC_PYTHON) -m venv --clear $(PROTOC)
+	@$(PROTOC)/bin/python -m pip --disable-pip-version-check install -qq --only-binary :all: -r tools/requirements-protos.txt || \
+		{ echo "parley: stubs need Python 3.11 to 3.13: name one with make PROTOC_PYTHON=/path/to/python3.13" >&2; exit 1; }
 	@touch $@
 
 $(BENCH): $(INSTALLED)
@@ -57,7 +60,7 @@ chat: $(INSTALLED) ## talk with the service at TARGET=localhost:50051
 ##### tests
 
 .PHONY: test
-test: $(INSTALLED) $(PROTOC)/.installed ## run all tests; ARGS are pytest's, and choose which
+test: $(INSTALLED) ## run all tests; ARGS are pytest's, and choose which
 	@$(call run_tests,)
 
 .PHONY: test-unit
@@ -69,11 +72,11 @@ test-integration: $(INSTALLED) ## run the tests of gateway and client over loopb
 	@$(call run_tests,tests/integration)
 
 .PHONY: test-e2e
-test-e2e: $(INSTALLED) $(PROTOC)/.installed ## run the tests of the whole service with a real model, and of the package
+test-e2e: $(INSTALLED) ## run the tests of the whole service with a real model, and of the package
 	@$(call run_tests,tests/e2e)
 
 .PHONY: test-clients
-test-clients: $(INSTALLED) $(PROTOC)/.installed ## build the Node client and run its tests, alone and against the service
+test-clients: $(INSTALLED) ## build the Node client and run its tests, alone and against the service
 	@$(BIN)/python -m pytest tests/e2e/test_node_client.py $(ARGS)
 
 .PHONY: test-mesh
